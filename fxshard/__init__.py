@@ -1,0 +1,29 @@
+"""fxshard: a compiler that takes an unmodified PyTorch model and a short plan, and returns every rank's program."""
+
+from torch.distributed.tensor import Partial, Replicate, Shard
+
+from fxshard.api import parallelize
+from fxshard.mesh import Mesh
+from fxshard.plan.plan import Plan, data_parallel, sequence_parallel, tensor_parallel
+from fxshard.program import ParallelModule
+from fxshard.rules.table import register_rule
+from fxshard.simulate import Simulation, simulate
+from fxshard.verify import VerifyReport, verify
+
+__all__ = [
+    "Mesh",
+    "ParallelModule",
+    "Partial",
+    "Plan",
+    "Replicate",
+    "Shard",
+    "Simulation",
+    "VerifyReport",
+    "data_parallel",
+    "parallelize",
+    "register_rule",
+    "sequence_parallel",
+    "simulate",
+    "tensor_parallel",
+    "verify",
+]

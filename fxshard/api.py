@@ -1,0 +1,86 @@
+"""The public functions."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import nn
+from torch.distributed.tensor.placement_types import Placement
+
+from fxshard.errors import MeshError, PlanError
+from fxshard.mesh import Mesh
+from fxshard.plan.plan import Plan
+from fxshard.program import ParallelModule
+from fxshard.runtime.process import check_world
+
+
+def parallelize(
+    model: nn.Module,
+    plan: Any,
+    args: tuple[Any, ...] = (),
+    kwargs: Mapping[str, Any] | None = None,
+    *,
+    mesh: Any = None,
+    dynamic_shapes: Any = None,
+) -> ParallelModule:
+    """Compiles an unmodified model for a mesh.
+
+    Args:
+        model: any module that ``torch.export`` can capture; it may live on the meta device.
+        plan: a ``Plan``, a preset such as ``tensor_parallel(2)``, several joined with ``|``, or a dict from globs of
+            parameter or module names to placements.
+        args: example inputs, as ``torch.export`` takes them. Without any, the model is captured at the first call.
+        kwargs: example inputs by name.
+        mesh: a torch ``DeviceMesh``, a ``Mesh`` or a dict of axis sizes, where the plan does not say.
+        dynamic_shapes: as ``torch.export`` takes it: which dims of the inputs may change.
+
+    Returns:
+        A module that is called like the model, with the same whole inputs on every rank.
+
+    Raises:
+        PlanError: when the plan does not fit the model or the mesh; all offending entries are listed.
+        CaptureError: when the model cannot be exported.
+
+    >>> import torch, fxshard
+    >>> model = torch.nn.Sequential(torch.nn.Linear(8, 32), torch.nn.GELU(), torch.nn.Linear(32, 8))
+    >>> program = fxshard.parallelize(model, fxshard.tensor_parallel(2), (torch.randn(4, 8),))
+    >>> print(program.plan)
+    Plan on {tp: 2}
+      params       0.weight  tp: Shard(0)
+      params       0.bias    tp: Shard(0)
+      params       2.weight  tp: Shard(1)
+    >>> [(c.kind, c.phase, c.num_bytes) for c in program.collectives()]
+    [('all_reduce', 'forward', 128)]
+
+    Reference: GSPMD (Xu et al., 2021); Megatron-LM (Shoeybi et al., 2019).
+    """
+    if not isinstance(model, nn.Module):
+        raise PlanError(f"model is a {type(model).__name__}, not an nn.Module", fix="pass the module itself")
+    asked = _plan(plan, mesh)
+    check_world(asked.mesh)
+    device_mesh = mesh if hasattr(mesh, "get_group") else None
+    program = ParallelModule(model, asked, device_mesh, dynamic_shapes)
+    if args or kwargs:
+        program.capture(tuple(args), kwargs)
+        program._eager = True
+    return program
+
+
+def _plan(plan: Any, mesh: Any) -> Plan:
+    if isinstance(plan, Mapping):
+        if not all(isinstance(p, (Placement, Mapping)) for p in plan.values()):
+            raise PlanError(f"cannot read the plan {plan!r}", fix="give {glob: Shard(dim) or {axis: placement}}")
+        plan = Plan(mesh, params=dict(plan)) if mesh is not None else Plan(params=dict(plan))
+    if not isinstance(plan, Plan):
+        raise PlanError(f"cannot read the plan {plan!r}", fix="give a Plan, a preset such as tensor_parallel(2), or a dict")
+    if plan.mesh is None and mesh is None:
+        raise MeshError("the plan does not say on which mesh", fix="pass mesh={'tp': 2}")
+    if mesh is None:
+        return plan
+    given = Mesh.of(mesh)
+    if plan.mesh is not None:
+        extra = [name for name in plan.mesh.names if name not in given.names]
+        if extra:
+            raise MeshError(f"the plan uses the mesh axes {extra}, which the mesh {given} does not have")
+    return plan.on(given)

@@ -1,0 +1,65 @@
+"""annotate: the resolved plan's tags go onto the graph.
+
+In: a normalized graph and a resolved plan.   Out: the same graph, where parameters carry their placements, and a
+``constrain`` node stands behind every input, result and output whose placements the plan fixes.
+
+    %x = placeholder                     %x  = placeholder
+    %h = linear(%x, %w)             ->   %x1 = constrain(%x)     dp: Shard(0)
+    output(%h)                           %h  = linear(%x1, %w)
+                                         %h1 = constrain(%h)     Replicate: outputs come back whole
+                                         output(%h1)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import fx
+
+from fxshard.mesh import Mesh
+from fxshard.passes.propagate import constrain
+from fxshard.passes.typing import Info, set_info
+from fxshard.placement import REPLICATE, Placement, Placements, Replicate
+from fxshard.plan.resolve import Resolved
+
+
+def annotate(graph: fx.Graph, resolved: Resolved, mesh: Mesh) -> fx.Graph:
+    """Puts the plan's tags onto a copy of ``graph``. See the module's text."""
+    new = fx.Graph()
+    copies: dict[fx.Node, fx.Node] = {}
+    for node in graph.nodes:
+        if node.op == "output":
+            break
+        copy = copies[node] = new.node_copy(node, copies.__getitem__)
+        asked = resolved.nodes.get(node)
+        if asked is None:
+            continue
+        given = placements(asked, mesh)
+        if node.op == "get_attr":
+            set_info(copy, Info((), given=given))
+        else:
+            copies[node] = _constrain(new, copy, given)
+    last = next(iter(reversed(graph.nodes)))
+    leaves = []
+    for leaf, asked in zip(last.args[0], resolved.outputs, strict=True):  # type: ignore[arg-type]
+        if isinstance(leaf, fx.Node):
+            is_tensor = isinstance(leaf.meta.get("val"), torch.Tensor)
+            leaves.append(_constrain(new, copies[leaf], placements(asked, mesh)) if is_tensor else copies[leaf])
+        else:
+            leaves.append(leaf)
+    new.output(tuple(leaves)).meta = dict(last.meta)
+    return new
+
+
+def placements(asked: Mapping[str, Placement], mesh: Mesh) -> Placements:
+    """One placement an axis; replicated where nothing is asked."""
+    found = (asked.get(name, REPLICATE) for name in mesh.names)
+    return tuple(REPLICATE if type(p) is Replicate else p for p in found)
+
+
+def _constrain(new: fx.Graph, node: fx.Node, given: Placements) -> fx.Node:
+    made = new.call_function(constrain, (node,))
+    made.meta = {k: v for k, v in node.meta.items() if k != "fxshard"}
+    set_info(made, Info((), given=given))
+    return made

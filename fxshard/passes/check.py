@@ -1,0 +1,170 @@
+"""check: an independent reading of the rewritten graph, which is refused where it is not sound.
+
+Nothing is taken from ``propagate``'s choices. For every call and every axis the checker looks at what the operands
+*are* and what the result *is said to be*, and asks the operator's rule whether the one follows from the other:
+
+1. all operands replicated, result replicated; or
+2. some factor of the rule, cut in some blocks: each operand that has it is split there, each operand that lacks it is
+   Varying where a gradient flows through it, and the result is split there, or Partial where the factor is missing; or
+3. the Partial operands are one of the rule's linear sets, the others are replicated and carry no gradient, and the
+   result is Partial.
+
+Conversions are checked against the table of ``runtime.collectives``; a Varying value is only made by one.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import fx
+
+from fxshard.errors import SoundnessError
+from fxshard.mesh import Mesh
+from fxshard.passes.capture import module_of, source_of
+from fxshard.passes.insert_collectives import CONVERSIONS
+from fxshard.passes.propagate import METADATA
+from fxshard.passes.typing import Info, info_of, values_of
+from fxshard.placement import Placement, Varying, blocks_of, describe, is_partial, is_shard, local_shape, same, shard
+from fxshard.rules.lookup import recipe_for
+from fxshard.rules.recipe import Factor, combine, operands_of, shape_of, uncombine, units
+from fxshard.runtime import collectives as run
+
+
+def check(graph: fx.Graph, mesh: Mesh) -> None:
+    """Raises ``SoundnessError`` at the first call whose placements do not follow from its operator's rule."""
+    graph.lint()
+    for node in graph.nodes:
+        if node.op != "call_function" or node.target in METADATA or node.target is operator.getitem:
+            continue
+        if node.target in CONVERSIONS:
+            _check_conversion(node, mesh)
+            continue
+        info = info_of(node)
+        operands = operands_of(node)
+        facts = [info_of(o) for o in operands]
+        for axis in range(mesh.ndim):
+            now = [f.placements[axis] for f in facts]
+            after = [output[axis] for output in info.outputs]
+            if not any(map(_interesting, now)) and not any(map(_interesting, after)):
+                continue
+            if node.target is torch.ops.aten.copy_.default and same(now[0], now[1]) and same(now[0], after[0]):
+                continue
+            if not _follows(node, operands, facts, now, after, axis, mesh):
+                raise _unsound(node, operands, now, after, mesh.names[axis])
+
+
+def _interesting(placement: Placement) -> bool:
+    return is_shard(placement) or is_partial(placement) or isinstance(placement, Varying)
+
+
+def _follows(
+    node: fx.Node,
+    operands: Sequence[fx.Node],
+    facts: Sequence[Info],
+    now: Sequence[Placement],
+    after: Sequence[Placement],
+    axis: int,
+    mesh: Mesh,
+) -> bool:
+    if any(isinstance(o.meta["val"], (list, tuple)) for o in operands):
+        return False
+    sizes = mesh.sizes[:axis]
+    shapes = tuple(
+        local_shape(shape_of(o.meta["val"]), f.placements[:axis], sizes) for o, f in zip(operands, facts, strict=True)
+    )
+    outputs = tuple(
+        local_shape(shape_of(v), o[:axis], sizes)
+        for v, o in zip(values_of(node), info_of(node).outputs, strict=True)
+    )
+    recipe = recipe_for(node, shapes, outputs, now)
+    if recipe is None:
+        return False
+    read = [i for i in range(len(now)) if i not in recipe.unread]
+    if not any(_interesting(now[i]) for i in read):
+        return not any(map(_interesting, after))
+    partial = frozenset(i for i in read if is_partial(now[i]))
+    if partial:
+        others = [i for i in read if i not in partial]
+        fits = partial in recipe.linear and all(is_partial(p) for p in after)
+        return fits and all(not _interesting(now[i]) and not facts[i].differentiable for i in others)
+    return any(_fits(f, facts, now, after, read, mesh.sizes[axis]) for f in recipe.factors)
+
+
+def _fits(
+    factor: Factor, facts: Sequence[Info], now: Sequence[Placement], after: Sequence[Placement], read: list[int], n: int
+) -> bool:
+    blocks: tuple[int, ...] | None = None
+    for i in read:
+        at = factor.inputs[i]
+        if at is not None and is_shard(now[i]) and now[i].dim == at.dim:  # type: ignore[attr-defined]
+            blocks = uncombine(blocks_of(now[i]), at.blocks)
+            break
+    if blocks is None or not units(factor.size, blocks, n):
+        return False
+    for i in read:
+        at = factor.inputs[i]
+        if at is not None:
+            if not same(now[i], shard(at.dim, combine(at.blocks, blocks))):
+                return False
+        elif _interesting(now[i]) != facts[i].differentiable or is_shard(now[i]):
+            return False
+    expected = (None if at is None else shard(at.dim, combine(at.blocks, blocks)) for at in factor.outputs)
+    return all(is_partial(p) if e is None else same(p, e) for p, e in zip(after, expected, strict=True))
+
+
+def _check_conversion(node: fx.Node, mesh: Mesh) -> None:
+    source = node.args[0]
+    assert isinstance(source, fx.Node)
+    if node.target is run.concat:
+        return
+    before, after = info_of(source).placements, info_of(node).placements
+    changed = [a for a in range(mesh.ndim) if not same(before[a], after[a])]
+    if len(changed) != 1 or mesh.names[changed[0]] != node.args[1]:
+        raise _unsound(node, [source], before, after, str(node.args[1]))
+    have, want = before[changed[0]], after[changed[0]]
+    if not ALLOWED[node.target](have, want, node.args):
+        raise _unsound(node, [source], [have], [want], mesh.names[changed[0]])
+    dims = {p.dim for p in (have, want) if is_shard(p)}  # type: ignore[attr-defined]
+    inner = before[changed[0] + 1 :]
+    if any(is_shard(p) and p.dim in dims for p in inner):  # type: ignore[attr-defined]
+        raise _unsound(node, [source], before, after, mesh.names[changed[0]])
+
+
+def _replicated(placement: Placement) -> bool:
+    return not _interesting(placement)
+
+
+def _summed(args: Any) -> bool:
+    return len(args) > 2 and bool(args[2])
+
+
+ALLOWED: dict[Any, Callable[[Placement, Placement, Any], bool]] = {
+    run.vary: lambda have, want, args: _replicated(have) and isinstance(want, Varying),
+    run.all_reduce: lambda have, want, args: is_partial(have) and _replicated(want),
+    run.reduce_scatter: lambda have, want, args: is_partial(have) and is_shard(want) and want.dim == args[2],  # type: ignore[attr-defined]
+    run.chunk: lambda have, want, args: _replicated(have) and is_shard(want) and want.dim == args[2],  # type: ignore[attr-defined]
+    run.all_gather: lambda have, want, args: (
+        is_shard(have) and (isinstance(want, Varying) if _summed(args) else _replicated(want))
+    ),
+    run.all_to_all: lambda have, want, args: (
+        is_shard(have) and is_shard(want) and (have.dim, want.dim) == (args[2], args[3])  # type: ignore[attr-defined]
+    ),
+}
+"""For each conversion, what it may be given and what it gives: the table of ``runtime.collectives``."""
+
+
+def _unsound(
+    node: fx.Node, operands: Sequence[fx.Node], now: Sequence[Placement], after: Sequence[Placement], axis: str
+) -> SoundnessError:
+    given = ", ".join(f"%{o.name}: {describe(p)}" for o, p in zip(operands, now, strict=False))
+    result = ", ".join(map(describe, after))
+    return SoundnessError(
+        f"%{node.name} does not follow from its operands on mesh axis {axis!r}: ({given}) -> {result}",
+        op=str(node.target),
+        module=module_of(node),
+        source=source_of(node),
+        fix="this is a bug of fxshard, or of a rule registered for this operator: please report the model and the plan",
+    )

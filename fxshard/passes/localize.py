@@ -1,0 +1,272 @@
+"""localize: what speaks of the whole tensor speaks of this rank's part.
+
+In: a graph whose operands are what their readers need.   Out: the same graph, with local sizes.
+
+    %v = view(%h, [4, 16, -1, 8])  Shard(2) over 2 ranks  ->  view(%h, [4, 16, 4, 8])
+    %n = sym_size(%x, 0)           x: Shard(0)            ->  mul(sym_size(%x, 0), 2)     sizes stay global
+
+Size arguments are written anew from the result's type, never adjusted in place. The lowerings that a split asked for
+(vocabulary-parallel embedding, means, dropout) replace their call here.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import fx
+
+from fxshard.mesh import Mesh
+from fxshard.passes.propagate import METADATA
+from fxshard.passes.typing import Info, info_of, set_info, values_of
+from fxshard.placement import REPLICATE, Placement, blocks_of, is_shard
+from fxshard.rules.recipe import bind
+from fxshard.runtime import collectives as run
+
+aten = torch.ops.aten
+
+SIZE_ARGUMENT: dict[Any, tuple[str, Any]] = {
+    aten.view.default: ("size", aten.view.default),
+    aten._unsafe_view.default: ("size", aten._unsafe_view.default),
+    aten.reshape.default: ("shape", aten.reshape.default),
+    aten.expand.default: ("size", aten.expand.default),
+    aten.broadcast_to.default: ("size", aten.broadcast_to.default),
+    aten.reshape_as.default: ("", aten.reshape.default),
+    aten.view_as.default: ("", aten.view.default),
+    aten.expand_as.default: ("", aten.expand.default),
+    aten.flatten.using_ints: ("", aten.reshape.default),
+    aten.unflatten.int: ("", aten.reshape.default),
+    aten.ravel.default: ("", aten.reshape.default),
+    aten.squeeze.default: ("", aten.reshape.default),
+}
+"""Operators whose result's shape is an argument, or depends on one: (the argument, what to call instead)."""
+
+_CUTS = {
+    aten.split.Tensor,
+    aten.split_with_sizes.default,
+    aten.split.sizes,
+    aten.chunk.default,
+    aten.slice.Tensor,
+    aten.narrow.default,
+    aten.tensor_split.sections,
+}
+
+
+def localize(graph: fx.Graph, mesh: Mesh) -> fx.Graph:
+    """Rewrites sizes from global to local, and applies lowerings. See the module's text."""
+    new = fx.Graph()
+    copies: dict[fx.Node, fx.Node] = {}
+    for node in graph.nodes:
+        copy = new.node_copy(node, copies.__getitem__)
+        copies[node] = copy
+        if node.op != "call_function":
+            continue
+        if node.target in METADATA:
+            copies[node] = _global_size(new, copy, mesh)
+            continue
+        info = info_of(node)
+        if not any(info.choices):
+            continue
+        lowered = _lower(new, copy, info, mesh)
+        if lowered is not None:
+            copies[node] = lowered
+            if copy.name == node.name:
+                copy._rename(f"{node.name}_local")
+            lowered._rename(node.name)  # the value keeps its name through all stages
+        elif any(map(is_shard, (p for output in info.outputs for p in output))):
+            _local_sizes(new, copy, info, mesh)
+    return new
+
+
+def parts_along(info: Info, index: int, dim: int, mesh: Mesh) -> int:
+    """Over how many ranks dim ``dim`` of the ``index``-th result is cut."""
+    out = 1
+    for placement, size in zip(info.outputs[index], mesh.sizes, strict=True):
+        if is_shard(placement) and placement.dim == dim:  # type: ignore[attr-defined]
+            out *= size
+    return out
+
+
+def _global_size(new: fx.Graph, node: fx.Node, mesh: Mesh) -> fx.Node:
+    source = node.args[0]
+    assert isinstance(source, fx.Node)
+    info = info_of(source)
+    dims = range(len(values_of(source)[0].shape)) if node.target is aten.sym_numel.default else [node.args[1]]
+    parts = 1
+    for dim in dims:
+        parts *= parts_along(info, 0, int(dim), mesh)  # type: ignore[arg-type]
+    return node if parts == 1 else _call(new, operator.mul, (node, parts), node)
+
+
+def _call(new: fx.Graph, function: Any, args: tuple[Any, ...], like: fx.Node, **kwargs: Any) -> fx.Node:
+    made = new.call_function(function, args, kwargs)
+    made.meta = dict(like.meta)
+    return made
+
+
+def _local_sizes(new: fx.Graph, node: fx.Node, info: Info, mesh: Mesh) -> None:
+    if node.target in _CUTS:
+        _local_cut(node, info, mesh)
+        return
+    entry = SIZE_ARGUMENT.get(node.target)
+    if entry is None:
+        return
+    name, target = entry
+    value = values_of(node)[0]
+    asked = bind(node)[name] if name else [None] * value.dim()
+    sizes: list[Any] = []
+    with new.inserting_before(node):
+        for dim, size in enumerate(value.shape):
+            parts = parts_along(info, 0, dim, mesh)
+            given = asked[dim]
+            if isinstance(size, int):
+                sizes.append(size // parts)
+            elif isinstance(given, fx.Node):
+                sizes.append(given if parts == 1 else _call(new, operator.floordiv, (given, parts), given))
+            else:
+                sizes.append(-1)
+        if sizes.count(-1) > 1:
+            sizes = _sizes_from_operand(new, node, sizes)
+    node.target = target
+    node.args, node.kwargs = (node.args[0], sizes), {}
+
+
+def _sizes_from_operand(new: fx.Graph, node: fx.Node, sizes: list[Any]) -> list[Any]:
+    """Symbolic sizes that no argument names are read off the operand's dim with the same size."""
+    source = node.args[0]
+    assert isinstance(source, fx.Node)
+    shape = values_of(source)[0].shape
+    value = values_of(node)[0].shape
+    out = list(sizes)
+    for dim, size in enumerate(sizes):
+        same = [i for i, s in enumerate(shape) if isinstance(s, torch.SymInt) and s.node.expr == value[dim].node.expr]
+        if size == -1 and same and out.count(-1) > 1:
+            out[dim] = new.call_function(aten.sym_size.int, (source, same[0]))
+    return out
+
+
+def _local_cut(node: fx.Node, info: Info, mesh: Mesh) -> None:
+    """A cut along a split dim: each result holds its share of this rank's part."""
+    arguments = bind(node)
+    source, dim = arguments["input" if "input" in arguments else "self"], arguments["dim"]
+    value = values_of(source)[0]
+    dim %= value.dim()
+    parts = parts_along(info, 0, dim, mesh)
+    if parts == 1 or all(v.shape[dim] == value.shape[dim] for v in values_of(node)):
+        if parts > 1 and node.target is aten.slice.Tensor:
+            node.args, node.kwargs = (source, dim, 0, torch.iinfo(torch.int64).max), {}
+        return
+    if node.target in (aten.slice.Tensor, aten.narrow.default):
+        start = arguments.get("start") or 0
+        start = max(0, start + value.shape[dim] if start < 0 else start)
+        length = values_of(node)[0].shape[dim]
+        node.target = aten.slice.Tensor
+        node.args, node.kwargs = (source, dim, start // parts, (start + length) // parts), {}
+        return
+    node.target = aten.split_with_sizes.default
+    node.args, node.kwargs = (source, [v.shape[dim] // parts for v in values_of(node)], dim), {}
+
+
+def _lower(new: fx.Graph, node: fx.Node, info: Info, mesh: Mesh) -> fx.Node | None:
+    """Applies the lowerings of a node's choices; None where it has none."""
+    names = {c.lowering for c in info.choices if c is not None and c.lowering}
+    if not names:
+        return None
+    (name,) = names
+    axes = [a for a, c in enumerate(info.choices) if c is not None and c.lowering]
+    return LOWERINGS[name](new, node, info, mesh, axes)
+
+
+def _mean(new: fx.Graph, node: fx.Node, info: Info, mesh: Mesh, axes: list[int]) -> fx.Node:
+    """Every rank's mean weighs by its share of the elements; shares are equal."""
+    share = 1.0
+    for axis in axes:
+        share /= mesh.sizes[axis]
+    return _call(new, aten.mul.Tensor, (node, share), node)
+
+
+def _embedding(new: fx.Graph, node: fx.Node, info: Info, mesh: Mesh, axes: list[int]) -> fx.Node:
+    """Vocabulary-parallel: ids of this rank's rows are looked up, the others give zeros; the ranks' results sum.
+
+    Reference: Megatron-LM (Shoeybi et al., 2019), VocabParallelEmbedding.
+    """
+    arguments = bind(node)
+    weight, ids, padding = arguments["weight"], arguments["indices"], arguments["padding_idx"]
+    if len(axes) != 1:
+        raise NotImplementedError("an embedding's vocabulary can be split over one mesh axis")
+    axis, size = mesh.names[axes[0]], mesh.sizes[axes[0]]
+    vocabulary = values_of(weight)[0].shape[0]
+    with new.inserting_before(node):
+        start = new.call_function(run.offset, (axis, vocabulary))
+        start.meta = {"val": 0}
+        set_info(start, Info(((REPLICATE,) * mesh.ndim,)))
+        local = _plain(new, aten.sub.Tensor, (ids, start), ids, node)
+        low = _plain(new, aten.lt.Scalar, (local, 0), ids, node)
+        high = _plain(new, aten.ge.Scalar, (local, vocabulary // size), ids, node)
+        outside = _plain(new, aten.logical_or.default, (low, high), ids, node)
+        safe = _plain(new, aten.masked_fill.Scalar, (local, outside, 0), ids, node)
+        if padding is not None and padding >= 0:
+            padding = new.call_function(run.local_index, (padding, axis, vocabulary))
+            padding.meta = {"val": 0}
+            set_info(padding, Info(((REPLICATE,) * mesh.ndim,)))
+        column = _plain(new, aten.unsqueeze.default, (outside, -1), ids, node)
+    node.args, node.kwargs = (weight, safe, *([padding] if padding is not None else [])), {}
+    return _call(new, aten.masked_fill.Scalar, (node, column, 0), node)
+
+
+def _plain(new: fx.Graph, function: Any, args: tuple[Any, ...], shape_like: fx.Node, like: fx.Node) -> fx.Node:
+    made = new.call_function(function, args)
+    made.meta = {k: v for k, v in like.meta.items() if k in ("nn_module_stack", "stack_trace")}
+    value = shape_like.meta["val"]
+    if function is aten.unsqueeze.default:
+        value = value.unsqueeze(-1)
+    if function in (aten.lt.Scalar, aten.ge.Scalar, aten.logical_or.default) or function is aten.unsqueeze.default:
+        value = value.to(torch.bool)
+    made.meta["val"] = value
+    set_info(made, replace(info_of(shape_like), choices=(None,) * len(info_of(like).choices), differentiable=False))
+    return made
+
+
+def _dropout(new: fx.Graph, node: fx.Node, info: Info, mesh: Mesh, axes: list[int]) -> fx.Node:
+    """Every rank draws the whole mask, as one device would, and keeps its part: the results are the single device's."""
+    arguments = bind(node)
+    source, p = arguments["input"], arguments["p"]
+    value = values_of(node)[0]
+    with new.inserting_before(node):
+        shape, strides = _global_layout(new, source, value, info, mesh)
+        mask = _call(new, run.dropout_mask, (source, shape, strides, p), node)
+        set_info(mask, Info(((REPLICATE,) * mesh.ndim,)))
+        for axis in range(mesh.ndim):
+            placement: Placement = info.placements[axis]
+            if is_shard(placement):
+                args = (mask, mesh.names[axis], placement.dim, blocks_of(placement))  # type: ignore[attr-defined]
+                mask = _call(new, run.chunk, args, node)
+                set_info(mask, Info(((REPLICATE,) * mesh.ndim,)))
+    result = _call(new, aten.mul.Tensor, (source, mask), node)
+    new.erase_node(node)  # it would draw once more
+    return result
+
+
+def _global_layout(
+    new: fx.Graph, source: fx.Node, value: torch.Tensor, info: Info, mesh: Mesh
+) -> tuple[list[Any], list[int] | None]:
+    shape: list[Any] = []
+    for dim, size in enumerate(value.shape):
+        if isinstance(size, int):
+            shape.append(size)
+            continue
+        local = new.call_function(aten.sym_size.int, (source, dim))
+        parts = parts_along(info, 0, dim, mesh)
+        shape.append(local if parts == 1 else new.call_function(operator.mul, (local, parts)))
+    contiguous = all(isinstance(s, int) for s in value.shape) and not value.is_contiguous()
+    return shape, list(value.stride()) if contiguous else None
+
+
+LOWERINGS: dict[str, Callable[[fx.Graph, fx.Node, Info, Mesh, list[int]], fx.Node]] = {
+    "mean": _mean,
+    "embedding": _embedding,
+    "dropout": _dropout,
+}

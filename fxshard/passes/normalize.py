@@ -1,0 +1,234 @@
+"""Bring a captured graph into the form that one rule an operator can describe.
+
+In: the graph of ``capture``. Out: the same computation without wrappers, guards, identities, in-place operators or
+dead nodes, and with the bias of a linear as an addition of its own (the only step that changes how results round).
+
+    submod_1 = get_attr "submod_1"                            detach = detach(x)
+    wrap = wrap_with_set_grad_enabled(False, submod_1, x)     cos = cos(detach)
+    getitem = wrap[0]                                   ->
+    to = to(getitem, float32)          # is float32           linear = linear(cos, w)
+    linear = linear(to, w, b)                                 add = add(linear, b)    # meta: split_bias
+
+Steps: inline wrappers and drop guards (one copy of the graph), functionalize (only where something mutates), then
+simplify in place. The input is never changed; parameters are shared with it.
+"""
+
+from __future__ import annotations
+
+import functools
+import operator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import fx
+from torch.fx._lazy_graph_module import _LazyGraphModule
+from torch.fx.node import map_arg
+
+from fxshard.passes.functionalize import functionalize_graph, is_inert_dropout, is_mutating, nested_graphs, same_shape
+
+__all__ = ["normalize"]
+
+_aten = torch.ops.aten
+_hop = torch.ops.higher_order
+_SOURCE_META = ("nn_module_stack", "stack_trace", "torch_fn", "custom")
+_SET_GRAD = _hop.wrap_with_set_grad_enabled
+# Only memory or the name of the region differ; the values and their order are those of the graph inside.
+_PLAIN_WRAPPERS = frozenset(
+    getattr(_hop, name) for name in ("tag_activation_checkpoint", "wrap") if hasattr(_hop, name)
+)
+_GUARDS = frozenset(
+    (
+        *("_assert_tensor_metadata", "_assert_scalar", "_assert_async", "_functional_assert_scalar"),
+        *("sym_constrain_range", "sym_constrain_range_for_size", "_functional_assert_async"),
+    )
+)
+# These return their operand unchanged when the result has the same shape, dtype and device.
+_IDENTITIES = frozenset(
+    (
+        *("alias", "to", "type_as", "_to_copy", "view", "reshape", "flatten", "unflatten", "view_as", "reshape_as"),
+        *("expand", "expand_as", "squeeze", "slice", "narrow", "_unsafe_view"),
+    )
+)
+_DROPOUTS = frozenset(("dropout", "feature_dropout", "alpha_dropout", "feature_alpha_dropout"))
+
+
+def normalize(gm: fx.GraphModule) -> fx.GraphModule:
+    """Return the normal form of a captured graph; ``gm`` itself is not changed.
+
+    Raises:
+        CaptureError: an operator mutates its operand and has no functional counterpart.
+
+    Example:
+        >>> from fxshard.passes.capture import capture
+        >>> captured = capture(torch.nn.Linear(3, 2), (torch.ones(4, 3),))
+        >>> [str(node.target) for node in normalize(captured.graph_module).graph.nodes][3:]
+        ['aten.linear.default', 'aten.add.Tensor', 'output']
+    """
+    graph = functionalize_graph(_Inliner(gm).run(), gm)
+    _simplify(graph, gm)
+    # Its Python code is written when it is first called or printed: most stages are only read by the next one.
+    result = _LazyGraphModule(gm, graph, class_name=type(gm).__name__)
+    _keep_non_persistent(gm, result)
+    return result
+
+
+@functools.cache
+def _kind(target: Any) -> str:
+    """Sort an operator by what this pass does with it; "" is nothing."""
+    if target is operator.getitem:
+        return "getitem"
+    if target is _SET_GRAD or target in _PLAIN_WRAPPERS:
+        return "wrapper"
+    if not isinstance(target, torch._ops.OpOverload) or target.namespace != "aten":
+        return ""
+    name = target._schema.name.removeprefix("aten::")
+    kinds = {"guard": _GUARDS, "identity": _IDENTITIES, "dropout": _DROPOUTS, "bias": {"linear", "addmm"}}
+    return next((kind for kind, names in kinds.items() if name in names), "detach_" if name == "detach_" else "")
+
+
+@functools.cache
+def _is_effect(target: Any) -> bool:
+    """Say whether a node must stay though nobody reads it: it writes, draws random numbers, or returns nothing."""
+    if not isinstance(target, torch._ops.OpOverload):
+        return False
+    return is_mutating(target) or torch.Tag.nondeterministic_seeded in target.tags or not target._schema.returns
+
+
+@dataclass
+class _Inliner:
+    """Copies a graph without its guards, and with the graphs of pure wrappers in place of the wrappers."""
+
+    root: fx.GraphModule
+    graph: fx.Graph = field(default_factory=fx.Graph)
+    without_grad: set[fx.Node] = field(default_factory=set)
+    detached: dict[fx.Node, fx.Node] = field(default_factory=dict)
+
+    def run(self) -> fx.Graph:
+        self._region(self.root, "", {}, grad=True)
+        return self.graph
+
+    @functools.cached_property
+    def mutates(self) -> bool:
+        graphs = [module.graph for module in self.root.modules() if isinstance(module, fx.GraphModule)]
+        return any(is_mutating(node.target) for graph in graphs for node in graph.nodes)
+
+    def _region(self, owner: fx.GraphModule, prefix: str, env: dict[fx.Node, Any], *, grad: bool) -> Any:
+        """Copy the graph of ``owner``, whose operands are in ``env``; return what it returns."""
+        read = env.__getitem__ if grad else lambda node: self._quiet(env[node])
+        for node in owner.graph.nodes:
+            if node.op == "output" and prefix:
+                return map_arg(node.args[0], env.__getitem__)
+            kind = _kind(node.target) if node.op == "call_function" else ""
+            if node in env or kind == "guard" or (node.op == "call_module" and node.target.endswith("_guards_fn")):
+                continue
+            if kind == "wrapper":
+                env[node] = self._inline(node, owner, prefix, env, grad=grad)
+            elif kind == "getitem" and isinstance(env[node.args[0]], tuple | list):
+                env[node] = env[node.args[0]][node.args[1]]
+            elif (kind == "dropout" and is_inert_dropout(node)) or (kind == "detach_" and _is_fresh_constant(node)):
+                # Before anything is functionalized: the result of an inert dropout is its operand, not a copy.
+                env[node] = env[node.args[0]]
+            else:
+                env[node] = new = self.graph.node_copy(node, read)
+                if prefix and node.op == "get_attr":
+                    new.target = prefix + node.target
+                if not grad:
+                    self.without_grad.add(new)
+        return None
+
+    def _inline(self, node: fx.Node, owner: fx.GraphModule, prefix: str, env: dict[fx.Node, Any], *, grad: bool) -> Any:
+        """Copy the graph that the wrapper ``node`` calls; return the values of its result."""
+        args = list(node.args)
+        if node.target is _SET_GRAD:
+            grad = bool(args.pop(0))
+        name, *operands = args
+        assert isinstance(name, fx.Node)
+        inner = functools.reduce(getattr, str(name.target).split("."), owner)
+        assert isinstance(inner, fx.GraphModule)
+        values = [env[operand] if isinstance(operand, fx.Node) else operand for operand in operands]
+        inputs = dict(zip(inner.graph.find_nodes(op="placeholder"), values, strict=True))
+        return self._region(inner, f"{prefix}{name.target}.", inputs, grad=grad)
+
+    def _quiet(self, node: Any) -> Any:
+        """Return ``node`` as an operator sees it that runs without gradient."""
+        if not isinstance(node, fx.Node) or node in self.without_grad or not self._may_carry_gradient(node):
+            return node
+        if node not in self.detached:
+            self.detached[node] = detach = self.graph.call_function(_aten.detach.default, (node,))
+            detach.meta = {key: node.meta[key] for key in (*_SOURCE_META, "val") if key in node.meta}
+        return self.detached[node]
+
+    def _may_carry_gradient(self, node: fx.Node) -> bool:
+        val = node.meta.get("val")
+        if not isinstance(val, torch.Tensor) or not (val.is_floating_point() or val.is_complex()):
+            return False
+        if node.op == "get_attr" and not self.mutates:
+            return bool(functools.reduce(getattr, str(node.target).split("."), self.root).requires_grad)
+        return node.op != "call_function" or bool(node.all_input_nodes)
+
+
+def _is_fresh_constant(node: fx.Node) -> bool:
+    """Say whether ``node`` detaches a literal of the user's code, which has no gradient to be detached from."""
+    source = node.args[0]
+    assert isinstance(source, fx.Node)
+    return source.op == "get_attr" or (source.target is _aten.lift_fresh_copy.default and len(source.users) == 1)
+
+
+def _simplify(graph: fx.Graph, root: fx.GraphModule) -> None:
+    """Drop identities, split biases off, and drop what nobody reads."""
+    for node in graph.nodes:
+        kind = _kind(node.target) if node.op == "call_function" else ""
+        if kind == "identity" and _is_identity(node):
+            node.replace_all_uses_with(node.args[0])
+        elif kind == "bias":
+            _split_bias(graph, node)
+    for node in reversed(graph.nodes):
+        if not node.users and node.op in ("call_function", "get_attr") and not _has_effect(node, root):
+            graph.erase_node(node)
+
+
+def _is_identity(node: fx.Node) -> bool:
+    source = node.args[0]
+    if not isinstance(source, fx.Node) or node.kwargs.get("copy") or any(arg is True for arg in node.args[1:]):
+        return False
+    if node.kwargs.get("memory_format") not in (None, torch.preserve_format):
+        return False
+    a, b = source.meta.get("val"), node.meta.get("val")
+    if not isinstance(a, torch.Tensor) or not isinstance(b, torch.Tensor):
+        return False
+    return a.dtype == b.dtype and a.device == b.device and a.layout == b.layout and same_shape(a.shape, b.shape)
+
+
+def _split_bias(graph: fx.Graph, node: fx.Node) -> None:
+    """Rewrite ``linear(x, w, b)`` as ``linear(x, w) + b``, and ``addmm(b, x, w)`` as ``mm(x, w) + b``."""
+    if node.target is _aten.linear.default:
+        bias = node.args[2] if len(node.args) > 2 else node.kwargs.get("bias")
+        product, target = node.args[:2], _aten.linear.default
+    else:
+        scaled = any(factor != 1 for factor in node.kwargs.values())
+        bias = None if scaled else node.args[0]
+        product, target = node.args[1:], _aten.mm.default
+    if not isinstance(bias, fx.Node):
+        return
+    with graph.inserting_after(node):
+        add = graph.call_function(_aten.add.Tensor, (node, bias))
+    add.meta = {**node.meta, "split_bias": True}
+    node.replace_all_uses_with(add, delete_user_cb=lambda user: user is not add)
+    node.target, node.args, node.kwargs = target, product, {}
+
+
+def _has_effect(node: fx.Node, root: fx.GraphModule) -> bool:
+    if node.target is _aten.batch_norm.default:
+        return node.args[5] is True and node.args[3] is not None  # it updates its running statistics
+    inner = nested_graphs(node, root)
+    return _is_effect(node.target) or any(_has_effect(item, owner) for owner in inner for item in owner.graph.nodes)
+
+
+def _keep_non_persistent(gm: fx.GraphModule, result: fx.GraphModule) -> None:
+    """A graph module makes every buffer persistent; keep those out of the state dict that were."""
+    owners = dict(result.named_modules())
+    for prefix, module in gm.named_modules():
+        if module._non_persistent_buffers_set and prefix in owners:
+            names = module._non_persistent_buffers_set & owners[prefix]._buffers.keys()
+            owners[prefix]._non_persistent_buffers_set |= names

@@ -1,0 +1,143 @@
+"""The whole compiler, top to bottom: each stage is a pure function from graph to graph, in a file of its own."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx
+
+from fxshard.mesh import Mesh
+from fxshard.passes.annotate import annotate
+from fxshard.passes.capture import Captured, module_of
+from fxshard.passes.check import check
+from fxshard.passes.insert_collectives import insert_collectives
+from fxshard.passes.localize import localize
+from fxshard.passes.normalize import normalize
+from fxshard.passes.optimize import optimize
+from fxshard.passes.propagate import propagate
+from fxshard.passes.typing import info_of
+from fxshard.placement import Placements
+from fxshard.plan.plan import Plan
+from fxshard.plan.resolve import Names, Resolved, resolve
+from fxshard.rules.recipe import bind
+from fxshard.runtime.collectives import dropout_mask
+
+STAGES = ("capture", "normalize", "annotate", "propagate", "insert_collectives", "localize", "optimize")
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """A captured model, compiled for one plan.
+
+    Attributes:
+        captured: what ``capture`` gave.
+        resolved: the plan, made explicit.
+        stages: the graph after every stage.
+        times_s: seconds that every stage took.
+    """
+
+    captured: Captured
+    resolved: Resolved
+    mesh: Mesh
+    root: fx.GraphModule
+    stages: Mapping[str, fx.Graph]
+    times_s: Mapping[str, float]
+
+    @property
+    def graph(self) -> fx.Graph:
+        """The program that the ranks run."""
+        return self.stages["optimize"]
+
+    def output_placements(self, index: int) -> Placements:
+        """The placements of the ``index``-th flat output, a tensor."""
+        leaves: Any = next(iter(reversed(self.graph.nodes))).args[0]
+        return info_of(leaves[index]).placements
+
+    @property
+    def draws(self) -> bool:
+        """Whether the program draws random numbers."""
+        return any(_draws(node) for node in self.graph.nodes)
+
+
+def compile_graph(captured: Captured, plan: Plan, model: torch.nn.Module, capture_s: float) -> Compiled:
+    """Compiles a captured model: the pipeline."""
+    mesh: Mesh = plan.mesh
+    stages: dict[str, fx.Graph] = {"capture": captured.graph_module.graph}
+    times: dict[str, float] = {"capture": capture_s}
+
+    def stage(name: str, run: Callable[..., Any], *args: Any) -> Any:
+        start = time.perf_counter()
+        out = run(*args)
+        times[name] = time.perf_counter() - start
+        if isinstance(out, fx.Graph):
+            stages[name] = out
+        return out
+
+    root: fx.GraphModule = stage("normalize", normalize, captured.graph_module)
+    graph = stages["normalize"] = root.graph
+    mark_parameters(graph, root)
+    resolved = stage("resolve", resolve, plan, graph, names_of(graph, captured, model))
+    graph = stage("annotate", annotate, graph, resolved, mesh)
+    graph = stage("propagate", propagate, graph, mesh)
+    graph = stage("insert_collectives", insert_collectives, graph, mesh)
+    stage("check", check, graph, mesh)
+    graph = stage("localize", localize, graph, mesh)
+    stage("optimize", optimize, graph)
+    return Compiled(captured, resolved, mesh, root, stages, times)
+
+
+def mark_parameters(graph: fx.Graph, root: torch.nn.Module) -> None:
+    """Notes on every attribute whether it is a parameter, and whether it requires a gradient."""
+    for node in graph.nodes:
+        if node.op == "get_attr":
+            value: Any = root
+            for part in str(node.target).split("."):
+                value = getattr(value, part)
+            node.meta["is_parameter"] = isinstance(value, torch.nn.Parameter)
+            node.meta["requires_grad"] = isinstance(value, torch.Tensor) and value.requires_grad
+
+
+def _draws(node: fx.Node) -> bool:
+    if node.target is dropout_mask:
+        return True
+    if node.target is torch.ops.aten.scaled_dot_product_attention.default:
+        return bool(bind(node)["dropout_p"])
+    return torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ())
+
+
+def names_of(graph: fx.Graph, captured: Captured, model: torch.nn.Module) -> Names:
+    """What a plan can name in this graph."""
+    attributes = {str(n.target): n for n in graph.nodes if n.op == "get_attr"}
+    tensors = dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers(remove_duplicate=False))
+    params: dict[str, fx.Node] = {}
+    unread: dict[str, tuple[int, ...]] = {}
+    for name, tensor in tensors.items():
+        node = attributes.get(captured.aliases.get(name, name))
+        if node is None:
+            unread[name] = tuple(tensor.shape)
+        else:
+            params[name] = node
+    canonical = {name: node for name, node in params.items() if name == str(node.target)}
+    inputs = {str(n.target): n for n in graph.nodes if n.op == "placeholder"}
+    last = next(iter(reversed(graph.nodes)))
+    outputs = [leaf if isinstance(leaf, fx.Node) else None for leaf in last.args[0]]
+    return Names(canonical | params, inputs, _modules(graph), outputs, unread)
+
+
+def _modules(graph: fx.Graph) -> dict[str, list[fx.Node]]:
+    """Module path -> the values that leave the module: computed inside, read outside."""
+    out: dict[str, list[fx.Node]] = {}
+    for node in graph.nodes:
+        if node.op != "call_function" or not isinstance(node.meta.get("val"), torch.Tensor):
+            continue
+        path = module_of(node)
+        readers = [module_of(user) if user.op == "call_function" else "" for user in node.users]
+        while path:
+            if any(r != path and not r.startswith(path + ".") for r in readers):
+                out.setdefault(path, []).append(node)
+            path = path.rpartition(".")[0]
+    return out

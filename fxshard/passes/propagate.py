@@ -1,0 +1,333 @@
+"""propagate: gives every node its placements, and the factor that each mesh axis splits, with the reason.
+
+In: a graph whose parameters and constraints carry what the plan asked for (``Info.given``).
+Out: the same graph, where every node has an ``Info``: what each operand must be, and what each result is.
+
+The policy is *follow*: axis by axis, node by node. A call whose operands are all replicated stays whole. Otherwise one
+of the factors that an operand already carries is followed; where they conflict, the one whose conversions move the
+fewest bytes, and a weight stays where it is stored. A partial sum passes through linear operators and is reduced at
+the first reader that needs more. Where nothing can be followed, the operands are gathered.
+
+    linear(x: Replicate, w: Shard(0))    -> factor o: x Varying,  result Shard(-1)
+    linear(x: Shard(-1), w: Shard(1))    -> factor i: as they are, result Partial(sum)
+
+Each axis sees the shapes that the outer axes left: a compound dim that ``dp`` cut is smaller for ``tp``.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import fx
+
+from fxshard.mesh import Mesh
+from fxshard.passes.typing import Choice, Info, copy_graph, has_info, info_of, is_float, set_info, values_of
+from fxshard.placement import PARTIAL, REPLICATE, VARYING, Placement, Placements, blocks_of, local_shape, same, shard
+from fxshard.placement import is_partial, is_shard
+from fxshard.rules.lookup import recipe_for
+from fxshard.rules.recipe import At, Factor, Recipe, Shape, combine, operands_of, shape_of, uncombine, units
+
+WEIGHT_STAYS = 1000.0
+"""How much dearer it is to move a weight than an activation of its size: weights stay where they are stored."""
+
+LOOK_AHEAD = 6
+"""How many calls ahead a sum looks for a reader that wants it split."""
+
+METADATA = {
+    torch.ops.aten.sym_size.int,
+    torch.ops.aten.sym_numel.default,
+    torch.ops.aten.sym_stride.int,
+    torch.ops.aten.sym_storage_offset.default,
+}
+"""Operators that read sizes only. Whatever the operand's placement, they give the whole tensor's."""
+
+VIEWS_OF_WEIGHTS = {
+    torch.ops.aten.t.default,
+    torch.ops.aten.transpose.int,
+    torch.ops.aten.permute.default,
+    torch.ops.aten.to.dtype,
+    torch.ops.aten.view.default,
+    torch.ops.aten.reshape.default,
+    torch.ops.aten.unsqueeze.default,
+}
+
+
+def constrain(value: torch.Tensor) -> torch.Tensor:
+    """Marks a place where the plan fixes a value's placements; it is gone after ``insert_collectives``."""
+    return value
+
+
+def propagate(graph: fx.Graph, mesh: Mesh) -> fx.Graph:
+    """Decides every node's placements on every axis. See the module's text.
+
+    Reference: GSPMD (Xu et al., 2021), sharding completion; Megatron-LM (Shoeybi et al., 2019).
+    """
+    graph = copy_graph(graph)
+    facts = [_Facts.of(node) for node in graph.nodes]
+    by_node = {fact.node: fact for fact in facts}
+    for fact in facts:
+        fact.operands = [by_node[o] for o in operands_of(fact.node)] if fact.node.op == "call_function" else []
+        for operand in fact.operands:
+            operand.readers.append(fact)
+        fact.differentiable = _differentiable(fact)
+        fact.stored = fact.node.op == "get_attr" or (
+            fact.node.target in VIEWS_OF_WEIGHTS and bool(fact.operands) and fact.operands[0].stored
+        )
+    for axis in range(mesh.ndim):
+        if mesh.sizes[axis] > 1:
+            _propagate_axis(facts, axis, mesh)
+        else:
+            for fact in facts:
+                fact.close(None)
+    for fact in facts:
+        outputs = tuple(tuple(axes) for axes in zip(*(fact.per_axis), strict=True)) if fact.per_axis else ()
+        set_info(fact.node, Info(outputs, tuple(fact.choices), fact.differentiable, fact.given))
+    return graph
+
+
+@dataclass(eq=False)
+class _Facts:
+    """What propagation knows of one node while it runs."""
+
+    node: fx.Node
+    shapes: tuple[Shape, ...]
+    num_bytes: int
+    is_float: bool
+    given: Placements | None
+    operands: list[_Facts] = field(default_factory=list)
+    readers: list[_Facts] = field(default_factory=list)
+    differentiable: bool = False
+    stored: bool = False
+    current: tuple[Placement, ...] = ()
+    per_axis: list[tuple[Placement, ...]] = field(default_factory=list)
+    choices: list[Choice | None] = field(default_factory=list)
+
+    @staticmethod
+    def of(node: fx.Node) -> _Facts:
+        values = values_of(node)
+        shapes = tuple(shape_of(v) for v in values)
+        size = 1
+        for dim in shapes[0] if shapes else ():
+            size *= dim if isinstance(dim, int) else 64  # a symbolic size weighs as a typical one in comparisons
+        itemsize = values[0].element_size() if values and isinstance(values[0], torch.Tensor) else 1
+        given = info_of(node).given if has_info(node) else None
+        return _Facts(node, shapes, size * itemsize, any(map(is_float, values)), given)
+
+    def close(self, choice: Choice | None) -> None:
+        """Records the decision of one axis."""
+        self.choices.append(choice)
+        self.current = choice.outputs if choice else (REPLICATE,) * max(len(self.shapes), 1)
+        self.per_axis.append(self.current)
+
+
+def _differentiable(fact: _Facts) -> bool:
+    node = fact.node
+    if node.op == "placeholder":
+        return fact.is_float
+    if node.op == "get_attr":
+        return isinstance(node.meta.get("val"), torch.nn.Parameter) or bool(node.meta.get("is_parameter"))
+    if node.op != "call_function" or not fact.is_float:
+        return False
+    if node.target is torch.ops.aten.detach.default:
+        return False
+    return any(o.differentiable for o in fact.operands)
+
+
+def _propagate_axis(facts: Sequence[_Facts], axis: int, mesh: Mesh) -> None:
+    size = mesh.sizes[axis]
+    sizes = mesh.sizes[:axis]
+    for fact in facts:
+        node = fact.node
+        if node.op in ("placeholder", "get_attr"):
+            at = fact.given[axis] if fact.given else REPLICATE
+            fact.close(Choice("given", (), (at,), reason="the plan") if at is not REPLICATE else None)
+        elif node.op == "output":
+            fact.close(None)
+        elif node.target is operator.getitem and len(fact.operands) == 1 and len(fact.operands[0].shapes) > 1:
+            at = fact.operands[0].current[node.args[1]]  # type: ignore[index]
+            fact.close(Choice("split", (None,), (at,)) if at is not REPLICATE else None)
+        elif node.target is constrain and fact.given is not None:
+            fact.close(Choice("given", (fact.given[axis],), (fact.given[axis],), reason="the plan"))
+        elif node.target is torch.ops.aten.copy_.default and not same(fact.operands[0].current[0], REPLICATE):
+            at = fact.operands[0].current[0]
+            fact.close(Choice("given", (at, at), (at,), reason="it updates a buffer in place"))
+        elif node.target in METADATA or all(o.current[0] is REPLICATE for o in fact.operands):
+            fact.close(None)
+        else:
+            fact.close(_choose(fact, size, sizes, axis))
+
+
+def _choose(fact: _Facts, size: int, sizes: Sequence[int], axis: int) -> Choice:
+    current = [o.current[0] for o in fact.operands]
+    if any(len(o.shapes) > 1 for o in fact.operands):
+        return _whole(fact, frozenset(), "reads a list of tensors")
+    recipe = recipe_for(fact.node, _input_shapes(fact, sizes), _output_shapes(fact, sizes), current)
+    if recipe is None:
+        return _whole(fact, frozenset(), "has no rule")
+    partial = frozenset(i for i, p in enumerate(current) if is_partial(p) and i not in recipe.unread)
+    if partial in recipe.linear and _floats(fact, partial):
+        return _pass_partial(fact, recipe, partial)
+    best: tuple[float, Factor, tuple[int, ...], int] | None = None
+    for factor in recipe.factors:
+        for i, at in enumerate(factor.inputs):
+            found = carried(current[i], at, factor, size)
+            if found is None or i in recipe.unread:
+                continue
+            cost = _cost(fact, factor, found, current)
+            if best is None or cost < best[0]:
+                best = (cost, factor, found, i)
+    if best is None and partial:
+        ahead = _scatter_ahead(fact, recipe, partial, size, axis, sizes)
+        if ahead is not None:
+            return split_choice(*ahead, [o.differentiable for o in fact.operands], recipe.unread, min(partial))
+    if best is None:
+        return _whole(fact, recipe.unread, "no factor that an operand carries can be split")
+    _, factor, blocks, leader = best
+    return split_choice(factor, blocks, [o.differentiable for o in fact.operands], recipe.unread, leader)
+
+
+def _scatter_ahead(
+    fact: _Facts, recipe: Recipe, partial: frozenset[int], size: int, axis: int, sizes: Sequence[int]
+) -> tuple[Factor, tuple[int, ...]] | None:
+    """The factor over which to scatter a sum, where a reader further on will want it split.
+
+    A row-sharded product adds its bias before it meets a residual stream that is split along the sequence: reducing it
+    whole for the bias, and cutting it afterwards, would move twice the bytes.
+    """
+    chain: list[tuple[Recipe, int]] = [(recipe, min(partial))]
+    at = fact
+    for _ in range(LOOK_AHEAD):
+        reader, position = _only_reader(at)
+        if reader is None:
+            return None
+        if reader.node.target is constrain:
+            asked = reader.given[axis] if reader.given else REPLICATE
+            wanted = At(asked.dim, blocks_of(asked)) if is_shard(asked) else None  # type: ignore[attr-defined]
+            return _back_through(chain, wanted, size) if wanted else None
+        inputs, current = _input_shapes(reader, sizes), [o.current[0] if o.current else REPLICATE for o in reader.operands]
+        if any(len(o.shapes) > 1 for o in reader.operands):
+            return None
+        found = recipe_for(reader.node, inputs, _output_shapes(reader, sizes), current)
+        if found is None:
+            return None
+        for factor in found.factors:
+            mine = factor.inputs[position]
+            for other, theirs in enumerate(factor.inputs):
+                blocks = carried(current[other], theirs, factor, size) if other != position else None
+                if blocks is not None and mine is not None and not reader.operands[other].stored:
+                    return _back_through(chain, At(mine.dim, combine(mine.blocks, blocks)), size)
+        chain.append((found, position))
+        at = reader
+    return None
+
+
+def _only_reader(fact: _Facts) -> tuple[_Facts | None, int]:
+    if len(fact.node.users) != 1 or len(fact.shapes) != 1:
+        return None, 0
+    reader = fact.readers[0]
+    if reader.node.op != "call_function":
+        return None, 0
+    return reader, reader.operands.index(fact)
+
+
+def _back_through(
+    chain: Sequence[tuple[Recipe, int]], wanted: At, size: int
+) -> tuple[Factor, tuple[int, ...]] | None:
+    """From what is wanted of the last result of a chain to the factor of its first call; None where that breaks."""
+    for index, (recipe, position) in reversed(list(enumerate(chain))):
+        for factor in recipe.factors:
+            at = factor.outputs[0]
+            if at is None or at.dim != wanted.dim or factor.inputs[position] is None:
+                continue
+            blocks = uncombine(wanted.blocks, at.blocks)
+            if blocks is not None and units(factor.size, blocks, size):
+                if index == 0:
+                    return factor, blocks
+                source = factor.inputs[position]
+                assert source is not None
+                wanted = At(source.dim, combine(source.blocks, blocks))
+                break
+        else:
+            return None
+    return None
+
+
+def carried(current: Placement, at: At | None, factor: Factor, size: int) -> tuple[int, ...] | None:
+    """The blocks of ``factor`` that an operand placed as ``current`` carries; None where it does not."""
+    if at is None or not is_shard(current) or current.dim != at.dim:  # type: ignore[attr-defined]
+        return None
+    blocks = uncombine(blocks_of(current), at.blocks)
+    return blocks if blocks is not None and units(factor.size, blocks, size) else None
+
+
+def split_choice(
+    factor: Factor, blocks: tuple[int, ...], differentiable: Sequence[bool], unread: frozenset[int], leader: int
+) -> Choice:
+    """The choice of splitting ``factor`` in ``blocks``."""
+    inputs: list[Placement | None] = []
+    for i, at in enumerate(factor.inputs):
+        if i in unread and at is None:
+            inputs.append(None)
+        elif at is not None:
+            inputs.append(shard(at.dim, combine(at.blocks, blocks)))
+        else:
+            inputs.append(VARYING if differentiable[i] else REPLICATE)
+    outputs = tuple(PARTIAL if at is None else shard(at.dim, combine(at.blocks, blocks)) for at in factor.outputs)
+    return Choice("split", tuple(inputs), outputs, factor.name, factor.lowering, f"operand {leader}")
+
+
+def _whole(fact: _Facts, unread: frozenset[int], reason: str) -> Choice:
+    inputs = tuple(None if i in unread else REPLICATE for i in range(len(fact.operands)))
+    return Choice("whole", inputs, (REPLICATE,) * max(len(fact.shapes), 1), reason=reason)
+
+
+def _pass_partial(fact: _Facts, recipe: Recipe, partial: frozenset[int]) -> Choice:
+    inputs: list[Placement | None] = []
+    for i in range(len(fact.operands)):
+        inputs.append(PARTIAL if i in partial else None if i in recipe.unread else REPLICATE)
+    return Choice("partial", tuple(inputs), (PARTIAL,) * len(fact.shapes))
+
+
+def _floats(fact: _Facts, partial: frozenset[int]) -> bool:
+    """Whether it is worth to leave a sum unreduced: it does not grow, nor make other gradients partial."""
+    operands = fact.operands
+    if any(o.differentiable for i, o in enumerate(operands) if i not in partial):
+        return False
+    sources = [operands[i] for i in partial]
+    return all(len(s.node.users) == 1 for s in sources) and fact.num_bytes <= sum(s.num_bytes for s in sources)
+
+
+def _cost(fact: _Facts, factor: Factor, blocks: tuple[int, ...], current: Sequence[Placement]) -> float:
+    cost = 0.0
+    for operand, at, now in zip(fact.operands, factor.inputs, current, strict=True):
+        target = REPLICATE if at is None else shard(at.dim, combine(at.blocks, blocks))
+        if same(now, target):
+            continue
+        if is_shard(now):
+            cost += operand.num_bytes * (WEIGHT_STAYS if operand.stored else 1.0)
+        elif is_partial(now):
+            cost += operand.num_bytes * (2.0 if at is None else 1.0)
+        elif at is not None and operand.differentiable:
+            cost += operand.num_bytes * 0.5  # cut for free, gathered in the backward pass
+    return cost
+
+
+def _input_shapes(fact: _Facts, sizes: Sequence[int]) -> tuple[Shape, ...]:
+    if not sizes or not any(fact.choices):
+        return tuple(o.shapes[0] for o in fact.operands)
+    out = []
+    for i, operand in enumerate(fact.operands):
+        placements = [(c.inputs[i] if c else None) or REPLICATE for c in fact.choices]
+        out.append(local_shape(operand.shapes[0], tuple(placements), sizes))
+    return tuple(out)
+
+
+def _output_shapes(fact: _Facts, sizes: Sequence[int]) -> tuple[Shape, ...]:
+    if not sizes or not any(fact.choices):
+        return fact.shapes
+    return tuple(
+        local_shape(shape, tuple(axis[k] for axis in fact.per_axis), sizes) for k, shape in enumerate(fact.shapes)
+    )

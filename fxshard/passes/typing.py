@@ -1,0 +1,93 @@
+"""All that the compiler knows of a node: one frozen ``Info`` under one key of ``node.meta``, touched here only."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx
+
+from fxshard.placement import Placement, Placements
+
+_KEY = "fxshard"
+
+
+@dataclass(frozen=True)
+class Choice:
+    """How one mesh axis runs one call.
+
+    Attributes:
+        kind: ``split`` over ``factor``; ``partial``: a sum passes through unreduced; ``whole``: every rank the same.
+        inputs: what each tensor operand must be along the axis; None where it is not read.
+        outputs: what each result is along the axis.
+        factor: the name of the split factor.
+        lowering: the local replacement that the split needs.
+        reason: why, for ``explain``; e.g. ``model.embed.weight is split over v``.
+    """
+
+    kind: str
+    inputs: tuple[Placement | None, ...]
+    outputs: tuple[Placement, ...]
+    factor: str | None = None
+    lowering: str | None = None
+    reason: str = ""
+
+
+@dataclass(frozen=True)
+class Info:
+    """The placements of a node's results, and the choices that led to them.
+
+    Attributes:
+        outputs: for each tensor result (one for a node that is a tensor) a placement per mesh axis.
+        choices: one per mesh axis; None where the axis runs the call whole on replicated operands.
+        differentiable: whether a gradient may flow through the result.
+        given: the placements that the plan asked for, on parameters and constraints.
+    """
+
+    outputs: tuple[Placements, ...]
+    choices: tuple[Choice | None, ...] = ()
+    differentiable: bool = False
+    given: Placements | None = None
+
+    @property
+    def placements(self) -> Placements:
+        """The placements of the one result."""
+        return self.outputs[0]
+
+
+def info_of(node: fx.Node) -> Info:
+    """What is known of ``node``; ``KeyError`` before ``propagate``."""
+    found: Info = node.meta[_KEY]
+    return found
+
+
+def has_info(node: fx.Node) -> bool:
+    """Whether anything is known of ``node`` yet."""
+    return _KEY in node.meta
+
+
+def set_info(node: fx.Node, info: Info) -> None:
+    """Records what is known of ``node``."""
+    node.meta[_KEY] = info
+
+
+def values_of(node: fx.Node) -> tuple[Any, ...]:
+    """The tensors that a node gives: one, or those of a list."""
+    value = node.meta.get("val")
+    if isinstance(value, (list, tuple)):
+        return tuple(value)
+    return (value,)
+
+
+def is_float(value: Any) -> bool:
+    """Whether a gradient may flow through values of this dtype."""
+    return isinstance(value, torch.Tensor) and (value.dtype.is_floating_point or value.dtype.is_complex)
+
+
+def copy_graph(graph: fx.Graph) -> fx.Graph:
+    """A copy of a graph; the nodes' meta dicts are copied, what they hold is shared."""
+    new = fx.Graph()
+    result = new.graph_copy(graph, {})
+    new.output(result).meta = dict(next(iter(reversed(graph.nodes))).meta)
+    return new

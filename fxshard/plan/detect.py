@@ -1,0 +1,371 @@
+"""Finds column/row pairs in the dataflow: what tensor parallelism splits, without knowing any name.
+
+A *row* is a contraction of an activation with a weight: ``down_proj``, ``o_proj``. Splitting the contracted factor needs
+the activation split along it. Walking back from there, each operator's rule says which dim of its operands must be split,
+until the walk ends in the output features of other weights: the *columns* (``gate_proj`` and ``up_proj``; q, k and v). A value
+that others read too stays whole and is cut where the region reads it; so is, for free, what is not computed from weights
+(masks, rotary tables). A walk that meets a norm, or a residual stream, ends there without a column: no pair.
+
+A packed projection is cut in pieces on the way (q, k, v). The pieces' demands meet at its output: there, and in the
+weight, each piece is a block that is split on its own.
+
+Reference: Megatron-LM (Shoeybi et al., 2019), section 3.
+"""
+
+from __future__ import annotations
+
+import heapq
+import operator
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import fx
+
+from fxshard.placement import Replicate, Shard, normalize_blocks, shard
+from fxshard.rules.lookup import recipe_for
+from fxshard.rules.recipe import Dim, Factor, Shape, combine, operands_of, shape_of, uncombine, units
+from fxshard.rules.table import name_of
+from fxshard.rules.views import segments_of
+
+Demand = dict[tuple[int, int], tuple[int, ...]]
+"""What is asked of one value along one dim: [start, end) of a segment -> the blocks within it that are cut alike."""
+
+_VIEWS = {"aten.t", "aten.transpose", "aten.permute", "aten.numpy_T", "aten.view", "aten.reshape", "aten.to"}
+_CUTS = {"aten.split", "aten.split_with_sizes", "aten.chunk", "aten.slice", "aten.narrow"}
+_SIZES = {"aten.sym_size", "aten.sym_numel"}
+
+
+@dataclass
+class Graph:
+    """The facts of a graph that detection needs, gathered once."""
+
+    order: dict[fx.Node, int]
+    weights: dict[fx.Node, fx.Node]
+    learned: set[fx.Node]
+
+    @staticmethod
+    def of(graph: fx.Graph) -> Graph:
+        """Reads a graph: its order, the weights (with their views), and what is computed from weights."""
+        order, weights, learned = {}, {}, set()
+        for i, node in enumerate(graph.nodes):
+            order[node] = i
+            if node.op == "get_attr" and is_parameter(node):
+                weights[node] = node
+            elif node.op == "call_function":
+                ops = operands_of(node)
+                if any(o in learned or o in weights for o in ops):
+                    if name_of(node.target)[1] in _VIEWS and len(ops) == 1 and ops[0] in weights:
+                        weights[node] = weights[ops[0]]
+                    else:
+                        learned.add(node)
+        return Graph(order, weights, learned)
+
+
+def is_parameter(node: fx.Node) -> bool:
+    """Whether a node reads a parameter of the model."""
+    return bool(node.meta.get("is_parameter")) or isinstance(node.meta.get("val"), torch.nn.Parameter)
+
+
+@dataclass
+class Pair:
+    """One row, and what must be split for it."""
+
+    row: fx.Node
+    weights: dict[fx.Node, Shard] = field(default_factory=dict)
+
+
+def shapes_of(node: fx.Node) -> tuple[Shape, ...]:
+    """The shapes of a node's results."""
+    value = node.meta.get("val")
+    return tuple(map(shape_of, value)) if isinstance(value, (list, tuple)) else (shape_of(value),)
+
+
+def find_pairs(graph: fx.Graph, size: int) -> list[Pair]:
+    """The column/row pairs of a graph for an axis of ``size`` ranks, in the order of the rows.
+
+    A weight is split one way only: a pair that would split it another way than an earlier pair is left out.
+    """
+    facts = Graph.of(graph)
+    taken: dict[fx.Node, Shard] = {}
+    pairs = []
+    for node in facts.order:
+        if node.op != "call_function" or node not in facts.learned:
+            continue
+        pair = _pair(node, facts, size)
+        if pair is None or any(not _agree(taken.get(w), p) for w, p in pair.weights.items()):
+            continue
+        taken |= pair.weights
+        pairs.append(pair)
+    return pairs
+
+
+def _agree(have: Shard | None, want: Shard) -> bool:
+    return have is None or repr(have) == repr(want)
+
+
+def contraction(node: fx.Node, facts: Graph) -> tuple[Factor, int, int] | None:
+    """The factor that a call contracts between an activation and a weight, and the positions of the two."""
+    operands = operands_of(node)
+    if len(operands) < 2 or not any(o in facts.weights for o in operands):
+        return None
+    recipe = _recipe(node)
+    for factor in recipe.factors if recipe is not None else ():
+        if any(at is not None for at in factor.outputs) or factor.lowering:
+            continue
+        at = [i for i, a in enumerate(factor.inputs) if a is not None]
+        weights = [i for i in at if operands[i] in facts.weights]
+        values = [i for i in at if operands[i] not in facts.weights]
+        if len(weights) == 1 and len(values) == 1:
+            return factor, values[0], weights[0]
+    return None
+
+
+def _recipe(node: fx.Node):  # type: ignore[no-untyped-def]
+    operands = operands_of(node)
+    if any(isinstance(o.meta["val"], (list, tuple)) for o in operands):
+        return None
+    inputs = tuple(shape_of(o.meta["val"]) for o in operands)
+    return recipe_for(node, inputs, shapes_of(node), (Replicate(),) * len(inputs))
+
+
+def _pair(row: fx.Node, facts: Graph, size: int) -> Pair | None:
+    found = contraction(row, facts)
+    if found is None or not units(found[0].size, (1,), size):
+        return None
+    factor, value, weight = found
+    operands = operands_of(row)
+    whole: set[fx.Node] = set()
+    while True:
+        walk = _Walk(facts, size, {row}, whole)
+        for position in (value, weight):
+            at = factor.inputs[position]
+            assert at is not None
+            walk.ask(operands[position], 0, at.dim, at.blocks)
+        walk.run()
+        if not walk.sound:
+            return None
+        read_outside = walk.read_outside()
+        if not read_outside:
+            break
+        whole |= read_outside  # shared with others, as a position bias is by all layers: whole, and cut where it is read
+    columns = [w for w in walk.leaves if w is not facts.weights[operands[weight]] and len(shapes_of(w)[0]) > 1]
+    return Pair(row, walk.leaves) if columns else None
+
+
+@dataclass
+class _Walk:
+    """One walk back from a row."""
+
+    facts: Graph
+    size: int
+    region: set[fx.Node]
+    whole: set[fx.Node]
+    queue: list[tuple[int, int]] = field(default_factory=list)
+    nodes: dict[int, fx.Node] = field(default_factory=dict)
+    asked: dict[fx.Node, dict[tuple[int, int], Demand]] = field(default_factory=dict)
+    leaves: dict[fx.Node, Shard] = field(default_factory=dict)
+    split: set[fx.Node] = field(default_factory=set)
+    sound: bool = True
+
+    def ask(self, node: fx.Node, result: int, dim: int, blocks: tuple[int, ...]) -> None:
+        """Asks that dim ``dim`` of a value be split."""
+        self.ask_segment(node, result, dim, 0, shapes_of(node)[result][dim], blocks)
+
+    def ask_segment(self, node: fx.Node, result: int, dim: int, start: int, end: Dim, blocks: tuple[int, ...]) -> None:
+        """Asks that [start, end) of a dim be split as a block of its own."""
+        order = self.facts.order[node]
+        if order not in self.nodes:
+            self.nodes[order] = node
+            heapq.heappush(self.queue, (-order, order))
+        demands = self.asked.setdefault(node, {}).setdefault((result, dim), {})
+        key = (start, end)
+        if demands.setdefault(key, blocks) != blocks:  # type: ignore[index]
+            self.sound = False
+
+    def run(self) -> None:
+        """Walks until nothing is asked any more; later nodes first, so all readers of a value have spoken."""
+        while self.queue and self.sound:
+            node = self.nodes[heapq.heappop(self.queue)[1]]
+            self._visit(node)
+
+    def _visit(self, node: fx.Node) -> None:
+        asked = self.asked[node]
+        if node in self.whole:
+            return
+        if len({dim for _, dim in asked}) > 1:
+            self.sound = False
+            return
+        if node.target is operator.getitem:
+            parent, index = node.args
+            for (_, dim), demand in asked.items():
+                for (start, end), blocks in demand.items():
+                    self.ask_segment(parent, index, dim, start, end, blocks)  # type: ignore[arg-type]
+            self.split.add(node)
+            return
+        if node in self.facts.weights and node.op == "get_attr":
+            ((_, dim), demand), *_ = asked.items()
+            blocks = _merge(demand, shapes_of(node)[0][dim])
+            if blocks is None or not units(shapes_of(node)[0][dim], blocks, self.size):
+                self.sound = False
+            else:
+                self.leaves[node] = shard(dim, blocks)
+            return
+        if node.op != "call_function" or (node not in self.facts.learned and node not in self.facts.weights):
+            return  # not computed from weights: cut for free
+        self._through(node, asked)
+
+    def _through(self, node: fx.Node, asked: Mapping[tuple[int, int], Demand]) -> None:
+        """From what is asked of a call's results to what that asks of its operands."""
+        name = name_of(node.target)[1]
+        dim = next(iter(asked))[1]
+        if name in _CUTS and self._through_cut(node, asked, dim):
+            return
+        recipe = _recipe(node)
+        shapes = shapes_of(node)
+        found = None
+        if recipe is not None and len(asked) == 1:
+            (result, _), demand = next(iter(asked.items()))
+            blocks = _merge(demand, shapes[result][dim])
+            found = blocks and next(
+                (
+                    (factor, inner)
+                    for factor in recipe.factors
+                    if (at := factor.outputs[result]) is not None
+                    and at.dim == dim
+                    and (inner := uncombine(blocks, at.blocks)) is not None
+                    and units(factor.size, inner, self.size)
+                ),
+                None,
+            )
+        if not found:
+            return  # it cannot be split: it stays whole, and is cut where it is read
+        factor, inner = found
+        self.split.add(node)
+        self.region.add(node)
+        for operand, at in zip(operands_of(node), factor.inputs, strict=True):
+            if at is not None:
+                self.ask(operand, 0, at.dim, combine(at.blocks, inner))
+
+    def _through_cut(self, node: fx.Node, asked: Mapping[tuple[int, int], Demand], dim: int) -> bool:
+        (operand,) = operands_of(node)
+        parts = segments_of(node, dim)
+        if parts is None or len(parts) == 1 and parts[0] == (0, shapes_of(operand)[0][dim]):
+            return False
+        if len(asked) != len(parts):
+            return False
+        for (result, _), demand in asked.items():
+            blocks = _merge(demand, parts[result][1] - parts[result][0])
+            if blocks is None:
+                return False
+            self.ask_segment(operand, 0, dim, parts[result][0], parts[result][1], blocks)
+        self.split.add(node)
+        self.region.add(node)
+        return True
+
+    def read_outside(self) -> set[fx.Node]:
+        """The split values that are read by others than the region, and not just handed out."""
+        return {node for node in self.split if not all(self._inside(user) for user in node.users)}
+
+    def _inside(self, user: fx.Node) -> bool:
+        if user in self.region or user in self.split or user.op == "output":
+            return True
+        name = name_of(user.target)[1]
+        if name in _SIZES:
+            return True
+        handed_out = name in _VIEWS or name in _CUTS or name in ("aten.cat", "aten.clone", "aten.contiguous")
+        return (handed_out or user.target is operator.getitem) and all(self._inside(u) for u in user.users)
+
+
+def _merge(demand: Demand, size: Dim) -> tuple[int, ...] | None:
+    """Segments that tile a dim become its blocks; None where they do not.
+
+    >>> _merge({(0, 4): (1,), (4, 6): (1,), (6, 8): (1,)}, 8)
+    (2, 1, 1)
+    """
+    ordered = sorted(demand.items(), key=lambda item: item[0][0])
+    if len(ordered) == 1 and ordered[0][0] == (0, size):
+        return ordered[0][1]
+    position: Dim = 0
+    blocks: list[int] = []
+    scale = 1
+    for _, inner in ordered:
+        scale *= sum(inner)
+    for (start, end), inner in ordered:
+        if start != position or not isinstance(end, int):
+            return None
+        blocks += [(end - start) * b * (scale // sum(inner)) for b in inner]
+        position = end
+    return normalize_blocks(blocks) if position == size else None
+
+
+def vocabulary(graph: fx.Graph, size: int, taken: Iterable[fx.Node]) -> dict[fx.Node, Shard]:
+    """The vocabulary's table, and the head that scores it: split along the vocabulary.
+
+    The table is the largest one that the model's inputs look up; heads are contractions with as many output features.
+    """
+    facts = Graph.of(graph)
+    skip = set(taken)
+    tables: dict[fx.Node, Dim] = {}
+    for node in facts.order:
+        if node.target is torch.ops.aten.embedding.default and node.args[0] in facts.weights and _given(node.args[1]):
+            weight = facts.weights[node.args[0]]  # type: ignore[index]
+            tables[weight] = shapes_of(weight)[0][0]
+    if not tables:
+        return {}
+    largest = max(tables.values(), key=lambda s: s if isinstance(s, int) else 0)
+    chosen = {w: v for w, v in tables.items() if v == largest and units(v, (1,), size) and w not in skip}
+    out = {w: Shard(0) for w in chosen}
+    for node in facts.order:
+        found = contraction(node, facts) if node.op == "call_function" and node in facts.learned else None
+        if found is None or not chosen or shapes_of(node)[0][-1] != largest:
+            continue
+        weight = facts.weights[operands_of(node)[found[2]]]
+        recipe = _recipe(node)
+        for factor in recipe.factors:
+            at = factor.inputs[found[2]]
+            last = factor.outputs[0]
+            if at is None or last is None or last.dim != len(shapes_of(node)[0]) - 1 or weight in skip:
+                continue
+            if weight in out and out[weight].dim != at.dim:
+                continue
+            out[weight] = Shard(at.dim)
+            out |= _bias(node, facts, skip)
+    return out
+
+
+def _given(node: object) -> bool:
+    """Whether a value is an input of the model, reshaped at most: the ids of words, not positions made in the graph."""
+    while isinstance(node, fx.Node) and node.op == "call_function" and len(operands_of(node)) == 1:
+        (node,) = operands_of(node)
+    return isinstance(node, fx.Node) and node.op == "placeholder"
+
+
+def _bias(node: fx.Node, facts: Graph, skip: set[fx.Node]) -> dict[fx.Node, Shard]:
+    out = {}
+    for user in node.users:
+        for operand in operands_of(user) if name_of(user.target)[1] == "aten.add" else ():
+            if operand in facts.weights and len(shapes_of(operand)[0]) == 1 and operand not in skip:
+                out[facts.weights[operand]] = Shard(0)
+    return out
+
+
+def residuals(graph: fx.Graph, rows: Iterable[fx.Node]) -> list[fx.Node]:
+    """The values to which the results of ``rows`` are added: the residual streams, at every place they are read."""
+    facts = Graph.of(graph)
+    fresh = set(rows)
+    passing = {"aten.add", "aten.dropout", "aten.mul", "aten.div", "aten.to", "aten.clone", "aten.contiguous"}
+    found: dict[fx.Node, None] = {}
+    for node in facts.order:
+        if node.op != "call_function" or name_of(node.target)[1] not in passing | {"aten.view", "aten.reshape"}:
+            continue
+        sources = [o for o in operands_of(node) if o in facts.learned]
+        new = [o for o in sources if o in fresh]
+        if not new:
+            continue
+        old = [o for o in sources if o not in fresh]
+        if not old:
+            fresh.add(node)
+        elif name_of(node.target)[1] == "aten.add" and shapes_of(old[0]) == shapes_of(node):
+            found[old[0]] = None
+    return list(found)

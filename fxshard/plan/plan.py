@@ -1,0 +1,214 @@
+"""Plans: what the user asks for.
+
+A ``Plan`` says, by name or glob, how parameters, inputs, module results and outputs lie on the mesh. Presets ask by
+intention (``tensor_parallel(4)``); against a captured graph they become the explicit names and placements, and the
+result, ``program.plan``, is a plan like any other: it can be printed, edited, saved and passed back in.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any, TypeAlias
+
+from torch.distributed.tensor import Partial, Replicate, Shard
+from torch.distributed.tensor.placement_types import Placement
+
+from fxshard.errors import PlanError
+from fxshard.mesh import Mesh
+from fxshard.placement import BlockShard, describe
+
+Entry: TypeAlias = "Placement | Mapping[str, Placement]"
+"""One placement (on a one-axis mesh), or one an axis."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How a model's tensors lie on a mesh.
+
+    Args:
+        mesh: the axes and their sizes: a ``Mesh``, a dict, a torch ``DeviceMesh``.
+        params: globs of parameter or buffer names -> placements. What is not named is replicated.
+        inputs: globs of input names -> placements: how an input, given whole to every rank, is split for use.
+        activations: globs of module paths -> placements of what those modules return; ``"%name"`` is the result of
+            that node of the graph.
+        outputs: placements of the model's outputs; on an axis that is not named an output comes back whole. Or globs of
+            output positions (``"0"``) -> placements.
+        presets: intentions that are resolved against the captured graph: (preset, axis) pairs.
+
+    A placement is torch's ``Shard(dim)`` or ``Replicate()``, or a dict from axis names to them.
+
+    >>> plan = Plan({"tp": 2}, params={"up.weight": Shard(0), "down.weight": Shard(1)})
+    >>> print(plan)
+    Plan on {tp: 2}
+      params       up.weight    tp: Shard(0)
+      params       down.weight  tp: Shard(1)
+    >>> Plan.from_json(plan.to_json()) == plan
+    True
+    """
+
+    mesh: Any = None
+    params: Mapping[str, Entry] = field(default_factory=dict)
+    inputs: Mapping[str, Entry] = field(default_factory=dict)
+    activations: Mapping[str, Entry] = field(default_factory=dict)
+    outputs: Mapping[str, Any] = field(default_factory=dict)
+    presets: tuple[tuple[str, str], ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.mesh is not None:
+            object.__setattr__(self, "mesh", Mesh.of(self.mesh))
+        for part in ("params", "inputs", "activations"):
+            entries = {name: self._entry(entry, f"{part}[{name!r}]") for name, entry in getattr(self, part).items()}
+            object.__setattr__(self, part, entries)
+        object.__setattr__(self, "outputs", self._outputs(self.outputs))
+        object.__setattr__(self, "presets", tuple(map(tuple, self.presets)))
+
+    def _entry(self, entry: Any, where: str) -> dict[str, Placement]:
+        if isinstance(entry, Placement):
+            if self.mesh is None:
+                return {"": entry}
+            if self.mesh.ndim > 1:
+                raise PlanError(
+                    f"{where} is {describe(entry)}, but the mesh {self.mesh} has several axes",
+                    fix=f"say which: {{{self.mesh.names[0]!r}: {describe(entry)}}}",
+                )
+            return {self.mesh.names[0]: entry}
+        if not isinstance(entry, Mapping) or not all(isinstance(p, Placement) for p in entry.values()):
+            raise PlanError(f"{where} is {entry!r}", fix="give Shard(dim), Replicate(), or {axis: placement}")
+        return dict(entry)
+
+    def _outputs(self, outputs: Any) -> dict[str, Any]:
+        if isinstance(outputs, Placement):
+            return {"*": self._entry(outputs, "outputs")}
+        if not isinstance(outputs, Mapping):
+            raise PlanError(f"outputs is {outputs!r}", fix="give {axis: placement}")
+        if outputs and all(isinstance(p, Placement) for p in outputs.values()):
+            axes = self.mesh.names if self.mesh is not None else ()
+            if all(name in axes for name in outputs) or not all(name.isdigit() or name == "*" for name in outputs):
+                return {"*": dict(outputs)}
+        return {name: self._entry(entry, f"outputs[{name!r}]") for name, entry in outputs.items()}
+
+    def on(self, mesh: Mesh) -> Plan:
+        """This plan on a mesh: bare placements take its one axis."""
+        plan = replace(self, mesh=mesh if self.mesh is None else self.mesh | mesh)
+        for part in ("params", "inputs", "activations", "outputs"):
+            entries = {
+                name: plan._entry(entry[""], f"{part}[{name!r}]") if "" in entry else entry
+                for name, entry in getattr(self, part).items()
+            }
+            object.__setattr__(plan, part, entries)
+        return plan
+
+    def __or__(self, other: Plan) -> Plan:
+        """Both plans together, on the axes of both; where both name an axis of one tensor they must agree."""
+        if not isinstance(other, Plan):
+            return NotImplemented
+        mesh = other.mesh if self.mesh is None else self.mesh if other.mesh is None else self.mesh | other.mesh
+        merged: dict[str, Any] = {}
+        for part in ("params", "inputs", "activations", "outputs"):
+            merged[part] = {name: dict(entry) for name, entry in getattr(self, part).items()}
+            for name, entry in getattr(other, part).items():
+                mine = merged[part].setdefault(name, {})
+                for axis, placement in entry.items():
+                    if repr(mine.setdefault(axis, placement)) != repr(placement):
+                        raise PlanError(
+                            f"the plans disagree on {part} {name!r}, axis {axis!r}: "
+                            f"{describe(mine[axis])} and {describe(placement)}",
+                            fix="name it in one of them only",
+                        )
+        presets = self.presets + tuple(p for p in other.presets if p not in self.presets)
+        return Plan(mesh, presets=presets, **merged)
+
+    def to_json(self) -> str:
+        """The plan as JSON text, which ``Plan.from_json`` reads back."""
+        mesh = None if self.mesh is None else dict(zip(self.mesh.names, self.mesh.sizes, strict=True))
+        parts = {
+            part: {
+                name: {axis: describe(p) for axis, p in entry.items()} for name, entry in getattr(self, part).items()
+            }
+            for part in ("params", "inputs", "activations", "outputs")
+        }
+        return json.dumps({"mesh": mesh, **parts, "presets": self.presets}, indent=2)
+
+    @staticmethod
+    def from_json(text: str) -> Plan:
+        """The plan that ``to_json`` wrote."""
+        data = json.loads(text)
+        parts = {
+            part: {name: {a: parse_placement(p) for a, p in entry.items()} for name, entry in data[part].items()}
+            for part in ("params", "inputs", "activations", "outputs")
+        }
+        return Plan(data["mesh"], presets=tuple(map(tuple, data["presets"])), **parts)
+
+    def __str__(self) -> str:
+        lines = [f"Plan on {self.mesh}"]
+        rows = [
+            (part, name, ", ".join(f"{a}: {describe(p)}" if a else describe(p) for a, p in entry.items()))
+            for part in ("params", "inputs", "activations", "outputs")
+            for name, entry in getattr(self, part).items()
+        ] + [("preset", name, axis) for name, axis in self.presets]
+        width = max((len(name) for _, name, _ in rows), default=0)
+        return "\n".join(lines + [f"  {part:<12} {name:<{width}}  {text}" for part, name, text in rows])
+
+
+def parse_placement(text: str) -> Placement:
+    """A placement from the text that ``describe`` gives.
+
+    >>> parse_placement("Shard(0, blocks=(2, 1, 1))")
+    Shard(0, blocks=(2, 1, 1))
+    """
+    if text == "Replicate":
+        return Replicate()
+    found = re.fullmatch(r"Partial\((\w+)\)", text)
+    if found:
+        return Partial(found[1])
+    found = re.fullmatch(r"Shard\((-?\d+)(?:, blocks=\(([\d, ]+)\))?\)", text)
+    if found is None:
+        raise PlanError(f"cannot read the placement {text!r}", fix="write Shard(dim) or Replicate")
+    if found[2]:
+        return BlockShard(int(found[1]), tuple(int(b) for b in found[2].split(",") if b.strip()))
+    return Shard(int(found[1]))
+
+
+def data_parallel(size: int, axis: str = "dp") -> Plan:
+    """Splits the batch: inputs on dim 0, weights replicated, gradients summed, outputs gathered and concatenated.
+
+    Args:
+        size: the number of ranks along the axis.
+        axis: the mesh axis.
+
+    >>> data_parallel(4).mesh
+    Mesh(names=('dp',), sizes=(4,))
+    """
+    return Plan({axis: size}, presets=(("data_parallel", axis),))
+
+
+def tensor_parallel(size: int, axis: str = "tp") -> Plan:
+    """Splits the weights: column/row pairs found from the dataflow, and the vocabulary of embedding and head.
+
+    Args:
+        size: the number of ranks along the axis.
+        axis: the mesh axis.
+
+    >>> print(data_parallel(2) | tensor_parallel(4))
+    Plan on {dp: 2, tp: 4}
+      preset       data_parallel    dp
+      preset       tensor_parallel  tp
+
+    Reference: Megatron-LM (Shoeybi et al., 2019).
+    """
+    return Plan({axis: size}, presets=(("tensor_parallel", axis),))
+
+
+def sequence_parallel(size: int, axis: str = "tp") -> Plan:
+    """Tensor parallelism whose residual stream, norms included, is split along the sequence: less activation memory.
+
+    Args:
+        size: the number of ranks along the axis.
+        axis: the mesh axis.
+
+    Reference: Reducing Activation Recomputation in Large Transformer Models (Korthikanti et al., 2022).
+    """
+    return Plan({axis: size}, presets=(("tensor_parallel", axis), ("sequence_parallel", axis)))

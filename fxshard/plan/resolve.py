@@ -1,0 +1,318 @@
+"""Resolves a plan against a captured graph: presets and globs become explicit names, checked before anything runs.
+
+A plan fails closed. All its offending entries are listed in one error: a glob that matches nothing (with the nearest
+names), an axis that is not in the mesh, a dim that is out of range, a size that does not divide.
+"""
+
+from __future__ import annotations
+
+import difflib
+import fnmatch
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import fx
+
+from fxshard.errors import DivisibilityError, FxshardError, MeshError, PlanError
+from fxshard.mesh import Mesh
+from fxshard.placement import BlockShard, Placement, Shard, blocks_of, describe
+from fxshard.plan.detect import find_pairs, is_parameter, residuals, shapes_of, vocabulary
+from fxshard.plan.plan import Plan
+from fxshard.rules.recipe import divides, units
+
+
+@dataclass(frozen=True)
+class Names:
+    """What a plan can name in a captured model.
+
+    Args:
+        params: parameter and buffer names -> their nodes; tied names lead to one node.
+        inputs: input names -> their nodes.
+        modules: module paths -> the nodes that they return.
+        outputs: the flat outputs; None where one is no tensor.
+        all_params: names of parameters that the graph does not read, with their shapes.
+    """
+
+    params: Mapping[str, fx.Node]
+    inputs: Mapping[str, fx.Node]
+    modules: Mapping[str, Sequence[fx.Node]]
+    outputs: Sequence[fx.Node | None]
+    all_params: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Resolved:
+    """A plan made explicit, and the same in terms of the graph's nodes."""
+
+    plan: Plan
+    nodes: Mapping[fx.Node, Mapping[str, Placement]]
+    outputs: Sequence[Mapping[str, Placement]]
+    notes: tuple[str, ...] = ()
+
+
+def resolve(plan: Plan, graph: fx.Graph, names: Names) -> Resolved:
+    """Makes ``plan`` explicit for ``graph``.
+
+    Raises:
+        PlanError: listing all entries that cannot be applied.
+    """
+    mesh: Mesh = plan.mesh
+    if mesh is None:
+        raise MeshError("the plan has no mesh", fix="pass mesh={'tp': 2} to parallelize, or Plan(mesh=...)")
+    work = _Work(mesh, names)
+    for part in ("params", "inputs", "activations"):
+        for glob, entry in getattr(plan, part).items():
+            work.apply(part, glob, entry)
+    work.match_blocks(graph)
+    for preset, axis in plan.presets:
+        PRESETS[preset](work, graph, axis)
+    outputs = work.outputs(plan.outputs)
+    work.raise_problems()
+    explicit = replace(
+        plan,
+        params=work.explicit["params"],
+        inputs=work.explicit["inputs"],
+        activations=work.explicit["activations"],
+        outputs={str(i): dict(o) for i, o in enumerate(outputs) if o},
+        presets=(),
+    )
+    return Resolved(explicit, work.nodes, outputs, tuple(work.notes))
+
+
+@dataclass
+class _Work:
+    mesh: Mesh
+    names: Names
+    nodes: dict[fx.Node, dict[str, Placement]] = field(default_factory=dict)
+    explicit: dict[str, dict[str, dict[str, Placement]]] = field(
+        default_factory=lambda: {"params": {}, "inputs": {}, "activations": {}}
+    )
+    problems: list[FxshardError] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+    def apply(self, part: str, glob: str, entry: Mapping[str, Placement]) -> None:
+        """One entry of the user's plan."""
+        matched = self._match(part, glob)
+        for axis, placement in entry.items():
+            if axis not in self.mesh.names:
+                self.problems.append(
+                    PlanError(
+                        f"{part} {glob!r}: there is no mesh axis {axis!r}",
+                        fix=f"use one of {', '.join(map(repr, self.mesh.names))}, or add {axis!r} to the mesh",
+                    )
+                )
+                continue
+            for name, node in matched:
+                kind = "params" if name in self.names.params or name in self.names.all_params else part
+                self.put(kind, name, node, axis, placement, f"{part} {glob!r}")
+
+    def _match(self, part: str, glob: str) -> list[tuple[str, fx.Node | None]]:
+        if part == "params":
+            known: dict[str, Any] = {**dict.fromkeys(self.names.all_params), **self.names.params}
+        elif part == "inputs":
+            known = dict(self.names.inputs)
+        else:
+            known = dict(self.names.modules)
+            if glob.startswith("%"):
+                known = {f"%{n.name}": [n] for n in self._graph_nodes()}
+        found = [n for n in known if n == glob] or [n for n in known if fnmatch.fnmatchcase(n, glob)]
+        if not found and part == "params":  # a dict plan may name modules: what they return
+            found = [n for n in self.names.modules if fnmatch.fnmatchcase(n, glob)]
+            known |= {n: self.names.modules[n] for n in found}
+        if not found:
+            near = difflib.get_close_matches(glob, list(known), 3, 0.4)
+            what = {"params": "parameter, buffer or module", "inputs": "input", "activations": "module"}[part]
+            fix = f"the nearest names are {', '.join(map(repr, near))}" if near else f"names are {_few(known)}"
+            self.problems.append(PlanError(f"{part} {glob!r} matches no {what} of the model", fix=fix))
+        out: list[tuple[str, fx.Node | None]] = []
+        for name in found:
+            value = known[name]
+            out += [(name, v) for v in value] if isinstance(value, (list, tuple)) else [(name, value)]
+        return out
+
+    def _graph_nodes(self) -> Iterable[fx.Node]:
+        first = next(iter([*self.names.params.values(), *self.names.inputs.values()]))
+        return (n for n in first.graph.nodes if n.op == "call_function")
+
+    def put(
+        self, part: str, name: str, node: fx.Node | None, axis: str, placement: Placement, asked_by: str
+    ) -> None:
+        """Records one placement, after checking that it can be."""
+        shape = shapes_of(node)[0] if node is not None else self.names.all_params[name]
+        checked = self._check(name, shape, axis, placement, asked_by, node)
+        if checked is None:
+            return
+        if node is None:
+            self.explicit[part].setdefault(name, {})[axis] = checked
+            return
+        have = self.nodes.setdefault(node, {})
+        if axis in have and repr(have[axis]) != repr(checked):
+            if isinstance(have[axis], BlockShard) and have[axis].dim == getattr(checked, "dim", None):
+                return
+            text = f"{name} is asked to be both {describe(have[axis])} and {describe(checked)} on axis {axis!r}"
+            self.problems.append(PlanError(f"{text} (by {asked_by})", fix="let one entry of the plan match it"))
+            return
+        have[axis] = checked
+        self.explicit[part].setdefault(name, {})[axis] = checked
+
+    def _check(
+        self, name: str, shape: Sequence[Any], axis: str, placement: Placement, asked_by: str, node: fx.Node | None
+    ) -> Placement | None:
+        size = self.mesh.size(axis)
+        if not isinstance(placement, Shard):
+            if placement.is_partial():
+                self.problems.append(
+                    PlanError(f"{asked_by}: {name} cannot be {describe(placement)}", fix="use Shard(dim) or Replicate()")
+                )
+                return None
+            return placement
+        dim = placement.dim + len(shape) if placement.dim < 0 else placement.dim
+        if not 0 <= dim < len(shape):
+            self.problems.append(
+                PlanError(
+                    f"{asked_by}: {name} of shape {list(shape)} has no dim {placement.dim}",
+                    fix=f"use a dim from {-len(shape)} to {len(shape) - 1}" if shape else "a scalar is replicated",
+                )
+            )
+            return None
+        others = [
+            self.mesh.size(a)
+            for a, p in (self.nodes.get(node, {}) if node is not None else {}).items()
+            if a != axis and isinstance(p, Shard) and p.dim == dim
+        ]
+        parts = size * math.prod(others)
+        if not units(shape[dim], blocks_of(placement), parts):
+            over = f"mesh axis {axis!r} (size {size})" + (f" beside axes of sizes {others}" if others else "")
+            self.problems.append(
+                DivisibilityError(
+                    f"dim {dim} (size {shape[dim]}) of {name} cannot be split over {over}",
+                    op=f"{asked_by}: {describe(placement)} of {list(shape)}",
+                    fix=f"choose an axis size dividing {shape[dim]}, or replicate dim {dim}; "
+                    "uneven shards are not supported yet",
+                )
+            )
+            return None
+        return placement if dim == placement.dim else Shard(dim)
+
+    def match_blocks(self, graph: fx.Graph) -> None:
+        """A packed weight that the user splits by its dim is split block by block, as its readers cut it."""
+        if not any(is_parameter(n) and isinstance(p, Shard) for n, e in self.nodes.items() for p in e.values()):
+            return
+        for axis in self.mesh.names:
+            asked = {n: e[axis] for n, e in self.nodes.items() if isinstance(e.get(axis), Shard) and is_parameter(n)}
+            if not asked or self.mesh.size(axis) == 1:
+                continue
+            found = {w: p for pair in find_pairs(graph, self.mesh.size(axis)) for w, p in pair.weights.items()}
+            for node, placement in asked.items():
+                better = found.get(node)
+                if isinstance(better, BlockShard) and better.dim == placement.dim and blocks_of(placement) == (1,):  # type: ignore[attr-defined]
+                    self.nodes[node][axis] = better
+                    for name, n in self.names.params.items():
+                        if n is node and name in self.explicit["params"]:
+                            self.explicit["params"][name][axis] = better
+
+    def outputs(self, outputs: Mapping[str, Mapping[str, Placement]]) -> list[dict[str, Placement]]:
+        """The placements of every flat output."""
+        out: list[dict[str, Placement]] = [{} for _ in self.names.outputs]
+        for glob, entry in outputs.items():
+            for axis, placement in entry.items():
+                if axis not in self.mesh.names:
+                    self.problems.append(
+                        PlanError(
+                            f"outputs: there is no mesh axis {axis!r}",
+                            fix=f"use one of {', '.join(map(repr, self.mesh.names))}",
+                        )
+                    )
+                    continue
+                matched = [i for i in range(len(out)) if fnmatch.fnmatchcase(str(i), glob)]
+                if not matched:
+                    self.problems.append(
+                        PlanError(f"outputs {glob!r} matches none of the {len(out)} outputs", fix="use '0', '1', or '*'")
+                    )
+                for i in matched:
+                    node = self.names.outputs[i]
+                    if node is None or not isinstance(node.meta.get("val"), torch.Tensor):
+                        continue
+                    shape = shapes_of(node)[0]
+                    if glob == "*" and isinstance(placement, Shard) and not shape:
+                        continue  # a scalar among the outputs is whole
+                    checked = self._check(f"output {i}", shape, axis, placement, "outputs", None)
+                    if checked is not None:
+                        out[i][axis] = checked
+        return out
+
+    def raise_problems(self) -> None:
+        """Raises what was found: the one error, or one that lists all."""
+        if len(self.problems) == 1:
+            raise self.problems[0]
+        if self.problems:
+            text = "\n".join(f"{i}. {problem}" for i, problem in enumerate(self.problems, 1))
+            raise PlanError(f"{len(self.problems)} entries of the plan cannot be applied:\n{text}")
+
+    def free(self, node: fx.Node, axis: str) -> bool:
+        """Whether the user's own entries leave a node's placement on an axis open."""
+        return axis not in self.nodes.get(node, {})
+
+
+def _few(names: Iterable[str]) -> str:
+    listed = list(names)
+    return ", ".join(map(repr, listed[:5])) + (f", ... ({len(listed)} in all)" if len(listed) > 5 else "")
+
+
+def _data_parallel(work: _Work, graph: fx.Graph, axis: str) -> None:
+    shapes = {
+        name: shapes_of(node)[0]
+        for name, node in work.names.inputs.items()
+        if isinstance(node.meta.get("val"), torch.Tensor) and shapes_of(node)[0]
+    }
+    if not shapes:
+        work.problems.append(PlanError("data_parallel: the model has no tensor input with a batch dim"))
+        return
+    batch = next(iter(shapes.values()))[0]
+    for name, shape in shapes.items():
+        node = work.names.inputs[name]
+        if shape[0] == batch and work.free(node, axis):
+            work.put("inputs", name, node, axis, Shard(0), "data_parallel")
+
+
+def _tensor_parallel(work: _Work, graph: fx.Graph, axis: str) -> None:
+    size = work.mesh.size(axis)
+    if size == 1:
+        return
+    by_node = {node: name for name, node in reversed(work.names.params.items())}
+    pairs = find_pairs(graph, size)
+    found: dict[fx.Node, Shard] = {}
+    for pair in pairs:
+        found |= pair.weights
+    found |= vocabulary(graph, size, found)
+    if not any(work.free(n, axis) for n in found) and not any(axis in e for e in work.nodes.values()):
+        work.notes.append(f"tensor_parallel found no weight that axis {axis!r} (size {size}) could split")
+    for node, placement in found.items():
+        if work.free(node, axis):
+            work.put("params", by_node[node], node, axis, placement, "tensor_parallel")
+
+
+def _sequence_parallel(work: _Work, graph: fx.Graph, axis: str) -> None:
+    size = work.mesh.size(axis)
+    if size == 1:
+        return
+    rows = [pair.row for pair in find_pairs(graph, size)]
+    for node in residuals(graph, rows):
+        shape = shapes_of(node)[0]
+        if len(shape) < 3 or not work.free(node, axis):
+            continue
+        if not divides(shape[1], size):
+            note = f"sequence_parallel leaves %{node.name} whole: its sequence of {shape[1]} does not divide by {size}"
+            work.notes.append(note)
+            continue
+        work.put("activations", f"%{node.name}", node, axis, Shard(1), "sequence_parallel")
+
+
+PRESETS = {
+    "data_parallel": _data_parallel,
+    "tensor_parallel": _tensor_parallel,
+    "sequence_parallel": _sequence_parallel,
+}

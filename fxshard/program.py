@@ -1,0 +1,301 @@
+"""The sharded program: an ``nn.Module`` that is called like the model."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Hashable, Mapping
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import fx, nn
+
+from fxshard.codegen.emit import emit
+from fxshard.errors import DistributedError, FxshardError, MeshError
+from fxshard.inspect.report import Collective, collectives_of, explain, table
+from fxshard.mesh import Mesh
+from fxshard.passes.annotate import placements
+from fxshard.passes.capture import capture, signature_key
+from fxshard.passes.pipeline import STAGES, Compiled, compile_graph
+from fxshard.placement import REPLICATE, Placements, is_shard, join, join_all
+from fxshard.plan.plan import Plan
+from fxshard.runtime.collectives import Axis
+from fxshard.runtime.module import RankModule, load, local_part
+from fxshard.runtime.process import process_axes, share_random_state
+
+
+class ParallelModule(nn.Module):
+    """A model compiled for a mesh: what ``fxshard.parallelize`` returns.
+
+    Under torchrun each process calls it like the model, with the same whole inputs on every rank, and its parameters are
+    this rank's. Without a process group ``fxshard.simulate`` runs all ranks in this process; then the parameters that
+    it shows are those of rank 0, and ``rank_module(r)`` gives every other rank's.
+
+    Attributes:
+        plan: the plan, explicit once the model was captured.
+        mesh: the mesh.
+    """
+
+    def __init__(self, model: nn.Module, plan: Plan, device_mesh: Any, dynamic_shapes: Any) -> None:
+        super().__init__()
+        self._asked = plan
+        self.plan = plan
+        self.mesh: Mesh = plan.mesh
+        self._model = [model]  # in a list: not a submodule, its whole weights are not this module's parameters
+        self._device_mesh = device_mesh
+        self._dynamic_shapes = dynamic_shapes
+        self._captures: dict[Hashable, Compiled] = {}
+        self._latest: Compiled | None = None
+        self._eager = False
+        self._ranks: dict[int, RankModule] = {}
+        self._functions: dict[Any, Any] = {}
+        self._axes: dict[str, Axis] | None = None
+        self._placements: dict[str, Placements] = {}
+        self.training = model.training
+
+    # --- capture ---------------------------------------------------------------------------------------------------
+
+    def capture(self, args: tuple[Any, ...], kwargs: Mapping[str, Any] | None = None) -> Compiled:
+        """Captures and compiles the model for these inputs, once per signature and training mode."""
+        kwargs = dict(kwargs or {})
+        model = self._model[0]
+        model.train(self.training) if model.training != self.training else None
+        key = signature_key(model, args, kwargs)
+        if key not in self._captures:
+            start = time.perf_counter()
+            captured = capture(model, args, kwargs, dynamic_shapes=self._dynamic_shapes)
+            seconds = time.perf_counter() - start
+            compiled = compile_graph(captured, self._pinned(), model, seconds)
+            self._captures[key] = self._latest = compiled
+            if len(self._captures) == 1:
+                self._settle(compiled)
+        self._latest = self._captures[key]
+        return self._latest
+
+    def _pinned(self) -> Plan:
+        """The plan as asked; after the first capture the weights lie as they lie."""
+        if self._latest is None:
+            return self._asked
+        every = {
+            name: dict(zip(self.mesh.names, placed, strict=True)) for name, placed in self._placements.items()
+        }
+        return Plan(
+            self.mesh, every, self._asked.inputs, self._asked.activations, self._asked.outputs, self._asked.presets
+        )
+
+    def _settle(self, compiled: Compiled) -> None:
+        """After the first capture: the plan is explicit, and this rank's weights exist."""
+        self.plan = compiled.resolved.plan
+        given = {str(n.target): e for n, e in compiled.resolved.nodes.items() if n.op == "get_attr"}
+        aliases = compiled.captured.aliases
+        whole = (REPLICATE,) * self.mesh.ndim
+        for name, _ in self._tensors():
+            asked = given.get(aliases.get(name, name))
+            if asked is None:
+                asked = self.plan.params.get(name)
+            self._placements[name] = placements(asked, self.mesh) if asked else whole
+        mine = self.rank_module(self.rank)
+        for name, child in mine.named_children():
+            self.add_module(name, child)
+        for name, parameter in mine.named_parameters(recurse=False, remove_duplicate=False):
+            self.register_parameter(name, parameter)
+        for name, buffer in mine.named_buffers(recurse=False, remove_duplicate=False):
+            self.register_buffer(name, buffer, name not in mine._non_persistent_buffers_set)
+
+    def _tensors(self) -> list[tuple[str, torch.Tensor]]:
+        model = self._model[0]
+        return [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
+
+    @property
+    def compiled(self) -> Compiled:
+        """The capture that was used last."""
+        if self._latest is None:
+            raise FxshardError(
+                "the model has not been captured yet", fix="pass example inputs to parallelize, or call the program once"
+            )
+        return self._latest
+
+    # --- ranks -----------------------------------------------------------------------------------------------------
+
+    @property
+    def rank(self) -> int:
+        """This process's rank: torch.distributed's, or torchrun's, or 0."""
+        if dist.is_available() and dist.is_initialized():
+            return dist.get_rank()
+        rank = int(os.environ.get("RANK", "0"))
+        return rank if rank < self.mesh.world_size else 0
+
+    def rank_module(self, rank: int) -> RankModule:
+        """Rank ``rank``'s module: its local weights, made on first use and kept.
+
+        Raises:
+            MeshError: when the mesh has no such rank.
+        """
+        self.mesh.coordinate(rank)
+        if rank not in self._ranks:
+            compiled = self.compiled
+            module = RankModule(rank, self.mesh)
+            made: dict[int, Any] = {}
+            persistent = compiled.captured.non_persistent
+            device = self._device()
+            for name, tensor in self._tensors():
+                if id(tensor) not in made:
+                    part = local_part(tensor, self._placements[name], self.mesh, rank).to(device)
+                    is_parameter = isinstance(tensor, nn.Parameter)
+                    made[id(tensor)] = nn.Parameter(part, tensor.requires_grad) if is_parameter else part
+                module.place(name, made[id(tensor)], name not in persistent)
+            module.train(self.training)
+            self._ranks[rank] = module
+        return self._ranks[rank]
+
+    def _device(self) -> torch.device:
+        tensors = [t for _, t in self._tensors()]
+        if any(t.is_meta for t in tensors):
+            return torch.device("meta")
+        if not (dist.is_available() and dist.is_initialized()):
+            return tensors[0].device if tensors else torch.device("cpu")
+        if "nccl" in dist.get_backend():
+            return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+        return torch.device("cpu")
+
+    def code(self, rank: int = 0) -> str:
+        """The Python source that rank ``rank`` runs."""
+        where = ", ".join(f"{n}={i}" for n, i in zip(self.mesh.names, self.mesh.coordinate(rank), strict=True))
+        title = f"{type(self._model[0]).__name__}, rank {rank} of {self.mesh.world_size} ({where})."
+        return emit(self.compiled.graph, self.mesh, title)
+
+    def function(self, compiled: Compiled, rank: int, axes: Mapping[str, Axis]) -> Any:
+        """The generated forward of a rank, over the given axes."""
+        source = emit(compiled.graph, self.mesh, type(self._model[0]).__name__)
+        module = self.rank_module(rank)
+        for node in compiled.graph.nodes:
+            if node.op == "get_attr":
+                self._constant(module, compiled, str(node.target))
+        return load(source, axes, self._device(), f"<fxshard {type(self._model[0]).__name__} {id(compiled)}>")
+
+    def _constant(self, module: RankModule, compiled: Compiled, name: str) -> None:
+        """Tensors and subgraphs that export lifted out of the code exist on every rank."""
+        value: Any = compiled.captured.graph_module
+        normalized = compiled.root
+        for part in name.split("."):
+            value = getattr(normalized, part) if value is compiled.captured.graph_module else getattr(value, part)
+        found: Any = module
+        for part in name.split("."):
+            found = getattr(found, part, None)
+        if found is None:
+            tensor = isinstance(value, torch.Tensor)
+            module.place(name, value.detach().to(self._device()) if tensor else value, persistent=False)
+
+    # --- running ---------------------------------------------------------------------------------------------------
+
+    def compile_call(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Compiled, list[Any]]:
+        """The capture that serves a call, and the call's leaves.
+
+        Raises:
+            InputError: when the inputs do not fit what was captured with example inputs.
+        """
+        if self._eager:
+            compiled = self.compiled
+            if compiled.captured.training != self.training:
+                compiled = self.capture(args, kwargs)
+            return compiled, compiled.captured.flatten_inputs(args, kwargs)
+        compiled = self.capture(args, kwargs)
+        return compiled, compiled.captured.flatten_inputs(args, kwargs)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Runs this rank's part; collective. Give every rank the same whole inputs."""
+        compiled, leaves = self.compile_call(args, kwargs)
+        if self._axes is None:
+            self._axes = process_axes(self.mesh, self._device_mesh, self._device().type)
+        key = (id(compiled), "process")
+        if key not in self._functions:
+            self._functions[key] = self.function(compiled, self.rank, self._axes)
+        if compiled.draws:
+            share_random_state(self.mesh)
+        device = self._device()
+        leaves = [x.to(device) if isinstance(x, torch.Tensor) else x for x in leaves]
+        out = self._functions[key](self.rank_module(self.rank), *leaves)
+        return compiled.captured.unflatten_outputs(out)
+
+    # --- whole tensors ---------------------------------------------------------------------------------------------
+
+    def full_state_dict(self) -> dict[str, torch.Tensor]:
+        """The whole model's state dict, under the original names; collective under torchrun."""
+        names = list(self._model[0].state_dict(keep_vars=True))
+        return {name: self._whole(name, lambda t: t.detach()) for name in names}  # type: ignore[misc]
+
+    def full_grads(self) -> dict[str, torch.Tensor]:
+        """The whole gradients, under the names of ``model.named_parameters()``; collective under torchrun.
+
+        A parameter without a gradient is left out.
+        """
+        grads = {n: self._whole(n, lambda t: t.grad) for n, _ in self._model[0].named_parameters()}
+        return {name: grad for name, grad in grads.items() if grad is not None}
+
+    def _whole(self, name: str, read: Any) -> torch.Tensor | None:
+        placed = self._placements[name] if self._placements else None
+        if placed is None:
+            return read(dict(self._tensors())[name])  # type: ignore[no-any-return]
+        if dist.is_available() and dist.is_initialized() and self.mesh.world_size > 1:
+            part = read(_get(self.rank_module(self.rank), name))
+            return None if part is None else gather_whole(part.detach(), placed, self.mesh, self.axes).clone()
+        parts = [read(_get(self.rank_module(r), name)) for r in range(self.mesh.world_size)]
+        return None if any(p is None for p in parts) else join_all(parts, placed, self.mesh.sizes).clone()
+
+    def gather_output(self, output: torch.Tensor, index: int) -> torch.Tensor:
+        """The ``index``-th flat output of the last call, whole; collective where the plan left it split."""
+        return gather_whole(output, self.compiled.output_placements(index), self.mesh, self.axes)
+
+    @property
+    def axes(self) -> dict[str, Axis]:
+        """This process's axes; ``DistributedError`` without a process group."""
+        if self._axes is None:
+            self._axes = process_axes(self.mesh, self._device_mesh, self._device().type)
+        return self._axes
+
+    # --- seeing ----------------------------------------------------------------------------------------------------
+
+    @property
+    def graph_module(self) -> fx.GraphModule:
+        """The final graph, over this rank's weights; for reading."""
+        return fx.GraphModule(self.compiled.root, self.graph_after("optimize"))
+
+    def graph_after(self, stage: str) -> fx.Graph:
+        """The graph after a stage of the pipeline: see ``fxshard.passes.pipeline.STAGES``."""
+        if stage not in self.compiled.stages:
+            raise ValueError(f"there is no stage {stage!r}; the stages are {', '.join(STAGES)}")
+        return self.compiled.stages[stage]
+
+    def collectives(self) -> list[Collective]:
+        """Every collective of one step, forward and backward, in order."""
+        return collectives_of(self.compiled)
+
+    def print_tabular(self, file: Any = None) -> None:
+        """Prints the program, an operator a line: module, placements, local shape, collective, bytes."""
+        print(table(self.compiled), file=file)
+
+    def explain(self) -> str:
+        """Every collective, its size, where it comes from, and why it is there."""
+        return explain(self.compiled)
+
+
+def _get(module: nn.Module, name: str) -> torch.Tensor:
+    *path, last = name.split(".")
+    found: Any = module
+    for part in path:
+        found = found._modules[part]
+    return getattr(found, last)  # type: ignore[no-any-return]
+
+
+def gather_whole(part: torch.Tensor, placed: Placements, mesh: Mesh, axes: Mapping[str, Axis]) -> torch.Tensor:
+    """The whole tensor from this rank's part; collective."""
+    for placement, name in zip(reversed(placed), reversed(mesh.names), strict=True):
+        if is_shard(placement):
+            axis = axes[name]
+            stacked = axis.group.run("all_gather", "own_part", part)
+            part = join(stacked.chunk(axis.size, 0), placement)
+    return part
+
+
+__all__ = ["DistributedError", "MeshError", "ParallelModule"]

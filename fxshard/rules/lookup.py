@@ -1,0 +1,79 @@
+"""From a node of the graph to its recipe. Calls that look alike share one: repeated layers are analysed once."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import fx
+
+from fxshard.placement import Placement, blocks_of, is_shard
+from fxshard.rules.recipe import At, Call, Operand, Recipe, Shape, bind, operands_of, shape_of, signature_of
+from fxshard.rules.table import find_rule, generation, name_of
+
+_CUTS = {"aten.split", "aten.split_with_sizes", "aten.chunk", "aten.slice", "aten.narrow", "aten.tensor_split"}
+_JOINS = {"aten.cat", "aten.concat", "aten.concatenate"}
+_cache: dict[Any, Recipe] = {}
+
+
+def recipe_for(
+    node: fx.Node,
+    inputs: tuple[Shape, ...],
+    outputs: tuple[Shape, ...],
+    current: Sequence[Placement] = (),
+    whole_inputs: tuple[Shape, ...] | None = None,
+) -> Recipe | None:
+    """The recipe of a call at these shapes; None where the operator has no rule.
+
+    Calls that look alike share one recipe: repeated layers are analysed once.
+    """
+    rule = find_rule(node.target)
+    if rule is None or not isinstance(node.target, torch._ops.OpOverload):
+        return None
+    packet = name_of(node.target)[1]
+    ats: tuple[At | None, ...] = ()
+    if packet in _CUTS or packet in _JOINS:
+        ats = tuple(At(p.dim, blocks_of(p)) if is_shard(p) else None for p in current)  # type: ignore[attr-defined]
+    counter = [0]
+    arguments = {name: _template(value, counter) for name, value in bind(node).items()}
+    whole = whole_inputs or tuple(shape_of(o.meta["val"]) for o in operands_of(node))
+    key = (node.target, tuple(arguments.values()), inputs, outputs, ats, whole != inputs, len(generation))
+    found = _cache.get(key)
+    if found is None:
+        call = Call(packet, inputs, outputs, arguments, whole, ats, _affine(node))
+        found = rule.function(call)
+        if _draws(node) and any(f.lowering is None for f in found.factors):
+            found = Recipe(unread=found.unread)
+        _cache[key] = found
+    return found
+
+
+def _draws(node: fx.Node) -> bool:
+    """Whether the call draws random numbers: then only a lowering may split it."""
+    tags = getattr(node.target, "tags", ())
+    return torch.Tag.nondeterministic_seeded in tags and node.target not in _NOT_RANDOM
+
+
+_NOT_RANDOM = {torch.ops.aten.scaled_dot_product_attention.default}
+
+
+def _affine(node: fx.Node) -> bool:
+    assert isinstance(node.target, torch._ops.OpOverload)
+    sig = signature_of(node.target)
+    return any(t and isinstance(a, (int, float)) for t, a in zip(sig.tensor, node.args, strict=False)) or (
+        "Scalar" in node.target._overloadname
+    )
+
+
+def _template(value: Any, counter: list[int]) -> Any:
+    """A hashable picture of an argument: tensors become ``Operand``, symbolic sizes their expressions."""
+    if isinstance(value, fx.Node):
+        meta = value.meta.get("val")
+        if isinstance(meta, (torch.Tensor, list, tuple)):
+            counter[0] += 1
+            return Operand(counter[0] - 1)
+        return getattr(getattr(meta, "node", None), "expr", meta)
+    if isinstance(value, (list, tuple)):
+        return tuple(_template(v, counter) for v in value)
+    return value

@@ -1,0 +1,272 @@
+"""What a rule says of one call: its factors, and through which operands it is linear.
+
+A *factor* is something that an operator iterates over: the rows of a matrix product, the heads of an attention.
+A mesh axis splits at most one factor of a call. For each operand and result a factor tells where it sits (``At``):
+
+    linear [b, i] x [o, i] -> [b, o]
+      factor o:  inputs (None, At(0)),  outputs (At(1),)      column sharding
+      factor i:  inputs (At(1), At(1)), outputs (None,)       row sharding: the result is Partial(sum)
+
+An operand without the factor is needed whole by every rank (``None``). ``At.blocks`` says that the factor's pieces
+repeat along the dim: splitting ``h`` of a packed dim ``(3 h d)`` cuts each of 3 blocks.
+
+Reference: the sharding-propagation view of GSPMD (Xu et al., 2021) and of Shardy's factor rules.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import lru_cache
+from typing import Any, NamedTuple, TypeAlias
+
+import sympy
+import torch
+from torch import fx
+
+from fxshard.placement import normalize_blocks
+
+Dim: TypeAlias = "int | sympy.Expr"
+Shape: TypeAlias = tuple[Dim, ...]
+
+
+class At(NamedTuple):
+    """Where a factor sits in one tensor: the dim, and the relative sizes of the blocks that it cuts alike."""
+
+    dim: int
+    blocks: tuple[int, ...] = (1,)
+
+
+@dataclass(frozen=True)
+class Factor:
+    """One factor of a call.
+
+    Attributes:
+        name: as in the notation.
+        size: how many units there are to distribute.
+        inputs: where it sits in each tensor operand, in order; None where that operand lacks it.
+        outputs: likewise for each result; a result that lacks it is ``Partial(sum)``.
+        lowering: the name of the local replacement, where computing on a slice differs from slicing the result.
+    """
+
+    name: str
+    size: Dim
+    inputs: tuple[At | None, ...]
+    outputs: tuple[At | None, ...]
+    lowering: str | None = None
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What a rule says of one call.
+
+    Attributes:
+        factors: those that an axis may split, in the order of preference.
+        linear: sets of operands; where exactly the operands of one set are Partial, so is the result.
+        unread: operands of which only shape, dtype or device is read, never the values.
+    """
+
+    factors: tuple[Factor, ...] = ()
+    linear: tuple[frozenset[int], ...] = ()
+    unread: frozenset[int] = frozenset()
+
+
+@dataclass(frozen=True)
+class Call:
+    """One call of an operator, as a rule sees it: shapes and arguments, no values.
+
+    Attributes:
+        name: e.g. ``aten.linear``.
+        inputs: the shape of each tensor operand, in the order of the schema, lists flattened.
+        outputs: the shape of each result (one that is no tensor has the shape ``()``).
+        arguments: every argument by its schema name; a tensor is an ``Operand`` (its position in ``inputs``).
+        whole_inputs: the shapes before any mesh axis cut them. Literal positions (of slices) speak of these.
+        carried: how the axis at hand already cuts each operand. Only rules of cuts and joins may look at it.
+        affine: a number stands where the schema has a tensor, as in ``x + 1``: the operator is then not linear.
+    """
+
+    name: str
+    inputs: tuple[Shape, ...]
+    outputs: tuple[Shape, ...]
+    arguments: Mapping[str, Any]
+    whole_inputs: tuple[Shape, ...] = ()
+    carried: tuple[At | None, ...] = ()
+    affine: bool = False
+
+    def operand(self, name: str) -> int | None:
+        """The position of the tensor operand ``name``; None where it was not given."""
+        value = self.arguments.get(name)
+        return value.index if isinstance(value, Operand) else None
+
+    def dim(self, name: str, ndim: int, default: int | None = None) -> int:
+        """The argument ``name`` as a dim counted from 0."""
+        value = self.arguments.get(name)
+        value = default if value is None else value
+        assert isinstance(value, int)
+        return value % max(ndim, 1)
+
+    def dims(self, name: str, ndim: int) -> tuple[int, ...]:
+        """The argument ``name`` as dims counted from 0; all of them where it is None or empty."""
+        value = self.arguments.get(name)
+        if value is None or value == ():
+            return tuple(range(ndim))
+        return tuple(d % max(ndim, 1) for d in ((value,) if isinstance(value, int) else value))
+
+
+class Operand(NamedTuple):
+    """Stands for a tensor among a call's arguments."""
+
+    index: int
+
+
+RuleFunction: TypeAlias = Callable[[Call], Recipe]
+
+
+def to_dim(size: Any) -> Dim:
+    """A size as an int, or as the expression of a symbolic one."""
+    if isinstance(size, torch.SymInt):
+        expr = size.node.expr
+        return int(expr) if expr.is_number else expr
+    return int(size)
+
+
+def shape_of(value: Any) -> Shape:
+    """The shape of a value of the graph, symbols as expressions."""
+    if not isinstance(value, torch.Tensor):
+        return ()
+    try:
+        return tuple(value.shape) if all(type(s) is int for s in value.shape) else tuple(map(to_dim, value.shape))
+    except AttributeError:
+        return tuple(value.shape)
+
+
+def divides(size: Dim, parts: int) -> bool:
+    """Whether ``size`` can be cut in ``parts`` equal ones; a symbolic size is checked when the program runs."""
+    if isinstance(size, int):
+        return size % parts == 0 and size > 0
+    return not size.is_number or int(size) % parts == 0
+
+
+def combine(outer: tuple[int, ...], inner: tuple[int, ...]) -> tuple[int, ...]:
+    """Blocks ``inner`` within each of the blocks ``outer``.
+
+    >>> combine((1, 1), (2, 1)), combine((1,), (1, 1))
+    ((2, 1, 2, 1), (1, 1))
+    """
+    if outer == (1,):
+        return inner
+    return normalize_blocks([o * i for o in outer for i in inner])
+
+
+def uncombine(blocks: tuple[int, ...], outer: tuple[int, ...]) -> tuple[int, ...] | None:
+    """The ``inner`` with ``combine(outer, inner) == blocks``; None where there is none.
+
+    >>> uncombine((2, 1, 2, 1), (1, 1)), uncombine((2, 1), (1, 1))
+    ((2, 1), None)
+    """
+    if outer == (1,):
+        return blocks
+    if len(blocks) % len(outer):
+        return None
+    inner = normalize_blocks(blocks[: len(blocks) // len(outer)])
+    return inner if combine(outer, inner) == blocks else None
+
+
+@dataclass(frozen=True)
+class Signature:
+    """The schema of an operator, read once."""
+
+    names: tuple[str, ...]
+    defaults: tuple[Any, ...]
+    tensor: tuple[bool, ...]
+    kwarg_only: frozenset[str] = field(default_factory=frozenset)
+
+
+@lru_cache(maxsize=None)
+def signature_of(target: torch._ops.OpOverload) -> Signature:
+    """The schema of an overload: names, defaults, which arguments are tensors."""
+    arguments = target._schema.arguments
+    return Signature(
+        tuple(a.name for a in arguments),
+        tuple(a.default_value for a in arguments),
+        tuple("Tensor" in str(a.type) for a in arguments),
+        frozenset(a.name for a in arguments if a.kwarg_only),
+    )
+
+
+def bind(node: fx.Node) -> dict[str, Any]:
+    """The arguments of a call by their schema names, defaults filled in."""
+    assert isinstance(node.target, torch._ops.OpOverload)
+    sig = signature_of(node.target)
+    out = dict(zip(sig.names, sig.defaults, strict=True))
+    out.update(zip(sig.names, node.args, strict=False))
+    out.update(node.kwargs)
+    return out
+
+
+def is_tensor(node: Any) -> bool:
+    """Whether a node of the graph is one tensor."""
+    return isinstance(node, fx.Node) and isinstance(node.meta.get("val"), torch.Tensor)
+
+
+def operands_of(node: fx.Node) -> list[fx.Node]:
+    """The tensor operands of a call, in the order of the schema, lists flattened, with repetitions."""
+    if isinstance(node.target, torch._ops.OpOverload):
+        values = bind(node).values() if node.kwargs else node.args
+    else:
+        values = (*node.args, *node.kwargs.values())
+    out: list[fx.Node] = []
+    _collect(values, out)
+    return out
+
+
+def _collect(values: Any, out: list[fx.Node]) -> None:
+    for value in values:
+        if isinstance(value, fx.Node):
+            if isinstance(value.meta.get("val"), (torch.Tensor, list, tuple)):
+                out.append(value)
+        elif isinstance(value, (list, tuple)):
+            _collect(value, out)
+        elif isinstance(value, dict):
+            _collect(value.values(), out)
+
+
+def with_operands(
+    node: fx.Node, operands: Sequence[fx.Node], others: Mapping[fx.Node, fx.Node]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The arguments of a call with other tensor operands, in the order of ``operands_of``."""
+    rest = iter(operands)
+
+    def swap(value: Any) -> Any:
+        if isinstance(value, fx.Node):
+            is_operand = isinstance(value.meta.get("val"), (torch.Tensor, list, tuple))
+            return next(rest) if is_operand else others[value]
+        if isinstance(value, (list, tuple)):
+            return type(value)(swap(v) for v in value) if type(value) in (list, tuple) else [swap(v) for v in value]
+        if isinstance(value, dict):
+            return {k: swap(v) for k, v in value.items()}
+        if isinstance(value, slice):
+            return slice(swap(value.start), swap(value.stop), swap(value.step))
+        return value
+
+    if node.kwargs and isinstance(node.target, torch._ops.OpOverload):
+        swapped = {name: swap(value) for name, value in bind(node).items()}
+        names = signature_of(node.target).names
+        return tuple(swapped[n] for n in names[: len(node.args)]), {n: swapped[n] for n in node.kwargs}
+    return tuple(swap(a) for a in node.args), {k: swap(v) for k, v in node.kwargs.items()}
+
+
+def units(size: Dim, blocks: Sequence[int], parts: int) -> bool:
+    """Whether every one of ``blocks`` along a factor of ``size`` divides by ``parts``."""
+    if len(blocks) == 1:
+        return divides(size, parts)
+    if not isinstance(size, int):
+        return False
+    total = sum(blocks)
+    return size % total == 0 and all((size // total * block) % parts == 0 for block in blocks)
+
+
+def product(sizes: Sequence[Dim]) -> Dim:
+    """The product of sizes."""
+    return math.prod(sizes)  # type: ignore[arg-type, return-value]

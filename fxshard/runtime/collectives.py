@@ -1,0 +1,203 @@
+"""The differentiable collectives: all communication of a generated program goes through this one file.
+
+The forward type decides the backward one (``g`` is a gradient):
+
+    function                    forward                       backward of g
+    vary(x, axis)               x                             all_reduce(g)        Megatron's f
+    all_reduce(x, axis)         sum over the ranks            g                    Megatron's g
+    all_gather(x, axis)         parts stacked along dim 0     this rank's part of g
+    all_gather(.., summed=True) parts stacked along dim 0     reduce_scatter(g)
+    reduce_scatter(x, axis, d)  this rank's part of the sum   all_gather(g)
+    chunk(x, axis, d)           this rank's part              all_gather(g)
+    all_to_all(x, axis, i, j)   parts along i -> parts of j   all_to_all(g, j, i)
+
+``concat`` turns parts stacked along dim 0 into the whole tensor where the split dim is another one, or has blocks.
+
+An ``Axis`` is one mesh axis as one rank sees it. Its ``group`` does the work: a ``ProcessGroup`` of torch.distributed, or
+the lockstep group of ``fxshard.simulate``, whose ranks are threads of this process.
+
+Reference: Megatron-LM (Shoeybi et al., 2019), section 3; Korthikanti et al., 2022, for reduce-scatter and all-gather.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+import torch.distributed as dist
+
+Blocks = tuple[int, ...]
+
+
+class Group(Protocol):
+    """What an axis communicates through."""
+
+    def run(self, name: str, backward: str, x: torch.Tensor) -> torch.Tensor:
+        """Runs the collective ``name``, whose gradient is the collective ``backward``."""
+
+
+@dataclass(frozen=True)
+class Axis:
+    """One mesh axis, as one rank sees it: its name, its size, where this rank stands, and its group."""
+
+    name: str
+    size: int
+    index: int
+    group: Group
+
+
+def vary(x: torch.Tensor, axis: Axis) -> torch.Tensor:
+    """Marks a replicated value whose readers differ by rank: its gradients are summed over the axis."""
+    return axis.group.run("identity", "all_reduce", x)
+
+
+def all_reduce(x: torch.Tensor, axis: Axis) -> torch.Tensor:
+    """The sum of ``x`` over the axis."""
+    return axis.group.run("all_reduce", "identity", x)
+
+
+def all_gather(x: torch.Tensor, axis: Axis, summed: bool = False) -> torch.Tensor:
+    """The parts of all ranks stacked along dim 0: ``[d0, ...] -> [n * d0, ...]``.
+
+    Args:
+        x: this rank's part.
+        axis: the mesh axis.
+        summed: the gradient differs by rank and must be summed (its backward is a reduce_scatter).
+    """
+    return axis.group.run("all_gather", "reduce_scatter" if summed else "own_part", x)
+
+
+def concat(x: torch.Tensor, axis: Axis, dim: int, blocks: Blocks = (1,)) -> torch.Tensor:
+    """Parts stacked along dim 0 -> the whole tensor along ``dim``, block by block."""
+    parts = x.chunk(axis.size, 0)
+    if blocks == (1,):
+        return torch.cat(parts, dim)
+    unit = parts[0].shape[dim] // sum(blocks)
+    cut = [part.split([b * unit for b in blocks], dim) for part in parts]
+    return torch.cat([piece[i] for i in range(len(blocks)) for piece in cut], dim)
+
+
+def _stack_parts(x: torch.Tensor, axis: Axis, dim: int, blocks: Blocks) -> torch.Tensor:
+    """The inverse of ``concat``: the whole tensor -> the parts of all ranks stacked along dim 0."""
+    if x.shape[dim] % (axis.size * sum(blocks)):
+        raise ValueError(
+            f"dim {dim} of size {x.shape[dim]} cannot be split over mesh axis {axis.name!r} (size {axis.size}): "
+            f"choose a size that {axis.size * sum(blocks)} divides"
+        )
+    if blocks == (1,):
+        return x if dim == 0 else torch.cat(x.chunk(axis.size, dim), 0)
+    unit = x.shape[dim] // sum(blocks)
+    cut = [block.chunk(axis.size, dim) for block in x.split([b * unit for b in blocks], dim)]
+    return torch.cat([torch.cat([block[i] for block in cut], dim) for i in range(axis.size)], 0)
+
+
+def chunk(x: torch.Tensor, axis: Axis, dim: int, blocks: Blocks = (1,)) -> torch.Tensor:
+    """This rank's part of a replicated tensor along ``dim``."""
+    if x.requires_grad and torch.is_grad_enabled():
+        return axis.group.run("own_part", "all_gather", _stack_parts(x, axis, dim, blocks))
+    if x.shape[dim] % (axis.size * sum(blocks)) or blocks != (1,):
+        return _stack_parts(x, axis, dim, blocks).chunk(axis.size, 0)[axis.index]
+    length = x.shape[dim] // axis.size
+    return x.narrow(dim, axis.index * length, length)
+
+
+def reduce_scatter(x: torch.Tensor, axis: Axis, dim: int, blocks: Blocks = (1,)) -> torch.Tensor:
+    """This rank's part, along ``dim``, of the sum of ``x`` over the axis."""
+    return axis.group.run("reduce_scatter", "all_gather", _stack_parts(x, axis, dim, blocks))
+
+
+def all_to_all(x: torch.Tensor, axis: Axis, source: int, target: int) -> torch.Tensor:
+    """Split along ``source`` -> split along ``target``."""
+    out = axis.group.run("all_to_all", "all_to_all", _stack_parts(x, axis, target, (1,)))
+    return concat(out, axis, source)
+
+
+def offset(axis: Axis, size: int) -> int:
+    """Where this rank's part begins, of a dim of ``size``."""
+    return axis.index * (size // axis.size)
+
+
+def local_index(index: int, axis: Axis, size: int) -> int:
+    """``index`` counted within this rank's part; -1 where another rank holds it."""
+    local = index - offset(axis, size)
+    return local if 0 <= local < size // axis.size else -1
+
+
+class ProcessAxisGroup:
+    """A process group of torch.distributed along one mesh axis."""
+
+    def __init__(self, group: dist.ProcessGroup) -> None:
+        self.group = group
+        self.size = dist.get_world_size(group)
+        self.index = dist.get_rank(group)
+
+    def run(self, name: str, backward: str, x: torch.Tensor) -> torch.Tensor:
+        """See ``Group.run``."""
+        out: torch.Tensor = _Collective.apply(x, self, name, backward)  # type: ignore[no-untyped-call]
+        return out
+
+    def raw(self, name: str, x: torch.Tensor) -> torch.Tensor:
+        """Runs one collective without a gradient."""
+        return _RAW[name](self, x)
+
+
+class _Collective(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, group: ProcessAxisGroup, name: str, backward: str) -> torch.Tensor:
+        ctx.group, ctx.backward_name = group, backward
+        return x.view_as(x) if name == "identity" else group.raw(name, x)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:
+        return ctx.group.raw(ctx.backward_name, grad), None, None, None
+
+
+def _identity(group: ProcessAxisGroup, x: torch.Tensor) -> torch.Tensor:
+    return x
+
+
+def _all_reduce(group: ProcessAxisGroup, x: torch.Tensor) -> torch.Tensor:
+    out = x.clone(memory_format=torch.contiguous_format)
+    dist.all_reduce(out, group=group.group)
+    return out
+
+
+def _all_gather(group: ProcessAxisGroup, x: torch.Tensor) -> torch.Tensor:
+    out = x.new_empty((group.size * x.shape[0], *x.shape[1:]))
+    dist.all_gather_single(out, x.contiguous(), group=group.group)
+    return out
+
+
+def _reduce_scatter(group: ProcessAxisGroup, x: torch.Tensor) -> torch.Tensor:
+    out = x.new_empty((x.shape[0] // group.size, *x.shape[1:]))
+    dist.reduce_scatter_single(out, x.contiguous(), group=group.group)
+    return out
+
+
+def _all_to_all(group: ProcessAxisGroup, x: torch.Tensor) -> torch.Tensor:
+    out = torch.empty_like(x, memory_format=torch.contiguous_format)
+    dist.all_to_all_single(out, x.contiguous(), group=group.group)
+    return out
+
+
+def _own_part(group: ProcessAxisGroup, x: torch.Tensor) -> torch.Tensor:
+    return x.chunk(group.size, 0)[group.index]
+
+
+_RAW: dict[str, Callable[[ProcessAxisGroup, torch.Tensor], torch.Tensor]] = {
+    "identity": _identity,
+    "all_reduce": _all_reduce,
+    "all_gather": _all_gather,
+    "reduce_scatter": _reduce_scatter,
+    "all_to_all": _all_to_all,
+    "own_part": _own_part,
+}
+
+
+def dropout_mask(like: torch.Tensor, shape: list[int], strides: list[int] | None, p: float) -> torch.Tensor:
+    """The scaled keep-mask that dropout would draw for a whole tensor of ``shape``: 0 or 1 / (1 - p)."""
+    ones = like.new_ones(shape) if strides is None else like.new_empty_strided(shape, strides).fill_(1)
+    return torch.dropout(ones, p, True)

@@ -1,0 +1,205 @@
+"""All ranks of a mesh in one process: each rank is a thread, one runs at a time, and collectives are hand-overs.
+
+A rank runs until it needs the others; then it passes the turn on. When the last rank of a group has come, the collective
+is done for all of them at once, by ``cat`` and ``sum`` under one autograd function: one call of ``backward`` then
+goes through all ranks, as the backward passes of real ranks do together. Every rank has its own random state.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+from fxshard.errors import FxshardError
+from fxshard.mesh import Mesh
+from fxshard.runtime.collectives import Axis
+
+
+class _Stopped(Exception):
+    """Another rank failed."""
+
+
+class Turns:
+    """Passes the turn round the ranks, always in the same order."""
+
+    def __init__(self, count: int) -> None:
+        self.count = count
+        self.turn = 0
+        self.condition = threading.Condition()
+        self.finished = [False] * count
+        self.waiting: list[Callable[[], bool] | None] = [None] * count
+        self.failure: BaseException | None = None
+        self.random = [torch.get_rng_state()] * count
+
+    def start(self, rank: int) -> None:
+        """Waits for this rank's first turn."""
+        with self.condition:
+            self._await(rank)
+
+    def wait(self, rank: int, ready: Callable[[], bool]) -> None:
+        """Gives the turn away until ``ready()``."""
+        with self.condition:
+            self.random[rank] = torch.get_rng_state()
+            self.waiting[rank] = ready
+            self._pass(rank)
+            self._await(rank)
+            self.waiting[rank] = None
+
+    def finish(self, rank: int, failure: BaseException | None = None) -> None:
+        """Ends a rank."""
+        with self.condition:
+            self.random[rank] = torch.get_rng_state()
+            self.finished[rank] = True
+            if failure is not None and not isinstance(failure, _Stopped) and self.failure is None:
+                self.failure = failure
+            self._pass(rank)
+
+    def _await(self, rank: int) -> None:
+        self.condition.wait_for(lambda: self.turn == rank or self.failure is not None)
+        if self.failure is not None:
+            raise _Stopped
+        torch.set_rng_state(self.random[rank])
+
+    def _pass(self, rank: int) -> None:
+        for step in range(1, self.count + 1):
+            other = (rank + step) % self.count
+            ready = self.waiting[other]
+            if not self.finished[other] and (ready is None or ready()):
+                self.turn = other
+                break
+        else:
+            if not all(self.finished) and self.failure is None:
+                self.failure = FxshardError("the ranks wait for each other: they issued different collectives")
+        self.condition.notify_all()
+
+
+class LockstepGroup:
+    """The ranks of one group along one axis: what they brought to the collective at hand."""
+
+    def __init__(self, turns: Turns, ranks: Sequence[int]) -> None:
+        self.turns = turns
+        self.ranks = tuple(ranks)
+        self.slots: dict[int, tuple[str, str, torch.Tensor]] = {}
+        self.results: dict[int, torch.Tensor] = {}
+
+    def exchange(self, rank: int, name: str, backward: str, x: torch.Tensor) -> torch.Tensor:
+        """Brings ``x`` to a collective; returns this rank's result."""
+        self.slots[rank] = (name, backward, x)
+        if len(self.slots) == len(self.ranks):
+            brought = [self.slots[r] for r in self.ranks]
+            if len({(n, b, tuple(t.shape), t.dtype) for n, b, t in brought}) > 1:
+                what = "; ".join(f"rank {r}: {n} of {list(t.shape)}" for r, (n, _, t) in zip(self.ranks, brought))
+                raise FxshardError(f"the ranks issued different collectives: {what}")
+            outs = _Lockstep.apply(name, backward, *(t for _, _, t in brought))  # type: ignore[no-untyped-call]
+            self.results = dict(zip(self.ranks, outs, strict=True))
+            self.slots = {}
+        else:
+            self.turns.wait(rank, lambda: rank in self.results)
+        return self.results.pop(rank)
+
+
+class LockstepAxisGroup:
+    """A lockstep group as one rank sees it."""
+
+    def __init__(self, group: LockstepGroup, rank: int) -> None:
+        self.group, self.rank = group, rank
+
+    def run(self, name: str, backward: str, x: torch.Tensor) -> torch.Tensor:
+        """See ``collectives.Group.run``."""
+        if name in ("identity", "own_part") and backward not in ("all_reduce", "all_gather"):
+            raise FxshardError(f"{name} with gradient {backward} is not a conversion")
+        return self.group.exchange(self.rank, name, backward, x)
+
+
+class _Lockstep(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, name: str, backward: str, *xs: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        ctx.backward_name = backward
+        return tuple(out.clone() for out in COLLECTIVES[name](xs))
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[Any, ...]:
+        return (None, None, *(out.clone() for out in COLLECTIVES[ctx.backward_name](grads)))
+
+
+Tensors = Sequence[torch.Tensor]
+
+
+def _all_reduce(xs: Tensors) -> list[torch.Tensor]:
+    total = torch.stack(tuple(xs)).sum(0)
+    return [total for _ in xs]
+
+
+def _reduce_scatter(xs: Tensors) -> list[torch.Tensor]:
+    return list(torch.stack(tuple(xs)).sum(0).chunk(len(xs), 0))
+
+
+def _all_gather(xs: Tensors) -> list[torch.Tensor]:
+    whole = torch.cat(tuple(xs), 0)
+    return [whole for _ in xs]
+
+
+def _all_to_all(xs: Tensors) -> list[torch.Tensor]:
+    cut = [x.chunk(len(xs), 0) for x in xs]
+    return [torch.cat([c[i] for c in cut], 0) for i in range(len(xs))]
+
+
+def _own_part(xs: Tensors) -> list[torch.Tensor]:
+    return [x.chunk(len(xs), 0)[i] for i, x in enumerate(xs)]
+
+
+COLLECTIVES: dict[str, Callable[[Tensors], list[torch.Tensor]]] = {
+    "identity": list,
+    "all_reduce": _all_reduce,
+    "all_gather": _all_gather,
+    "reduce_scatter": _reduce_scatter,
+    "all_to_all": _all_to_all,
+    "own_part": _own_part,
+}
+"""What every collective gives each rank, from what all ranks bring."""
+
+
+def lockstep_axes(mesh: Mesh, turns: Turns) -> list[dict[str, Axis]]:
+    """For every rank, its axes over lockstep groups."""
+    out: list[dict[str, Axis]] = [{} for _ in range(mesh.world_size)]
+    for name in mesh.names:
+        for ranks in mesh.groups_along(name):
+            group = LockstepGroup(turns, ranks)
+            for position, rank in enumerate(ranks):
+                out[rank][name] = Axis(name, len(ranks), position, LockstepAxisGroup(group, rank))
+    return out
+
+
+def run_ranks(count: int, turns: Turns, run: Callable[[int], Any]) -> list[Any]:
+    """Runs ``run(rank)`` for every rank, in lockstep; returns the results in rank order."""
+    results: list[Any] = [None] * count
+    grad, inference = torch.is_grad_enabled(), torch.is_inference_mode_enabled()
+    autocast = {d: (torch.is_autocast_enabled(d), torch.get_autocast_dtype(d)) for d in ("cpu", "cuda")}
+
+    def body(rank: int) -> None:
+        failure: BaseException | None = None
+        try:
+            turns.start(rank)
+            for device, (enabled, dtype) in autocast.items():
+                torch.set_autocast_enabled(device, enabled)
+                torch.set_autocast_dtype(device, dtype)
+            with torch.inference_mode(inference), torch.set_grad_enabled(grad and not inference):
+                results[rank] = run(rank)
+        except BaseException as error:
+            failure = error
+        finally:
+            turns.finish(rank, failure)
+
+    threads = [threading.Thread(target=body, args=(rank,), name=f"rank {rank}", daemon=True) for rank in range(count)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    if turns.failure is not None:
+        raise turns.failure
+    torch.set_rng_state(turns.random[0])
+    return results

@@ -1,0 +1,67 @@
+"""From a mesh to the process groups of torch.distributed."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+
+from fxshard.errors import DistributedError, MeshError
+from fxshard.mesh import Mesh
+from fxshard.runtime.collectives import Axis, ProcessAxisGroup
+
+
+def check_world(mesh: Mesh) -> None:
+    """Raises ``MeshError`` where the processes that run are not as many as the mesh has ranks."""
+    if dist.is_available() and dist.is_initialized() and dist.get_world_size() != mesh.world_size:
+        raise MeshError(
+            f"the mesh {mesh} has {mesh.world_size} ranks, but {dist.get_world_size()} processes run",
+            fix=f"start it with torchrun --nproc-per-node {mesh.world_size}, or give a mesh of "
+            f"{dist.get_world_size()} ranks",
+        )
+
+
+def process_axes(mesh: Mesh, device_mesh: Any, device_type: str) -> dict[str, Axis]:
+    """This process's axes.
+
+    Args:
+        mesh: the mesh.
+        device_mesh: a torch ``DeviceMesh`` of the same axes, or None to make one.
+        device_type: ``cpu`` or ``cuda``.
+
+    Raises:
+        DistributedError: when no process group was initialised.
+        MeshError: when the number of processes is not the mesh's.
+    """
+    if mesh.world_size == 1:
+        return {}
+    if not (dist.is_available() and dist.is_initialized()):
+        raise DistributedError(
+            f"the program needs {mesh.world_size} processes, but torch.distributed is not initialised",
+            fix="start it with torchrun and call torch.distributed.init_process_group() first, "
+            "or run all ranks in this process with fxshard.simulate(program, ...)",
+        )
+    check_world(mesh)
+    if device_mesh is None:
+        device_mesh = init_device_mesh(device_type, mesh.sizes, mesh_dim_names=mesh.names)
+    out = {}
+    for name, size in zip(mesh.names, mesh.sizes, strict=True):
+        group = ProcessAxisGroup(device_mesh.get_group(name))
+        out[name] = Axis(name, size, group.index, group)
+    return out
+
+
+def share_random_state(mesh: Mesh) -> None:
+    """Gives every rank the random state of rank 0, so that what all draw is equal."""
+    if mesh.world_size == 1:
+        return
+    cuda = torch.cuda.is_available() and "nccl" in dist.get_backend()
+    state = torch.cuda.get_rng_state() if cuda else torch.get_rng_state()
+    shared = state.to("cuda") if cuda else state
+    dist.broadcast(shared, 0)
+    if cuda:
+        torch.cuda.set_rng_state(shared.cpu())
+    else:
+        torch.set_rng_state(shared)

@@ -1,0 +1,98 @@
+"""All ranks of a program in this process, without a launcher: outputs and gradients as the real ranks would have them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from fxshard.program import ParallelModule
+from fxshard.runtime.lockstep import Turns, lockstep_axes, run_ranks
+
+
+class Simulation:
+    """One run of all ranks.
+
+    Attributes:
+        outputs: what each rank returned, in rank order.
+    """
+
+    def __init__(self, program: ParallelModule, outputs: list[Any]) -> None:
+        self._program = program
+        self.outputs = outputs
+        self._grads: dict[str, torch.Tensor] | None = None
+
+    def backward(self, loss_fn: Callable[[Any], torch.Tensor]) -> list[torch.Tensor]:
+        """Back-propagates every rank's own loss, as the ranks of a real run do together.
+
+        Args:
+            loss_fn: maps one rank's output to that rank's scalar loss.
+
+        Returns:
+            Each rank's loss, in rank order. Gradients are added to the parameters of ``program.rank_module(r)``.
+        """
+        program = self._program
+        modules = [program.rank_module(r) for r in range(program.mesh.world_size)]
+        before = [{n: p.grad for n, p in m.named_parameters()} for m in modules]
+        for module in modules:
+            module.zero_grad(set_to_none=True)
+        losses = [loss_fn(output) for output in self.outputs]
+        torch.stack([loss.reshape(()) for loss in losses]).sum().backward()
+        self._grads = program.full_grads()
+        for module, old in zip(modules, before, strict=True):
+            for name, parameter in module.named_parameters():
+                if old[name] is not None:
+                    parameter.grad = old[name] if parameter.grad is None else parameter.grad + old[name]
+        return [loss.detach() for loss in losses]
+
+    def full_grads(self) -> dict[str, torch.Tensor]:
+        """The whole gradients of this run's ``backward``, under the original names."""
+        if self._grads is None:
+            raise RuntimeError("call backward(loss_fn) first")
+        return self._grads
+
+
+class _Share(torch.autograd.Function):
+    """One input of the user, as every rank's own: its gradient is the same on all ranks, and counts once."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, count: int) -> tuple[torch.Tensor, ...]:
+        return tuple(x.clone() for _ in range(count))
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, None]:
+        return torch.stack(grads).mean(0), None
+
+
+def simulate(program: ParallelModule, *args: Any, **kwargs: Any) -> Simulation:
+    """Runs all ranks of ``program`` in lockstep in this process, no process group needed.
+
+    Args:
+        program: what ``parallelize`` returned.
+        args: the model's inputs, whole, as the model takes them.
+        kwargs: likewise.
+
+    >>> import fxshard
+    >>> model = torch.nn.Sequential(torch.nn.Linear(8, 16), torch.nn.ReLU(), torch.nn.Linear(16, 8))
+    >>> x = torch.randn(4, 8)
+    >>> program = fxshard.parallelize(model, fxshard.tensor_parallel(2), (x,))
+    >>> run = fxshard.simulate(program, x)
+    >>> torch.allclose(run.outputs[1], model(x), atol=1e-6)
+    True
+    """
+    compiled, leaves = program.compile_call(args, kwargs)
+    world = program.mesh.world_size
+    shared = [
+        _Share.apply(x, world) if isinstance(x, torch.Tensor) and x.requires_grad else (x,) * world  # type: ignore[no-untyped-call]
+        for x in leaves
+    ]
+    turns = Turns(world)
+    axes = lockstep_axes(program.mesh, turns)
+    functions = [program.function(compiled, rank, axes[rank]) for rank in range(world)]
+
+    def run(rank: int) -> Any:
+        out = functions[rank](program.rank_module(rank), *(x[rank] for x in shared))
+        return compiled.captured.unflatten_outputs(out)
+
+    return Simulation(program, run_ranks(world, turns, run))

@@ -1,0 +1,343 @@
+"""Is the sharded program the model? Outputs, and all gradients, against the original on one device.
+
+The reference is the original module itself, run eagerly with the program's weights: nothing of the compiler is in it.
+Where something differs, the captured graph and every rank's graph are interpreted side by side, and the first node whose
+value (or, going backward, whose gradient) differs is named with its module and source line.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.utils._pytree as pytree
+from tabulate import tabulate
+from torch import fx, nn
+from torch.func import functional_call
+
+from fxshard.passes.capture import module_of, source_of
+from fxshard.passes.pipeline import Compiled
+from fxshard.passes.typing import has_info, info_of
+from fxshard.placement import Replicate, Varying, cut_all, is_partial, join_all
+from fxshard.program import ParallelModule
+from fxshard.runtime.collectives import Axis
+from fxshard.runtime.lockstep import Turns, lockstep_axes, run_ranks
+
+TOLERANCE = {
+    torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 5e-2,
+    torch.complex128: 1e-9, torch.complex64: 1e-4,
+}  # fmt: skip
+"""Largest difference that counts as equal, relative to the largest magnitude of the tensor (or to 1)."""
+
+
+@dataclass(frozen=True)
+class VerifyReport:
+    """What ``verify`` found.
+
+    Attributes:
+        ok: whether outputs and gradients are equal within the tolerance of their dtypes.
+        max_output_error: the largest absolute difference of an output.
+        max_grad_error: the largest absolute difference of a parameter's gradient.
+        first_divergence: the first node, or gradient, that differs, with module and source line; None where all agree.
+        rows: for every output and gradient its name, shape, error, and whether it is equal.
+    """
+
+    ok: bool
+    max_output_error: float
+    max_grad_error: float
+    first_divergence: str | None
+    rows: tuple[tuple[str, str, float, bool], ...] = field(repr=False, default=())
+
+    def __str__(self) -> str:
+        worst = sorted(self.rows, key=lambda row: (row[3], -row[2]))[:10]
+        shown = [(name, shape, f"{error:.1e}", "equal" if ok else "DIFFERENT") for name, shape, error, ok in worst]
+        lines = [tabulate(shown, headers=("tensor", "shape", "max error", "verdict"), disable_numparse=True)]
+        if len(self.rows) > len(worst):
+            lines.append(f"... and {len(self.rows) - len(worst)} more with smaller errors")
+        verdict = "the program equals the model" if self.ok else f"NOT EQUAL, first at {self.first_divergence}"
+        return "\n".join([*lines, verdict])
+
+
+def verify(program: ParallelModule, *args: Any, **kwargs: Any) -> VerifyReport:
+    """Compares the program's outputs and all its gradients with the original model's, and prints a table.
+
+    Without a process group all ranks are simulated; under torchrun the ranks compare what they really computed, each
+    running the original model for itself. The loss is a fixed random weighting of all outputs. The program's weights,
+    buffers and gradients are left as they were.
+
+    Args:
+        program: what ``parallelize`` returned.
+        args: the model's inputs.
+        kwargs: likewise.
+
+    >>> import fxshard
+    >>> model = torch.nn.Sequential(torch.nn.Linear(8, 16), torch.nn.ReLU(), torch.nn.Linear(16, 8)).double()
+    >>> x = torch.randn(4, 8, dtype=torch.float64)
+    >>> report = fxshard.verify(fxshard.parallelize(model, fxshard.tensor_parallel(2), (x,)), x)  # doctest: +ELLIPSIS
+    tensor ...
+    the program equals the model
+    >>> report.ok, report.first_divergence
+    (True, None)
+    """
+    state = torch.get_rng_state()
+    compiled, _ = program.compile_call(args, kwargs)
+    weights = program.full_state_dict()
+    distributed = dist.is_available() and dist.is_initialized() and program.mesh.world_size > 1
+    ranks = [program.rank] if distributed else list(range(program.mesh.world_size))
+    with _Untouched([program.rank_module(r) for r in ranks]):
+        torch.set_rng_state(state)
+        want, want_grads = _reference(program._model[0], weights, compiled, args, kwargs)
+        torch.set_rng_state(state)
+        if distributed:
+            trace = None
+            got, got_grads = _real(program, args, kwargs)
+        else:
+            trace = _Trace(program, compiled, args, kwargs, state)
+            got, got_grads = trace.outputs, trace.grads
+    rows = [_row(f"output {i}", a, b) for i, (a, b) in enumerate(zip(got, want, strict=True)) if _compares(b)]
+    outputs = len(rows)
+    rows += [_row(f"grad of {n}", got_grads.get(n), g) for n, g in want_grads.items()]
+    ok = all(row[3] for row in rows)
+    where = None
+    if not ok:
+        where = trace.first_divergence() if trace is not None else None
+        where = where or next(row[0] for row in rows if not row[3])
+    report = VerifyReport(
+        ok,
+        max((row[2] for row in rows[:outputs]), default=0.0),
+        max((row[2] for row in rows[outputs:]), default=0.0),
+        where,
+        tuple(rows),
+    )
+    torch.set_rng_state(state)
+    if program.rank == 0 or not distributed:
+        print(report)
+    return report
+
+
+def _compares(value: Any) -> bool:
+    return isinstance(value, torch.Tensor)
+
+
+def _row(name: str, got: Any, want: torch.Tensor) -> tuple[str, str, float, bool]:
+    shape = str(list(want.shape))
+    if not isinstance(got, torch.Tensor) or got.shape != want.shape:
+        return name, shape, float("inf"), False
+    error, equal = difference(got, want)
+    return name, shape, error, equal
+
+
+def difference(got: torch.Tensor, want: torch.Tensor) -> tuple[float, bool]:
+    """The largest absolute difference, and whether it is within the tolerance of the dtype."""
+    if want.numel() == 0 or want.is_meta:
+        return 0.0, got.shape == want.shape
+    if not (want.dtype.is_floating_point or want.dtype.is_complex):
+        return float((got != want).sum()), bool(torch.equal(got, want))
+    got, want = got.detach(), want.detach()
+    same = (got == want) | (got.isnan() & want.isnan())
+    error = torch.where(same, torch.zeros_like(want), got - want).abs().max().item()
+    finite = want[want.isfinite()]
+    scale = max(1.0, finite.abs().max().item()) if finite.numel() else 1.0
+    return error, error <= TOLERANCE[want.dtype] * scale
+
+
+def loss_of(leaves: list[Any]) -> torch.Tensor | None:
+    """A fixed random weighting of all outputs that carry a gradient, so that no gradient is there by symmetry."""
+    total: torch.Tensor | None = None
+    for index, leaf in enumerate(leaves):
+        if isinstance(leaf, torch.Tensor) and leaf.requires_grad and not leaf.dtype.is_complex:
+            generator = torch.Generator().manual_seed(index)
+            weight = torch.randn(leaf.shape, generator=generator, dtype=torch.float32).to(leaf.device, leaf.dtype)
+            part = (leaf * weight).sum()
+            total = part if total is None else total + part
+    return total
+
+
+def _reference(
+    model: nn.Module, weights: Mapping[str, torch.Tensor], compiled: Compiled, args: Any, kwargs: Any
+) -> tuple[list[Any], dict[str, torch.Tensor]]:
+    parameters = {n: weights[n].clone().requires_grad_(p.requires_grad) for n, p in model.named_parameters()}
+    buffers = {n: weights.get(n, b).clone() for n, b in model.named_buffers()}
+    training = model.training
+    if training != compiled.captured.training:
+        model.train(compiled.captured.training)
+    out = functional_call(model, {**parameters, **buffers}, args, kwargs)
+    if training != model.training:
+        model.train(training)
+    leaves = pytree.tree_leaves(out)
+    loss = loss_of(leaves)
+    if loss is not None:
+        loss.backward()
+    return leaves, {n: p.grad for n, p in parameters.items() if p.grad is not None}
+
+
+def _real(program: ParallelModule, args: Any, kwargs: Any) -> tuple[list[Any], dict[str, torch.Tensor]]:
+    leaves = pytree.tree_leaves(program(*args, **kwargs))
+    whole = [
+        program.gather_output(leaf, i) if isinstance(leaf, torch.Tensor) else leaf
+        for i, leaf in enumerate(leaves)
+    ]
+    loss = loss_of(whole)
+    if loss is not None:
+        loss.backward()
+    return whole, program.full_grads()
+
+
+class _Untouched:
+    """Puts gradients and buffers back as they were."""
+
+    def __init__(self, modules: list[Any]) -> None:
+        self.modules = modules
+
+    def __enter__(self) -> None:
+        self.grads = [[(p, p.grad) for p in m.parameters()] for m in self.modules]
+        self.buffers = [[(b, b.clone()) for b in m.buffers()] for m in self.modules]
+        for module in self.modules:
+            module.zero_grad(set_to_none=True)
+
+    def __exit__(self, *error: object) -> None:
+        for pairs in self.grads:
+            for parameter, grad in pairs:
+                parameter.grad = grad
+        with torch.no_grad():
+            for saved in self.buffers:
+                for buffer, value in saved:
+                    buffer.copy_(value)
+
+
+class _Recorder(fx.Interpreter):
+    """Runs a graph, and keeps every value that it makes, with its gradient."""
+
+    def __init__(self, root: nn.Module, graph: fx.Graph, read: Callable[[str], Any], axes: Mapping[str, Axis]) -> None:
+        super().__init__(root, garbage_collect_values=False, graph=graph)
+        self.read, self.axes = read, axes
+        self.values: dict[str, Any] = {}
+
+    def get_attr(self, target: Any, args: Any, kwargs: Any) -> Any:
+        return self.read(str(target))
+
+    def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
+        if getattr(target, "__module__", "") == "fxshard.runtime.collectives":
+            args = tuple(self.axes.get(a, a) if isinstance(a, str) else a for a in args)
+        return target(*args, **kwargs)
+
+    def run_node(self, n: fx.Node) -> Any:
+        value = super().run_node(n)
+        if isinstance(value, torch.Tensor):
+            self.values[n.name] = value
+            if value.requires_grad and not value.is_leaf:
+                value.retain_grad()
+        return value
+
+
+class _Trace:
+    """The captured graph and all ranks' graphs, run node by node."""
+
+    def __init__(self, program: ParallelModule, compiled: Compiled, args: Any, kwargs: Any, state: torch.Tensor) -> None:
+        self.compiled, self.mesh, self.program = compiled, program.mesh, program
+        self.call, self.state = (args, kwargs), state
+        leaves = compiled.captured.flatten_inputs(args, kwargs)
+        world = program.mesh.world_size
+        self.final = {n.name: n for n in compiled.graph.nodes}
+        turns = Turns(world)
+        axes = lockstep_axes(program.mesh, turns)
+        for rank in range(world):
+            program.function(compiled, rank, axes[rank])
+        self.ranks = [
+            _Recorder(compiled.root, compiled.graph, self._reader(rank), axes[rank]) for rank in range(world)
+        ]
+        outs = run_ranks(world, turns, lambda rank: self.ranks[rank].run(*(_own(x) for x in leaves)))
+        self.outputs = [self._join_output(i, [out[i] for out in outs]) for i in range(len(outs[0]))]
+        for index, value in compiled.captured.output_constants.items():
+            self.outputs[index] = value
+        loss = loss_of(self.outputs)
+        if loss is not None:
+            self._backward(outs)
+        self.grads = program.full_grads()
+
+    def _reader(self, rank: int) -> Callable[[str], Any]:
+        module = self.program.rank_module(rank)
+
+        def read(name: str) -> Any:
+            found: Any = module
+            for part in name.split("."):
+                found = getattr(found, part)
+            return found
+
+        return read
+
+    def _join_output(self, index: int, parts: list[Any]) -> Any:
+        if not isinstance(parts[0], torch.Tensor):
+            return parts[0]
+        return join_all(parts, self.compiled.output_placements(index), self.mesh.sizes)
+
+    def _backward(self, outs: list[Any]) -> None:
+        """Every rank back-propagates its share of the loss, as ``loss_fn`` of a real run would."""
+        total = torch.zeros(())
+        for index in range(len(outs[0])):
+            parts = [out[index] for out in outs]
+            if not isinstance(parts[0], torch.Tensor) or not parts[0].requires_grad or parts[0].dtype.is_complex:
+                continue
+            placed = self.compiled.output_placements(index)
+            whole = self.outputs[index]
+            generator = torch.Generator().manual_seed(index)
+            weight = torch.randn(whole.shape, generator=generator, dtype=torch.float32).to(whole.device, whole.dtype)
+            for rank, part in enumerate(parts):
+                local = cut_all(weight, placed, self.mesh.sizes, self.mesh.coordinate(rank))
+                total = total + (part * local).sum()
+        total.backward()
+
+    def first_divergence(self) -> str | None:
+        """The first node whose value differs, or, backward, whose gradient does."""
+        torch.set_rng_state(self.state)
+        captured, root = self.compiled.captured, self.compiled.root
+        graph = self.compiled.stages["normalize"]
+        weights = self.program.full_state_dict()
+
+        def read(name: str) -> Any:
+            if name in weights:
+                return weights[name].clone().requires_grad_(weights[name].is_floating_point())
+            found: Any = root
+            for part in name.split("."):
+                found = getattr(found, part)
+            return found
+
+        single = _Recorder(root, graph, read, {})
+        out = single.run(*(_own(x) for x in captured.flatten_inputs(*self.call)))
+        for node in graph.nodes:
+            if node.op == "call_function" and self._differs(node, single, grad=False):
+                return self._name(node, "its value")
+        loss = loss_of(list(out))
+        if loss is not None:
+            loss.backward()
+        for node in reversed(graph.nodes):
+            if node.op != "placeholder" and self._differs(node, single, grad=True):
+                return self._name(node, "its gradient")
+        return None
+
+    def _differs(self, node: fx.Node, single: _Recorder, grad: bool) -> bool:
+        local = self.final.get(node.name)
+        want = single.values.get(node.name)
+        parts = [rank.values.get(node.name) for rank in self.ranks]
+        if local is None or want is None or any(p is None for p in parts) or not has_info(local):
+            return False
+        if grad:
+            want, parts = want.grad, [p.grad for p in parts]  # type: ignore[union-attr]
+            if want is None or any(p is None for p in parts):
+                return False
+        placed = info_of(local).placements
+        if grad:  # the gradient of a Partial value is whole on every rank
+            placed = tuple(Replicate() if is_partial(p) or isinstance(p, Varying) else p for p in placed)
+        got = join_all(parts, placed, self.mesh.sizes)
+        return got.shape != want.shape or not difference(got, want)[1]
+
+    def _name(self, node: fx.Node, what: str) -> str:
+        place = ", ".join(x for x in (module_of(node), source_of(node)) if x)
+        return f"%{node.name} = {node.target} ({place}): {what} differs" if place else f"%{node.name}: {what} differs"
+
+
+def _own(value: Any) -> Any:
+    return value.detach().clone() if isinstance(value, torch.Tensor) else value

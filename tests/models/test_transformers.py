@@ -1,0 +1,281 @@
+"""Unmodified models of ``transformers`` under every preset: outputs and all gradients are the original's."""
+
+from __future__ import annotations
+
+import functools
+import io
+from typing import Any
+
+import pytest
+import torch
+from torch.export import Dim
+
+import fxshard
+from fxshard import Plan, data_parallel, sequence_parallel, tensor_parallel
+from tests.helpers import Result, assert_equivalent, problems_of, run_original, run_simulated
+from tests.models.zoo import MODELS, build, ids, labels_for, padding
+
+PLANS: dict[str, Plan] = {
+    "tp2": tensor_parallel(2),
+    "tp4": tensor_parallel(4),
+    "sp2": sequence_parallel(2),
+    "sp4": sequence_parallel(4),
+    "dp2": data_parallel(2),
+    "dp4": data_parallel(4),
+    "dp2_tp2": data_parallel(2) | tensor_parallel(2),
+    "tp2_dp2": tensor_parallel(2) | data_parallel(2),
+    "dp2_sp2": data_parallel(2) | sequence_parallel(2),
+    "sp2_dp2": sequence_parallel(2) | data_parallel(2),
+}
+each_model = pytest.mark.parametrize("name", MODELS)
+each_plan = pytest.mark.parametrize("plan", PLANS)
+
+
+@functools.lru_cache(maxsize=None)
+def original(name: str, dtype: torch.dtype, training: bool) -> Result:
+    model, inputs = build(name, dtype, training)
+    return run_original(model, (), inputs)
+
+
+def check(name: str, plan: str, dtype: torch.dtype, training: bool = False) -> fxshard.ParallelModule:
+    model, inputs = build(name, dtype, training)
+    return assert_equivalent(model, PLANS[plan], (), inputs, expected=original(name, dtype, training))
+
+
+@each_plan
+@each_model
+def test_float64(name: str, plan: str) -> None:
+    program = check(name, plan, torch.float64)
+    splits_weights = any(e for e in program.plan.params.values())
+    assert splits_weights == ("tp" in plan or "sp" in plan)
+    assert bool(program.plan.inputs) == ("dp" in plan)
+    assert bool(program.plan.activations) == ("sp" in plan)
+
+
+@pytest.mark.parametrize(
+    "plan", [plan if plan == "dp2_tp2" else pytest.param(plan, marks=pytest.mark.slow) for plan in PLANS]
+)
+@each_model
+def test_float32(name: str, plan: str) -> None:
+    check(name, plan, torch.float32)
+
+
+@pytest.mark.parametrize(
+    "plan",
+    [
+        plan if plan in ("tp2", "dp2_sp2") else pytest.param(plan, marks=pytest.mark.slow)
+        for plan in ("tp2", "tp4", "sp2", "dp2", "dp2_tp2", "tp2_dp2", "dp2_sp2")
+    ],
+)
+@each_model
+def test_dropout_draws_the_masks_of_one_device(name: str, plan: str) -> None:
+    model, inputs = build(name, training=True)
+    assert error_between_seeds(name) > 1e-3, "the model has no dropout: this test would show nothing"
+    program = check(name, plan, torch.float64, training=True)
+    other = run_simulated(program, (), inputs, seed=1)
+    assert not problems_of(other, run_original(model, (), inputs, seed=1), (1e-10, 1e-10))
+
+
+def error_between_seeds(name: str) -> float:
+    model, inputs = build(name, training=True)
+    one, other = original(name, torch.float64, True), run_original(model, (), inputs, seed=1)
+    return max((one.outputs[0][k] - other.outputs[0][k]).abs().max().item() for k in one.outputs[0])
+
+
+@pytest.mark.parametrize("plan", ["tp2", "dp2_sp2"])
+def test_one_program_serves_both_modes(plan: str) -> None:
+    model, inputs = build("gpt2", training=False)
+    program = fxshard.parallelize(model, PLANS[plan], (), inputs)
+    program.train()
+    trained = run_simulated(program, (), inputs, seed=3)
+    assert not problems_of(trained, run_original(build("gpt2", training=True)[0], (), inputs, seed=3), (1e-10, 1e-10))
+    program.eval()
+    assert not problems_of(run_simulated(program, (), inputs), original("gpt2", torch.float64, False), (1e-10, 1e-10))
+
+
+# --- dynamic sizes, lazy capture ------------------------------------------------------------------------------------
+
+
+def dynamic(name: str, inputs: dict[str, Any]) -> dict[str, Any]:
+    batch, length = Dim("batch", min=2, max=64), Dim("length", min=2, max=64)
+    if name == "vit":
+        return {"pixel_values": {0: batch}}
+    shapes = {"input_ids": {0: batch, 1: length}, "attention_mask": {0: batch, 1: length}}
+    shapes["decoder_input_ids"] = {0: batch, 1: Dim("target", min=2, max=64)}
+    return {key: value for key, value in shapes.items() if key in inputs}
+
+
+def resized(name: str, batch: int, length: int) -> dict[str, Any]:
+    _, inputs = build(name)
+    if name == "vit":
+        return {"pixel_values": inputs["pixel_values"].repeat(batch, 1, 1, 1)[:batch]}
+    made = {"input_ids": ids(batch, length), "attention_mask": padding(batch, length)}
+    made["decoder_input_ids"] = ids(batch, length - 4, seed=2)
+    return {key: made[key] for key in inputs}
+
+
+@pytest.mark.parametrize(
+    "plan",
+    [
+        plan if plan in ("tp2", "dp2_tp2") else pytest.param(plan, marks=pytest.mark.slow)
+        for plan in ("tp2", "dp2", "sp2", "dp2_tp2", "dp2_sp2")
+    ],
+)
+@each_model
+def test_dynamic_batch_and_length(name: str, plan: str) -> None:
+    model, inputs = build(name)
+    program = fxshard.parallelize(model, PLANS[plan], (), inputs, dynamic_shapes=dynamic(name, inputs))
+    for batch, length in ((4, 16), (6, 12), (8, 24)):
+        call = resized(name, batch, length)
+        problems = problems_of(run_simulated(program, (), call), run_original(model, (), call), (1e-10, 1e-10))
+        assert not problems, "\n".join([f"at batch {batch}, length {length}:", *problems[:10]])
+    assert len(program._captures) == 1
+
+
+@pytest.mark.parametrize("name", ["llama", "bert"])
+def test_a_dynamic_size_that_does_not_divide_is_refused(name: str) -> None:
+    model, inputs = build(name)
+    program = fxshard.parallelize(model, data_parallel(2), (), inputs, dynamic_shapes=dynamic(name, inputs))
+    with pytest.raises(ValueError, match=r"(?s)3.*dp.*2"):
+        fxshard.simulate(program, **resized(name, 3, 16))
+
+
+@each_model
+def test_lazy_capture(name: str) -> None:
+    model, inputs = build(name)
+    program = fxshard.parallelize(model, data_parallel(2) | tensor_parallel(2))
+    with pytest.raises(fxshard.errors.FxshardError, match="has not been captured"):
+        program.collectives()
+    actual = run_simulated(program, (), inputs)
+    assert not problems_of(actual, original(name, torch.float64, False), (1e-10, 1e-10))
+    call = resized(name, 2, 8)  # another signature: captured anew, over the same weights
+    assert not problems_of(run_simulated(program, (), call), run_original(model, (), call), (1e-10, 1e-10))
+    assert len(program._captures) == 2
+    assert not problems_of(run_simulated(program, (), inputs), original(name, torch.float64, False), (1e-10, 1e-10))
+    assert len(program._captures) == 2
+
+
+# --- what the model computes beside logits --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("plan", ["tp2", "sp2", "dp2", "dp2_tp2"])
+@each_model
+def test_loss_inside_the_model(name: str, plan: str) -> None:
+    """A mean over the labels that count: by global counts, whatever part of them a rank has."""
+    model, inputs = build(name)
+    inputs["labels"] = labels_for(name, inputs)
+    assert_equivalent(model, PLANS[plan], (), inputs, loss=lambda output: output.loss)
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "t5"])
+@pytest.mark.parametrize("use_cache", [True, False])
+def test_cache(name: str, use_cache: bool) -> None:
+    model, inputs = build(name)
+    program = assert_equivalent(model, data_parallel(2) | tensor_parallel(2), (), {**inputs, "use_cache": use_cache})
+    output = fxshard.simulate(program, **inputs, use_cache=use_cache).outputs[3]
+    expected = model(**inputs, use_cache=use_cache)
+    assert type(output) is type(expected)
+    assert list(output) == list(expected)
+    if use_cache:
+        assert type(output.past_key_values) is type(expected.past_key_values)
+        assert output.past_key_values.get_seq_length() == expected.past_key_values.get_seq_length()
+
+
+def test_decoding_with_the_cache_that_a_program_returned() -> None:
+    model, inputs = build("llama")
+    prefill = fxshard.parallelize(model, tensor_parallel(2), (), inputs)
+    cache = fxshard.simulate(prefill, **inputs).outputs[0].past_key_values
+    step = {"input_ids": ids(length=1, seed=5)}
+    with torch.no_grad():
+        expected = model(**step, past_key_values=model(**inputs).past_key_values).logits
+        decode = fxshard.parallelize(model, tensor_parallel(2), (), {**step, "past_key_values": cache})
+        cache = fxshard.simulate(prefill, **inputs).outputs[0].past_key_values
+        actual = fxshard.simulate(decode, **step, past_key_values=cache).outputs[1].logits
+    torch.testing.assert_close(actual, expected, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize(("heads", "key_heads", "ranks"), [(8, 2, 4), (8, 1, 2), (6, 3, 2), (8, 8, 4), (6, 2, 4)])
+def test_few_key_heads(heads: int, key_heads: int, ranks: int) -> None:
+    """Fewer key heads than ranks, or heads that do not divide: right all the same, split or not."""
+    model, inputs = build("llama", num_attention_heads=heads, num_key_value_heads=key_heads, hidden_size=heads * 8)
+    assert_equivalent(model, tensor_parallel(ranks), (), inputs)
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "bert"])
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+def test_both_attentions(name: str, attention: str) -> None:
+    model, inputs = build(name, attn_implementation=attention)
+    inputs["attention_mask"] = padding()
+    assert_equivalent(model, data_parallel(2) | tensor_parallel(2), (), inputs)
+
+
+@pytest.mark.parametrize("name", ["gpt2", "bert", "t5"])
+@pytest.mark.parametrize("plan", ["tp2", "sp2"])
+def test_eager_attention_with_dropout(name: str, plan: str) -> None:
+    model, inputs = build(name, training=True, attn_implementation="eager")
+    assert_equivalent(model, PLANS[plan], (), inputs, seed=4)
+
+
+def test_bfloat16_is_as_near_as_bfloat16_is() -> None:
+    model, inputs = build("llama", torch.bfloat16)
+    assert_equivalent(model, tensor_parallel(2), (), inputs, tolerances=(0.05, 0.1))
+
+
+def test_frozen_weights_get_no_gradient_and_no_backward_collective() -> None:
+    model, inputs = build("llama")
+    whole = fxshard.parallelize(model, data_parallel(2), (), inputs)
+    frozen = [p for name, p in model.named_parameters() if "layers.1" not in name]
+    try:
+        for parameter in frozen:
+            parameter.requires_grad_(False)
+        program = assert_equivalent(model, data_parallel(2), (), inputs)
+    finally:
+        for parameter in frozen:
+            parameter.requires_grad_(True)
+    backward = [c for c in program.collectives() if c.phase == "backward"]
+    trained = sum(1 for name, _ in model.named_parameters() if "layers.1" in name)
+    assert len([c for c in backward if c.kind == "all_reduce"]) == trained
+    assert len(backward) < len([c for c in whole.collectives() if c.phase == "backward"])
+
+
+def test_meta_model_compiles_and_shows_its_program() -> None:
+    config = build("llama")[0].config
+    with torch.device("meta"):
+        model = type(build("llama")[0])(config)
+    program = fxshard.parallelize(model, tensor_parallel(2), (), {"input_ids": ids()})
+    real = fxshard.parallelize(build("llama", torch.float32)[0], tensor_parallel(2), (), {"input_ids": ids()})
+    assert program.collectives() == real.collectives()
+    assert program.plan == real.plan
+    table = io.StringIO()
+    program.print_tabular(file=table)
+    assert "all_reduce" in table.getvalue()
+    assert all(p.is_meta for p in program.parameters())
+
+
+# --- what a program holds -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("plan", ["tp2", "dp2_tp2"])
+@each_model
+def test_weights_come_back_whole(name: str, plan: str) -> None:
+    model, inputs = build(name)
+    program = fxshard.parallelize(model, PLANS[plan], (), inputs)
+    expected, actual = model.state_dict(), program.full_state_dict()
+    assert list(actual) == list(expected)
+    assert all(torch.equal(actual[key], expected[key]) for key in expected)
+    assert {n for n, _ in program.named_parameters(remove_duplicate=False)} == {
+        n for n, _ in model.named_parameters(remove_duplicate=False)
+    }
+    local = sum(p.numel() for p in program.parameters())
+    assert local < 0.7 * sum(p.numel() for p in model.parameters())
+
+
+@pytest.mark.parametrize("name", ["gpt2", "t5"])
+def test_tied_weights_stay_one_parameter(name: str) -> None:
+    model, inputs = build(name)
+    program = fxshard.parallelize(model, tensor_parallel(2), (), inputs)
+    for rank in range(2):
+        local = dict(program.rank_module(rank).named_parameters(remove_duplicate=False))
+        head, table = local["lm_head.weight"], local["transformer.wte.weight" if name == "gpt2" else "shared.weight"]
+        assert head is table
+        assert head.shape[0] == model.config.vocab_size // 2
