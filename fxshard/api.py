@@ -10,6 +10,7 @@ from torch.distributed.tensor.placement_types import Placement
 
 from fxshard.errors import MeshError, PlanError
 from fxshard.mesh import Mesh
+from fxshard.plan.formats import axis_for, is_style, read_styles
 from fxshard.plan.plan import Plan
 from fxshard.program import ParallelModule
 from fxshard.runtime.process import check_world
@@ -29,7 +30,8 @@ def parallelize(
     Args:
         model: any module that ``torch.export`` can capture; it may live on the meta device.
         plan: a ``Plan``, a preset such as ``tensor_parallel(2)``, several joined with ``|``, or a dict from globs of
-            parameter or module names to placements.
+            parameter or module names to placements, to styles of Hugging Face (``"colwise"``), or to styles of
+            ``torch.distributed.tensor.parallel`` (``ColwiseParallel()``).
         args: example inputs, as ``torch.export`` takes them. Without any, the model is captured at the first call.
         kwargs: example inputs by name.
         mesh: a torch ``DeviceMesh``, a ``Mesh`` or a dict of axis sizes, where the plan does not say.
@@ -57,7 +59,7 @@ def parallelize(
     """
     if not isinstance(model, nn.Module):
         raise PlanError(f"model is a {type(model).__name__}, not an nn.Module", fix="pass the module itself")
-    asked = _plan(plan, mesh)
+    asked = _plan(plan, mesh, model)
     check_world(asked.mesh)
     device_mesh = mesh if hasattr(mesh, "get_group") else None
     program = ParallelModule(model, asked, device_mesh, dynamic_shapes)
@@ -67,11 +69,17 @@ def parallelize(
     return program
 
 
-def _plan(plan: Any, mesh: Any) -> Plan:
+def _plan(plan: Any, mesh: Any, model: nn.Module) -> Plan:
     if isinstance(plan, Mapping):
-        if not all(isinstance(p, (Placement, Mapping)) for p in plan.values()):
-            raise PlanError(f"cannot read the plan {plan!r}", fix="give {glob: Shard(dim) or {axis: placement}}")
-        plan = Plan(mesh, params=dict(plan)) if mesh is not None else Plan(params=dict(plan))
+        if not all(isinstance(p, (Placement, Mapping)) or is_style(p) for p in plan.values()):
+            raise PlanError(
+                f"cannot read the plan {plan!r}",
+                fix="give {glob: Shard(dim) or {axis: placement}}, or {glob: 'colwise' or ColwiseParallel()}",
+            )
+        if any(map(is_style, plan.values())):
+            plan = Plan(mesh, **read_styles(model, plan, axis_for(mesh)))
+        else:
+            plan = Plan(mesh, params=dict(plan))
     if not isinstance(plan, Plan):
         raise PlanError(f"cannot read the plan {plan!r}", fix="give a Plan, a preset such as tensor_parallel(2), or a dict")
     if plan.mesh is None and mesh is None:

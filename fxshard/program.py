@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import time
 from collections.abc import Hashable, Mapping
@@ -12,7 +13,8 @@ import torch.distributed as dist
 from torch import fx, nn
 
 from fxshard.codegen.emit import emit
-from fxshard.errors import DistributedError, FxshardError, MeshError
+from fxshard.errors import DivisibilityError, FxshardError
+from fxshard.inspect.fallbacks import Fallback, fallbacks_of
 from fxshard.inspect.report import Collective, collectives_of, explain, table
 from fxshard.mesh import Mesh
 from fxshard.passes.annotate import placements
@@ -23,6 +25,8 @@ from fxshard.plan.plan import Plan
 from fxshard.runtime.collectives import Axis
 from fxshard.runtime.module import RankModule, load, local_part
 from fxshard.runtime.process import process_axes, share_random_state
+
+logger = logging.getLogger("fxshard")
 
 
 class ParallelModule(nn.Module):
@@ -70,6 +74,10 @@ class ParallelModule(nn.Module):
             self._captures[key] = self._latest = compiled
             if len(self._captures) == 1:
                 self._settle(compiled)
+            for note in compiled.resolved.notes:
+                logger.warning(note)
+            for fallback in self.fallbacks():
+                logger.warning(str(fallback))
         self._latest = self._captures[key]
         return self._latest
 
@@ -95,6 +103,9 @@ class ParallelModule(nn.Module):
             if asked is None:
                 asked = self.plan.params.get(name)
             self._placements[name] = placements(asked, self.mesh) if asked else whole
+        if not (dist.is_available() and dist.is_initialized()) and "RANK" not in os.environ:
+            for rank in range(self.mesh.world_size):  # all ranks hold the weights of this moment
+                self.rank_module(rank)
         mine = self.rank_module(self.rank)
         for name, child in mine.named_children():
             self.add_module(name, child)
@@ -199,9 +210,19 @@ class ParallelModule(nn.Module):
             compiled = self.compiled
             if compiled.captured.training != self.training:
                 compiled = self.capture(args, kwargs)
-            return compiled, compiled.captured.flatten_inputs(args, kwargs)
-        compiled = self.capture(args, kwargs)
-        return compiled, compiled.captured.flatten_inputs(args, kwargs)
+        else:
+            compiled = self.capture(args, kwargs)
+        leaves = compiled.captured.flatten_inputs(args, kwargs)
+        self._check_divides(compiled, leaves)
+        return compiled, leaves
+
+    def _check_divides(self, compiled: Compiled, leaves: list[Any]) -> None:
+        """Dynamic sizes are known only now: those that the plan splits must divide."""
+        for (name, entry), problem in compiled.dynamic_splits(leaves).items():
+            raise DivisibilityError(
+                f"dim {entry} (size {problem[0]}) of input {name} cannot be split over {problem[1]} ranks",
+                fix=f"give a size that {problem[1]} divides; uneven shards are not supported yet",
+            )
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Runs this rank's part; collective. Give every rank the same whole inputs."""
@@ -271,6 +292,10 @@ class ParallelModule(nn.Module):
         """Every collective of one step, forward and backward, in order."""
         return collectives_of(self.compiled)
 
+    def fallbacks(self) -> list[Fallback]:
+        """The calls whose operands are gathered because their operator has no rule."""
+        return fallbacks_of(self.compiled)
+
     def print_tabular(self, file: Any = None) -> None:
         """Prints the program, an operator a line: module, placements, local shape, collective, bytes."""
         print(table(self.compiled), file=file)
@@ -296,6 +321,3 @@ def gather_whole(part: torch.Tensor, placed: Placements, mesh: Mesh, axes: Mappi
             stacked = axis.group.run("all_gather", "own_part", part)
             part = join(stacked.chunk(axis.size, 0), placement)
     return part
-
-
-__all__ = ["DistributedError", "MeshError", "ParallelModule"]

@@ -1,0 +1,1 @@
+"""The Python source that a rank runs."""

@@ -65,12 +65,14 @@ class Sample:
         kwargs: the others.
         values: whether the results' values are defined (those of ``empty_like`` are not).
         gradients: whether to differentiate.
+        constants: operands to which the operator has no gradient.
     """
 
     args: tuple[Any, ...]
     kwargs: Mapping[str, Any] = field(default_factory=dict)
     values: bool = True
     gradients: bool = True
+    constants: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -147,7 +149,7 @@ class _Trial:
     @staticmethod
     def of(operator: torch._ops.OpOverload, sample: Sample) -> _Trial:
         node, operands = _graph_of(operator, sample)
-        leaves = [_leaf(x, sample) for x in operands]
+        leaves = [_leaf(x, i, sample) for i, x in enumerate(operands)]
         torch.manual_seed(0)
         results = _flat(_interpret(node.graph, leaves, {}))
         node.meta["val"] = _detached(_interpret(node.graph, operands, {}))
@@ -260,7 +262,7 @@ class _Trial:
                 summands[at[0]] if summands else _cut_all(values, inputs[i], sizes, at) for at in ranks
             ])
         try:
-            leaves = [[_leaf(p[r], self.sample) for p in parts] for r in range(len(ranks))]
+            leaves = [[_leaf(p[r], i, self.sample) for i, p in enumerate(parts)] for r in range(len(ranks))]
             results = self._run(mesh, choices, inputs, outputs, leaves)
             if any(len(result) != len(outputs) for result in results):
                 raise RuleError(f"a rank gives {len(results[0])} results, not {len(outputs)}")
@@ -422,8 +424,8 @@ def _is_float(value: Any) -> bool:
     return isinstance(value, torch.Tensor) and (value.is_floating_point() or value.is_complex())
 
 
-def _leaf(value: torch.Tensor, sample: Sample) -> torch.Tensor:
-    return value.detach().requires_grad_(sample.gradients and _is_float(value))
+def _leaf(value: torch.Tensor, index: int, sample: Sample) -> torch.Tensor:
+    return value.detach().requires_grad_(sample.gradients and _is_float(value) and index not in sample.constants)
 
 
 def _cotangent(value: Any) -> torch.Tensor | None:

@@ -9,12 +9,15 @@ import torch
 from tabulate import tabulate
 from torch import fx
 
-from fxshard.codegen.emit import describe_value
+from fxshard.codegen.emit import DTYPES, describe_local, describe_value
+from fxshard.codegen.text import span
+from fxshard.inspect.reasons import home_of, op_name, reason, source_of_value, without_layers
+from fxshard.mesh import Mesh
 from fxshard.passes.capture import module_of, source_of
 from fxshard.passes.insert_collectives import CONVERSIONS
 from fxshard.passes.pipeline import Compiled
-from fxshard.passes.typing import info_of
-from fxshard.placement import describe_all, is_shard
+from fxshard.passes.typing import has_info, info_of
+from fxshard.placement import Placement, Varying, blocks_of, is_partial, is_shard, local_shape
 from fxshard.runtime import collectives as run
 
 
@@ -30,6 +33,7 @@ class Collective:
         module: the module whose value is communicated.
         source: the line of the user's source.
         reason: why it is there, in a sentence.
+        value: the type of that tensor, e.g. ``f32[4, 16, 64]``.
     """
 
     kind: str
@@ -39,6 +43,7 @@ class Collective:
     module: str
     source: str
     reason: str
+    value: str = ""
 
 
 FORWARD = {
@@ -72,7 +77,7 @@ def needs_grad(compiled: Compiled) -> dict[fx.Node, bool]:
         elif node.op == "get_attr":
             out[node] = bool(node.meta.get("requires_grad"))
         else:
-            flows = node.target is not torch.ops.aten.detach.default
+            flows = node.target not in (torch.ops.aten.detach.default, run.dropout_mask)
             out[node] = flows and any(out.get(n, False) for n in node.all_input_nodes) and _is_float(node)
     return out
 
@@ -113,61 +118,181 @@ def collectives_of(compiled: Compiled) -> list[Collective]:
 
 
 def _record(node: fx.Node, kind: str, phase: str, compiled: Compiled) -> Collective:
+    axis = str(node.args[1])
+    source = source_of_value(node)
+    index = compiled.mesh.index(axis)
+    module = home_of(source) if source.op == "get_attr" else module_of(node)
+    why = reason(node, phase, index, axis)
+    num_bytes = full_bytes(node, compiled)
     return Collective(
-        kind, str(node.args[1]), phase, full_bytes(node, compiled), module_of(node), source_of(node), reason(node, phase)
+        kind, axis, phase, num_bytes, module, source_of(node), why, _full_type(node, compiled.mesh, index)
     )
 
 
-def reason(node: fx.Node, phase: str) -> str:
-    """Why a conversion is there."""
-    axis = node.args[1]
-    source = node.args[0]
-    assert isinstance(source, fx.Node)
-    why = node.meta.get("fxshard_reason", {})
-    reader = why.get("reader", "its reader")
-    if phase == "forward":
-        return f"%{source.name} is {why.get('from')} on axis {axis}; {reader} needs it {why.get('to')}"
-    if node.target is run.vary or node.target is run.all_gather:
-        return f"every rank of axis {axis} computes a part of the gradient of %{source.name}: {reader} is split"
-    return f"every rank of axis {axis} holds a part of the gradient of %{source.name}, which needs it whole"
+def _full_type(node: fx.Node, mesh: Mesh, axis: int) -> str:
+    """The type of the value that a conversion gives, whole along its own axis."""
+    value = node.meta["val"]
+    sizes = [1 if a == axis else size for a, size in enumerate(mesh.sizes)]
+    shape = local_shape(tuple(value.shape), info_of(node).placements, sizes)
+    return f"{DTYPES.get(value.dtype, str(value.dtype))}[{', '.join(map(str, shape))}]"
+
+
+# --- the table -------------------------------------------------------------------------------------------------------
+
+MODULE_WIDTH = 44
+SHAPE_WIDTH = 34
+
+
+def short(placement: Placement) -> str:
+    """A placement as PyTorch abbreviates it.
+
+    >>> from fxshard.placement import Partial, Replicate, Shard
+    >>> [short(p) for p in (Shard(1), Replicate(), Partial())]
+    ['S(1)', 'R', 'P']
+    """
+    if is_shard(placement):
+        blocks = blocks_of(placement)
+        return f"S({placement.dim})" if blocks == (1,) else f"S({placement.dim};{':'.join(map(str, blocks))})"  # type: ignore[attr-defined]
+    if isinstance(placement, Varying):
+        return "V"
+    return "P" if is_partial(placement) else "R"
+
+
+def _short_all(node: fx.Node) -> str:
+    return "".join(map(short, info_of(node).placements)) if _typed(node) else ""
 
 
 def table(compiled: Compiled) -> str:
-    """The program as a table, an operator a line."""
+    """The program as a table, an operator a line, with what it communicates in the forward and the backward pass."""
+    flows = needs_grad(compiled)
     rows = []
+    used: set[str] = set()
     for node in compiled.graph.nodes:
         if node.op != "call_function":
             continue
-        sources = [n for n in node.all_input_nodes if n.op != "get_attr" or True]
-        placed_in = ", ".join(describe_all(info_of(n).placements, compiled.mesh.names) for n in sources if _typed(n))
-        kind = FORWARD.get(node.target, "") if node.target in CONVERSIONS else ""  # type: ignore[arg-type]
-        back = backward_kind(node) if node.target in CONVERSIONS else None
-        both = " / ".join(x for x in (kind, f"backward {back}" if back else "") if x)
-        placed = describe_all(info_of(node).placements, compiled.mesh.names) if _typed(node) else ""
-        size = f"{full_bytes(node, compiled):,}" if both else ""
-        rows.append((_op_name(node), module_of(node), placed_in, placed, describe_value(node, compiled.mesh), both, size))
-    headers = ("op", "module", "in", "out", "local shape", "collective", "bytes")
-    return tabulate(rows, headers=headers, disable_numparse=True)
+        used |= {short(p)[0] for p in info_of(node).placements} if _typed(node) else set()
+        forward = back = ""
+        if node.target in CONVERSIONS:
+            forward = FORWARD.get(node.target, "")  # type: ignore[arg-type]
+            back = (backward_kind(node) or "") if flows[node] else ""
+        num_bytes = f"{full_bytes(node, compiled):,}" if forward or back else ""
+        placed_in = _joined([_short_all(n) for n in node.all_input_nodes if _typed(n)])
+        rows.append(
+            (
+                op_name(node).removeprefix("aten."),
+                _shortened(module_of(node), MODULE_WIDTH),
+                placed_in,
+                _short_all(node),
+                describe_value(node, compiled.mesh)[:SHAPE_WIDTH],
+                forward,
+                back,
+                num_bytes,
+            )
+        )
+    headers = ("op", "module", "in", "out", "local shape", "forward", "backward", "bytes")
+    aligned = ("left",) * 7 + ("right",)
+    text = tabulate(rows, headers=headers, disable_numparse=True, colalign=aligned if rows else None)
+    return "\n".join([text, "", _legend(compiled.mesh, used), *_summary(collectives_of(compiled))])
+
+
+LEGEND = {
+    "R": "R: whole on every rank",
+    "S": "S(d): split along dim d",
+    "P": "P: a partial sum",
+    "V": "V: whole, its gradient a partial sum",
+}
+
+
+def _legend(mesh: Mesh, used: set[str]) -> str:
+    order = f", one an axis ({', '.join(mesh.names)})" if mesh.ndim > 1 else f" on axis {', '.join(mesh.names)}"
+    return f"Placements{order}. " + ". ".join(text for letter, text in LEGEND.items() if letter in used) + "."
+
+
+def _joined(cells: list[str]) -> str:
+    text = ", ".join(cells)
+    return text if len(text) <= SHAPE_WIDTH else ", ".join(cells[:2]) + f", ... {len(cells) - 2} more"
+
+
+def _shortened(path: str, width: int) -> str:
+    return path if len(path) <= width else f"...{path[3 - width :]}"
 
 
 def _typed(node: fx.Node) -> bool:
-    return isinstance(node.meta.get("val"), torch.Tensor)
+    return isinstance(node.meta.get("val"), torch.Tensor) and has_info(node) and bool(info_of(node).outputs)
 
 
-def _op_name(node: fx.Node) -> str:
-    if isinstance(node.target, torch._ops.OpOverload):
-        return node.target._schema.name.replace("::", ".")
-    return str(getattr(node.target, "__name__", node.target))
+def format_graph(graph: fx.Graph, mesh: Mesh) -> str:
+    """A graph as text, a node a line: name, operator, operands, local type and placements.
+
+    Made for what ``program.graph_after(stage)`` returns.
+    """
+    rows = []
+    for node in graph.nodes:
+        operator = (
+            node.op
+            if node.op == "output"
+            else op_name(node)
+            if node.op == "call_function"
+            else f"{node.op} {node.target}"
+        )
+        arguments = (
+            "" if node.op in ("placeholder", "get_attr") else ", ".join(f"%{n.name}" for n in node.all_input_nodes)
+        )
+        rows.append((f"%{node.name}" if node.op != "output" else "", operator, arguments, describe_local(node, mesh)))
+    return tabulate(rows, headers=("node", "op", "operands", "local type"), disable_numparse=True)
+
+
+# --- the explanation -------------------------------------------------------------------------------------------------
 
 
 def explain(compiled: Compiled) -> str:
-    """Every collective in a sentence."""
+    """Every collective in a paragraph: what, how much, where, and why; those of equal layers as one."""
     records = collectives_of(compiled)
+    notes = [*compiled.resolved.notes]
     if not records:
-        return "No collectives: every rank computes the whole model."
-    lines = [*compiled.resolved.notes]
+        return "\n".join([*notes, "No collectives: every rank computes the whole model."])
+    groups: dict[tuple[str, ...], list[Collective]] = {}
     for record in records:
-        where = f"  {record.module or 'the model'}" + (f"  {record.source}" if record.source else "")
-        lines.append(f"{record.phase:<8} {record.kind} of {record.num_bytes:,} bytes on {record.axis}: {record.reason}")
-        lines.append(where)
-    return "\n".join(lines)
+        what = (record.phase, record.kind, record.axis, record.value, str(record.num_bytes), record.source)
+        groups.setdefault((*what, without_layers(record.module)[0], without_layers(record.reason)[0]), []).append(
+            record
+        )
+    paragraphs = ["\n".join(_paragraph(group)) for group in groups.values()]
+    return "\n\n".join([*(["\n".join(notes)] if notes else []), *paragraphs, "\n".join(_summary(records))])
+
+
+def _paragraph(group: list[Collective]) -> list[str]:
+    first = group[0]
+    of = first.value if first.phase == "forward" else f"the gradient of {first.value}"
+    times = f", {len(group)} times" if len(group) > 1 else ""
+    where = _merged([r.module for r in group]) or "the model"
+    lines = [f"{first.phase}: {first.kind} of {of} over {first.axis}, {first.num_bytes:,} bytes{times}"]
+    lines.append(f"  at   {where}" + (f"  ({first.source})" if first.source else ""))
+    lines.append(f"  why  {_merged([r.reason for r in group])}")
+    return lines
+
+
+def _merged(texts: list[str]) -> str:
+    """Texts that differ in the numbers of layers only, as one."""
+    shape, _ = without_layers(texts[0])
+    for column in zip(*(without_layers(text)[1] for text in texts), strict=True):
+        several = len(set(column)) > 1
+        shape = shape.replace("{}", f"{{{span(column)}}}" if several else str(column[0]), 1)
+    return shape
+
+
+def _summary(records: list[Collective]) -> list[str]:
+    """Count and bytes, by phase, kind and axis."""
+    totals: dict[tuple[str, str, str], tuple[int, int]] = {}
+    for r in records:
+        count, size = totals.get((r.phase, r.kind, r.axis), (0, 0))
+        totals[r.phase, r.kind, r.axis] = count + 1, size + r.num_bytes
+    out = []
+    for phase in ("forward", "backward"):
+        parts = [
+            f"{count} {kind} over {axis} ({size:,} bytes)"
+            for (p, kind, axis), (count, size) in totals.items()
+            if p == phase
+        ]
+        out.append(f"{phase}: {', '.join(parts) or 'no collectives'}")
+    return [f"Total, {line}" for line in out]

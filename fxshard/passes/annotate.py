@@ -35,11 +35,10 @@ def annotate(graph: fx.Graph, resolved: Resolved, mesh: Mesh) -> fx.Graph:
         asked = resolved.nodes.get(node)
         if asked is None:
             continue
-        given = placements(asked, mesh)
         if node.op == "get_attr":
-            set_info(copy, Info((), given=given))
+            set_info(copy, Info((), given=placements(asked, mesh)))
         else:
-            copies[node] = _constrain(new, copy, given)
+            copies[node] = _constrain(new, copy, tuple(asked.get(name) for name in mesh.names))
     last = next(iter(reversed(graph.nodes)))
     leaves = []
     for leaf, asked in zip(last.args[0], resolved.outputs, strict=True):  # type: ignore[arg-type]
@@ -58,8 +57,9 @@ def placements(asked: Mapping[str, Placement], mesh: Mesh) -> Placements:
     return tuple(REPLICATE if type(p) is Replicate else p for p in found)
 
 
-def _constrain(new: fx.Graph, node: fx.Node, given: Placements) -> fx.Node:
+def _constrain(new: fx.Graph, node: fx.Node, given: tuple[Placement | None, ...]) -> fx.Node:
+    """Fixes a value's placements; on an axis that is None it stays as it comes."""
     made = new.call_function(constrain, (node,))
     made.meta = {k: v for k, v in node.meta.items() if k != "fxshard"}
-    set_info(made, Info((), given=given))
+    set_info(made, Info((), given=tuple(REPLICATE if type(p) is Replicate else p for p in given)))
     return made

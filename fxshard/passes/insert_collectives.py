@@ -198,6 +198,8 @@ def _emit(new: fx.Graph, node: fx.Node, step: Step, mesh: Mesh, reader: fx.Node)
         source = args[0].name.removesuffix("_parts")
         made = new.create_node("call_function", function, args, name=f"{source}_{RESULT_NAMES[function]}")
         made.meta = {k: v for k, v in node.meta.items() if k not in ("fxshard", "split_bias")}
+        if "nn_module_stack" not in made.meta:  # a weight's conversion belongs to the module that reads it
+            made.meta |= {k: reader.meta[k] for k in ("nn_module_stack", "stack_trace") if k in reader.meta}
         made.meta["fxshard_reason"] = reason
         made.meta["fxshard_reader"] = {k: reader.meta.get(k) for k in ("nn_module_stack", "stack_trace")}
         set_info(made, info)

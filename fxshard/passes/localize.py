@@ -11,6 +11,7 @@ Size arguments are written anew from the result's type, never adjusted in place.
 
 from __future__ import annotations
 
+import math
 import operator
 from collections.abc import Callable
 from dataclasses import replace
@@ -20,27 +21,27 @@ import torch
 from torch import fx
 
 from fxshard.mesh import Mesh
+from fxshard.passes import losses
 from fxshard.passes.propagate import METADATA
 from fxshard.passes.typing import Info, info_of, set_info, values_of
 from fxshard.placement import REPLICATE, Placement, blocks_of, is_shard
-from fxshard.rules.recipe import bind
+from fxshard.rules.recipe import bind, operands_of, signature_of
 from fxshard.runtime import collectives as run
 
 aten = torch.ops.aten
 
 SIZE_ARGUMENT: dict[Any, tuple[str, Any]] = {
-    aten.view.default: ("size", aten.view.default),
-    aten._unsafe_view.default: ("size", aten._unsafe_view.default),
+    aten.view.default: ("size", aten.reshape.default),  # a part of a tensor is not always contiguous
+    aten._unsafe_view.default: ("size", aten.reshape.default),
     aten.reshape.default: ("shape", aten.reshape.default),
     aten.expand.default: ("size", aten.expand.default),
     aten.broadcast_to.default: ("size", aten.broadcast_to.default),
-    aten.reshape_as.default: ("", aten.reshape.default),
-    aten.view_as.default: ("", aten.view.default),
-    aten.expand_as.default: ("", aten.expand.default),
     aten.flatten.using_ints: ("", aten.reshape.default),
     aten.unflatten.int: ("", aten.reshape.default),
     aten.ravel.default: ("", aten.reshape.default),
     aten.squeeze.default: ("", aten.reshape.default),
+    aten.squeeze.dim: ("", aten.reshape.default),  # a dim whose part has size 1 stays
+    aten.squeeze.dims: ("", aten.reshape.default),
 }
 """Operators whose result's shape is an argument, or depends on one: (the argument, what to call instead)."""
 
@@ -52,6 +53,7 @@ _CUTS = {
     aten.slice.Tensor,
     aten.narrow.default,
     aten.tensor_split.sections,
+    aten.tensor_split.indices,
 }
 
 
@@ -131,7 +133,7 @@ def _local_sizes(new: fx.Graph, node: fx.Node, info: Info, mesh: Mesh) -> None:
         if sizes.count(-1) > 1:
             sizes = _sizes_from_operand(new, node, sizes)
     node.target = target
-    node.args, node.kwargs = (node.args[0], sizes), {}
+    node.args, node.kwargs = (operands_of(node)[0], sizes), {}
 
 
 def _sizes_from_operand(new: fx.Graph, node: fx.Node, sizes: list[Any]) -> list[Any]:
@@ -155,8 +157,10 @@ def _local_cut(node: fx.Node, info: Info, mesh: Mesh) -> None:
     value = values_of(source)[0]
     dim %= value.dim()
     parts = parts_along(info, 0, dim, mesh)
-    if parts == 1 or all(v.shape[dim] == value.shape[dim] for v in values_of(node)):
-        if parts > 1 and node.target is aten.slice.Tensor:
+    if parts == 1:
+        return
+    if all(v.shape[dim] == value.shape[dim] for v in values_of(node)) and node.target is aten.slice.Tensor:
+        if True:
             node.args, node.kwargs = (source, dim, 0, torch.iinfo(torch.int64).max), {}
         return
     if node.target in (aten.slice.Tensor, aten.narrow.default):
@@ -186,6 +190,34 @@ def _mean(new: fx.Graph, node: fx.Node, info: Info, mesh: Mesh, axes: list[int])
     for axis in axes:
         share /= mesh.sizes[axis]
     return _call(new, aten.mul.Tensor, (node, share), node)
+
+
+def _set_argument(node: fx.Node, name: str, value: Any) -> None:
+    assert isinstance(node.target, torch._ops.OpOverload)
+    arguments = bind(node) | {name: value}
+    later = signature_of(node.target).kwarg_only
+    node.args = tuple(v for k, v in arguments.items() if k not in later)
+    node.kwargs = {k: arguments[k] for k in arguments if k in later}
+
+
+def _groups(new: fx.Graph, node: fx.Node, info: Info, mesh: Mesh, axes: list[int]) -> fx.Node:
+    """Every rank has its share of the groups."""
+    name = "num_groups" if node.target is aten.group_norm.default else "groups"
+    _set_argument(node, name, bind(node)[name] // math.prod(mesh.sizes[a] for a in axes))
+    return node
+
+
+def _share(new: fx.Graph, node: fx.Node, info: Info, mesh: Mesh, axes: list[int]) -> fx.Node:
+    """Where the contraction is split, every rank adds its share of what is added: the ranks' results sum."""
+    ranks = math.prod(mesh.sizes[a] for a in axes)
+    arguments = bind(node)
+    if "beta" in arguments:
+        _set_argument(node, "beta", arguments["beta"] / ranks)
+        return node
+    with new.inserting_before(node):
+        bias = _call(new, aten.mul.Tensor, (arguments["bias"], 1 / ranks), arguments["bias"])
+    _set_argument(node, "bias", bias)
+    return node
 
 
 def _embedding(new: fx.Graph, node: fx.Node, info: Info, mesh: Mesh, axes: list[int]) -> fx.Node:
@@ -237,16 +269,66 @@ def _dropout(new: fx.Graph, node: fx.Node, info: Info, mesh: Mesh, axes: list[in
     value = values_of(node)[0]
     with new.inserting_before(node):
         shape, strides = _global_layout(new, source, value, info, mesh)
-        mask = _call(new, run.dropout_mask, (source, shape, strides, p), node)
-        set_info(mask, Info(((REPLICATE,) * mesh.ndim,)))
-        for axis in range(mesh.ndim):
-            placement: Placement = info.placements[axis]
-            if is_shard(placement):
-                args = (mask, mesh.names[axis], placement.dim, blocks_of(placement))  # type: ignore[attr-defined]
-                mask = _call(new, run.chunk, args, node)
-                set_info(mask, Info(((REPLICATE,) * mesh.ndim,)))
+        mask = _mask_part(new, node, (source, shape, strides, p), info, mesh, value.dim())
     result = _call(new, aten.mul.Tensor, (source, mask), node)
     new.erase_node(node)  # it would draw once more
+    return result
+
+
+def _mask_part(
+    new: fx.Graph, node: fx.Node, args: tuple[Any, ...], info: Info, mesh: Mesh, dims: int
+) -> fx.Node:
+    """This rank's part of a whole dropout mask, along the first ``dims`` dims."""
+    mask = _call(new, run.dropout_mask, args, node)
+    set_info(mask, Info(((REPLICATE,) * mesh.ndim,)))
+    now: list[Placement] = [REPLICATE] * mesh.ndim
+    for axis, placement in enumerate(info.placements):
+        if is_shard(placement) and placement.dim < dims:  # type: ignore[attr-defined]
+            blocks = blocks_of(placement)
+            args = (mask, mesh.names[axis], placement.dim, *([blocks] if blocks != (1,) else []))  # type: ignore[attr-defined]
+            mask = _call(new, run.chunk, args, node)
+            now[axis] = placement
+            set_info(mask, Info((tuple(now),)))
+    return mask
+
+
+def _attention(new: fx.Graph, node: fx.Node, info: Info, mesh: Mesh, axes: list[int]) -> fx.Node:
+    """Attention with dropout, written out, so that each rank drops what the one device would drop in its part."""
+    arguments = bind(node)
+    query, key, value = arguments["query"], arguments["key"], arguments["value"]
+    whole, keys = values_of(query)[0].shape, values_of(key)[0].shape
+    root = (arguments["scale"] or whole[-1] ** -0.5) ** 0.5
+
+    def call(function: Any, *args: Any) -> fx.Node:
+        made = new.call_function(function, args)
+        made.meta = {k: v for k, v in node.meta.items() if k in ("nn_module_stack", "stack_trace")}
+        return made
+
+    with new.inserting_before(node):
+        if arguments["enable_gqa"] and whole[-3] != keys[-3]:
+            repeats = whole[-3] // keys[-3]
+            key, value = (call(aten.repeat_interleave.self_int, x, repeats, -3) for x in (key, value))
+        left = call(aten.mul.Tensor, query, root)
+        right = call(aten.mul.Tensor, call(aten.transpose.int, key, -2, -1), root)
+        scores = call(aten.matmul.default, left, right)
+        masked = arguments["attn_mask"]
+        if arguments["is_causal"]:
+            ones = call(aten.ones_like.default, scores)
+            masked = call(aten.to.dtype, call(aten.tril.default, ones), torch.bool)
+        if masked is not None:
+            boolean = arguments["is_causal"] or values_of(masked)[0].dtype == torch.bool
+            if boolean:
+                scores = call(aten.masked_fill.Scalar, scores, call(aten.logical_not.default, masked), float("-inf"))
+            else:
+                scores = call(aten.add.Tensor, scores, masked)
+        weights = call(aten._safe_softmax.default, scores, -1)
+        shape, _ = _global_layout(new, query, values_of(node)[0], info, mesh)
+        shape[-1] = keys[-2] if isinstance(keys[-2], int) else call(aten.sym_size.int, key, -2)
+        lead = values_of(node)[0].dim() - 1
+        mask = _mask_part(new, node, (query, shape, None, arguments["dropout_p"]), info, mesh, lead)
+        kept = call(aten.mul.Tensor, weights, mask)
+    result = _call(new, aten.matmul.default, (kept, value), node)
+    new.erase_node(node)
     return result
 
 
@@ -269,4 +351,9 @@ LOWERINGS: dict[str, Callable[[fx.Graph, fx.Node, Info, Mesh, list[int]], fx.Nod
     "mean": _mean,
     "embedding": _embedding,
     "dropout": _dropout,
+    "groups": _groups,
+    "share": _share,
+    "softmax": losses.softmax,
+    "loss": losses.loss,
+    "attention": _attention,
 }

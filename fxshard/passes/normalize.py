@@ -50,6 +50,12 @@ _IDENTITIES = frozenset(
         *("expand", "expand_as", "squeeze", "slice", "narrow", "_unsafe_view"),
     )
 )
+# What reads only the shape of its second operand, and what says the same with sizes.
+_SIZED = {
+    _aten.expand_as.default: _aten.expand.default,
+    _aten.view_as.default: _aten.view.default,
+    _aten.reshape_as.default: _aten.reshape.default,
+}
 _DROPOUTS = frozenset(("dropout", "feature_dropout", "alpha_dropout", "feature_alpha_dropout"))
 
 
@@ -78,6 +84,8 @@ def _kind(target: Any) -> str:
     """Sort an operator by what this pass does with it; "" is nothing."""
     if target is operator.getitem:
         return "getitem"
+    if target in _SIZED or target is _aten.type_as.default:
+        return "like"
     if target is _SET_GRAD or target in _PLAIN_WRAPPERS:
         return "wrapper"
     if not isinstance(target, torch._ops.OpOverload) or target.namespace != "aten":
@@ -179,10 +187,12 @@ def _simplify(graph: fx.Graph, root: fx.GraphModule) -> None:
     """Drop identities, split biases off, and drop what nobody reads."""
     for node in graph.nodes:
         kind = _kind(node.target) if node.op == "call_function" else ""
-        if kind == "identity" and _is_identity(node):
+        if kind in ("identity", "like") and _is_identity(node):
             node.replace_all_uses_with(node.args[0])
         elif kind == "bias":
             _split_bias(graph, node)
+        elif kind == "like":
+            _name_sizes(graph, node)
     for node in reversed(graph.nodes):
         if not node.users and node.op in ("call_function", "get_attr") and not _has_effect(node, root):
             graph.erase_node(node)
@@ -216,6 +226,24 @@ def _split_bias(graph: fx.Graph, node: fx.Node) -> None:
     add.meta = {**node.meta, "split_bias": True}
     node.replace_all_uses_with(add, delete_user_cb=lambda user: user is not add)
     node.target, node.args, node.kwargs = target, product, {}
+
+
+def _name_sizes(graph: fx.Graph, node: fx.Node) -> None:
+    """Rewrite ``expand_as(x, other)`` and the like with sizes, ``type_as`` with a dtype: of ``other`` no value is read."""
+    source, other = node.args[:2]
+    value = node.meta["val"]
+    if node.target is _aten.type_as.default:
+        node.target, node.args = _aten.to.dtype, (source, value.dtype)
+        return
+    sizes: list[Any] = []
+    with graph.inserting_before(node):
+        for dim, size in enumerate(value.shape):
+            if not isinstance(size, int):
+                read = graph.call_function(_aten.sym_size.int, (other, dim))
+                read.meta = {**node.meta, "val": size}
+                size = read
+            sizes.append(size)
+    node.target, node.args = _SIZED[node.target], (source, sizes)
 
 
 def _has_effect(node: fx.Node, root: fx.GraphModule) -> bool:

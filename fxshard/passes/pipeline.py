@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import gc
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,7 +22,7 @@ from fxshard.passes.normalize import normalize
 from fxshard.passes.optimize import optimize
 from fxshard.passes.propagate import propagate
 from fxshard.passes.typing import info_of
-from fxshard.placement import Placements
+from fxshard.placement import Placements, is_shard
 from fxshard.plan.plan import Plan
 from fxshard.plan.resolve import Names, Resolved, resolve
 from fxshard.rules.recipe import bind
@@ -57,6 +59,22 @@ class Compiled:
         leaves: Any = next(iter(reversed(self.graph.nodes))).args[0]
         return info_of(leaves[index]).placements
 
+    def dynamic_splits(self, leaves: list[Any]) -> dict[tuple[str, int], tuple[int, int]]:
+        """Which (input, dim) of a call do not divide: -> (its size, the ranks it is split over)."""
+        out = {}
+        order = {name: i for i, name in enumerate(self.captured.placeholders)}
+        for node, asked in self.resolved.nodes.items():
+            if node.op != "placeholder":
+                continue
+            leaf = leaves[order[node.name]]
+            parts: dict[int, int] = {}
+            for axis, placement in asked.items():
+                if is_shard(placement):
+                    dim = placement.dim  # type: ignore[attr-defined]
+                    parts[dim] = parts.get(dim, 1) * self.mesh.size(axis)
+            out |= {(node.name, d): (leaf.shape[d], n) for d, n in parts.items() if leaf.shape[d] % n}
+        return out
+
     @property
     def draws(self) -> bool:
         """Whether the program draws random numbers."""
@@ -65,6 +83,23 @@ class Compiled:
 
 def compile_graph(captured: Captured, plan: Plan, model: torch.nn.Module, capture_s: float) -> Compiled:
     """Compiles a captured model: the pipeline."""
+    with _collector_paused():
+        return _compile(captured, plan, model, capture_s)
+
+
+@contextlib.contextmanager
+def _collector_paused() -> Iterator[None]:
+    """Nearly all that the passes make stays alive: looking for garbage among it would take longer than the passes."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
+
+
+def _compile(captured: Captured, plan: Plan, model: torch.nn.Module, capture_s: float) -> Compiled:
     mesh: Mesh = plan.mesh
     stages: dict[str, fx.Graph] = {"capture": captured.graph_module.graph}
     times: dict[str, float] = {"capture": capture_s}

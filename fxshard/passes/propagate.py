@@ -24,7 +24,9 @@ import torch
 from torch import fx
 
 from fxshard.mesh import Mesh
-from fxshard.passes.typing import Choice, Info, copy_graph, has_info, info_of, is_float, set_info, values_of
+from fxshard.passes.facts import Facts, input_shapes, output_shapes, split_choice
+from fxshard.passes.hoist import hoist_cuts
+from fxshard.passes.typing import Choice, Info, copy_graph, set_info
 from fxshard.placement import PARTIAL, REPLICATE, VARYING, Placement, Placements, blocks_of, local_shape, same, shard
 from fxshard.placement import is_partial, is_shard
 from fxshard.rules.lookup import recipe_for
@@ -66,7 +68,7 @@ def propagate(graph: fx.Graph, mesh: Mesh) -> fx.Graph:
     Reference: GSPMD (Xu et al., 2021), sharding completion; Megatron-LM (Shoeybi et al., 2019).
     """
     graph = copy_graph(graph)
-    facts = [_Facts.of(node) for node in graph.nodes]
+    facts = [Facts.of(node) for node in graph.nodes]
     by_node = {fact.node: fact for fact in facts}
     for fact in facts:
         fact.operands = [by_node[o] for o in operands_of(fact.node)] if fact.node.op == "call_function" else []
@@ -79,6 +81,7 @@ def propagate(graph: fx.Graph, mesh: Mesh) -> fx.Graph:
     for axis in range(mesh.ndim):
         if mesh.sizes[axis] > 1:
             _propagate_axis(facts, axis, mesh)
+            hoist_cuts(facts, mesh.sizes[axis], mesh.sizes[:axis])
         else:
             for fact in facts:
                 fact.close(None)
@@ -88,47 +91,12 @@ def propagate(graph: fx.Graph, mesh: Mesh) -> fx.Graph:
     return graph
 
 
-@dataclass(eq=False)
-class _Facts:
-    """What propagation knows of one node while it runs."""
-
-    node: fx.Node
-    shapes: tuple[Shape, ...]
-    num_bytes: int
-    is_float: bool
-    given: Placements | None
-    operands: list[_Facts] = field(default_factory=list)
-    readers: list[_Facts] = field(default_factory=list)
-    differentiable: bool = False
-    stored: bool = False
-    current: tuple[Placement, ...] = ()
-    per_axis: list[tuple[Placement, ...]] = field(default_factory=list)
-    choices: list[Choice | None] = field(default_factory=list)
-
-    @staticmethod
-    def of(node: fx.Node) -> _Facts:
-        values = values_of(node)
-        shapes = tuple(shape_of(v) for v in values)
-        size = 1
-        for dim in shapes[0] if shapes else ():
-            size *= dim if isinstance(dim, int) else 64  # a symbolic size weighs as a typical one in comparisons
-        itemsize = values[0].element_size() if values and isinstance(values[0], torch.Tensor) else 1
-        given = info_of(node).given if has_info(node) else None
-        return _Facts(node, shapes, size * itemsize, any(map(is_float, values)), given)
-
-    def close(self, choice: Choice | None) -> None:
-        """Records the decision of one axis."""
-        self.choices.append(choice)
-        self.current = choice.outputs if choice else (REPLICATE,) * max(len(self.shapes), 1)
-        self.per_axis.append(self.current)
-
-
-def _differentiable(fact: _Facts) -> bool:
+def _differentiable(fact: Facts) -> bool:
     node = fact.node
     if node.op == "placeholder":
         return fact.is_float
     if node.op == "get_attr":
-        return isinstance(node.meta.get("val"), torch.nn.Parameter) or bool(node.meta.get("is_parameter"))
+        return fact.is_float and bool(node.meta.get("is_parameter") or node.meta.get("requires_grad"))
     if node.op != "call_function" or not fact.is_float:
         return False
     if node.target is torch.ops.aten.detach.default:
@@ -136,13 +104,13 @@ def _differentiable(fact: _Facts) -> bool:
     return any(o.differentiable for o in fact.operands)
 
 
-def _propagate_axis(facts: Sequence[_Facts], axis: int, mesh: Mesh) -> None:
+def _propagate_axis(facts: Sequence[Facts], axis: int, mesh: Mesh) -> None:
     size = mesh.sizes[axis]
     sizes = mesh.sizes[:axis]
     for fact in facts:
         node = fact.node
         if node.op in ("placeholder", "get_attr"):
-            at = fact.given[axis] if fact.given else REPLICATE
+            at = (fact.given[axis] if fact.given else None) or REPLICATE
             fact.close(Choice("given", (), (at,), reason="the plan") if at is not REPLICATE else None)
         elif node.op == "output":
             fact.close(None)
@@ -150,7 +118,8 @@ def _propagate_axis(facts: Sequence[_Facts], axis: int, mesh: Mesh) -> None:
             at = fact.operands[0].current[node.args[1]]  # type: ignore[index]
             fact.close(Choice("split", (None,), (at,)) if at is not REPLICATE else None)
         elif node.target is constrain and fact.given is not None:
-            fact.close(Choice("given", (fact.given[axis],), (fact.given[axis],), reason="the plan"))
+            at = fact.given[axis] or fact.operands[0].current[0]
+            fact.close(Choice("given", (at,), (at,), reason="the plan"))
         elif node.target is torch.ops.aten.copy_.default and not same(fact.operands[0].current[0], REPLICATE):
             at = fact.operands[0].current[0]
             fact.close(Choice("given", (at, at), (at,), reason="it updates a buffer in place"))
@@ -160,11 +129,11 @@ def _propagate_axis(facts: Sequence[_Facts], axis: int, mesh: Mesh) -> None:
             fact.close(_choose(fact, size, sizes, axis))
 
 
-def _choose(fact: _Facts, size: int, sizes: Sequence[int], axis: int) -> Choice:
+def _choose(fact: Facts, size: int, sizes: Sequence[int], axis: int) -> Choice:
     current = [o.current[0] for o in fact.operands]
     if any(len(o.shapes) > 1 for o in fact.operands):
         return _whole(fact, frozenset(), "reads a list of tensors")
-    recipe = recipe_for(fact.node, _input_shapes(fact, sizes), _output_shapes(fact, sizes), current)
+    recipe = recipe_for(fact.node, input_shapes(fact, sizes), output_shapes(fact, sizes), current)
     if recipe is None:
         return _whole(fact, frozenset(), "has no rule")
     partial = frozenset(i for i, p in enumerate(current) if is_partial(p) and i not in recipe.unread)
@@ -190,7 +159,7 @@ def _choose(fact: _Facts, size: int, sizes: Sequence[int], axis: int) -> Choice:
 
 
 def _scatter_ahead(
-    fact: _Facts, recipe: Recipe, partial: frozenset[int], size: int, axis: int, sizes: Sequence[int]
+    fact: Facts, recipe: Recipe, partial: frozenset[int], size: int, axis: int, sizes: Sequence[int]
 ) -> tuple[Factor, tuple[int, ...]] | None:
     """The factor over which to scatter a sum, where a reader further on will want it split.
 
@@ -204,13 +173,13 @@ def _scatter_ahead(
         if reader is None:
             return None
         if reader.node.target is constrain:
-            asked = reader.given[axis] if reader.given else REPLICATE
+            asked = (reader.given[axis] if reader.given else None) or REPLICATE
             wanted = At(asked.dim, blocks_of(asked)) if is_shard(asked) else None  # type: ignore[attr-defined]
             return _back_through(chain, wanted, size) if wanted else None
-        inputs, current = _input_shapes(reader, sizes), [o.current[0] if o.current else REPLICATE for o in reader.operands]
+        inputs, current = input_shapes(reader, sizes), [o.current[0] if o.current else REPLICATE for o in reader.operands]
         if any(len(o.shapes) > 1 for o in reader.operands):
             return None
-        found = recipe_for(reader.node, inputs, _output_shapes(reader, sizes), current)
+        found = recipe_for(reader.node, inputs, output_shapes(reader, sizes), current)
         if found is None:
             return None
         for factor in found.factors:
@@ -224,7 +193,7 @@ def _scatter_ahead(
     return None
 
 
-def _only_reader(fact: _Facts) -> tuple[_Facts | None, int]:
+def _only_reader(fact: Facts) -> tuple[Facts | None, int]:
     if len(fact.node.users) != 1 or len(fact.shapes) != 1:
         return None, 0
     reader = fact.readers[0]
@@ -263,35 +232,19 @@ def carried(current: Placement, at: At | None, factor: Factor, size: int) -> tup
     return blocks if blocks is not None and units(factor.size, blocks, size) else None
 
 
-def split_choice(
-    factor: Factor, blocks: tuple[int, ...], differentiable: Sequence[bool], unread: frozenset[int], leader: int
-) -> Choice:
-    """The choice of splitting ``factor`` in ``blocks``."""
-    inputs: list[Placement | None] = []
-    for i, at in enumerate(factor.inputs):
-        if i in unread and at is None:
-            inputs.append(None)
-        elif at is not None:
-            inputs.append(shard(at.dim, combine(at.blocks, blocks)))
-        else:
-            inputs.append(VARYING if differentiable[i] else REPLICATE)
-    outputs = tuple(PARTIAL if at is None else shard(at.dim, combine(at.blocks, blocks)) for at in factor.outputs)
-    return Choice("split", tuple(inputs), outputs, factor.name, factor.lowering, f"operand {leader}")
-
-
-def _whole(fact: _Facts, unread: frozenset[int], reason: str) -> Choice:
+def _whole(fact: Facts, unread: frozenset[int], reason: str) -> Choice:
     inputs = tuple(None if i in unread else REPLICATE for i in range(len(fact.operands)))
     return Choice("whole", inputs, (REPLICATE,) * max(len(fact.shapes), 1), reason=reason)
 
 
-def _pass_partial(fact: _Facts, recipe: Recipe, partial: frozenset[int]) -> Choice:
+def _pass_partial(fact: Facts, recipe: Recipe, partial: frozenset[int]) -> Choice:
     inputs: list[Placement | None] = []
     for i in range(len(fact.operands)):
         inputs.append(PARTIAL if i in partial else None if i in recipe.unread else REPLICATE)
     return Choice("partial", tuple(inputs), (PARTIAL,) * len(fact.shapes))
 
 
-def _floats(fact: _Facts, partial: frozenset[int]) -> bool:
+def _floats(fact: Facts, partial: frozenset[int]) -> bool:
     """Whether it is worth to leave a sum unreduced: it does not grow, nor make other gradients partial."""
     operands = fact.operands
     if any(o.differentiable for i, o in enumerate(operands) if i not in partial):
@@ -300,7 +253,7 @@ def _floats(fact: _Facts, partial: frozenset[int]) -> bool:
     return all(len(s.node.users) == 1 for s in sources) and fact.num_bytes <= sum(s.num_bytes for s in sources)
 
 
-def _cost(fact: _Facts, factor: Factor, blocks: tuple[int, ...], current: Sequence[Placement]) -> float:
+def _cost(fact: Facts, factor: Factor, blocks: tuple[int, ...], current: Sequence[Placement]) -> float:
     cost = 0.0
     for operand, at, now in zip(fact.operands, factor.inputs, current, strict=True):
         target = REPLICATE if at is None else shard(at.dim, combine(at.blocks, blocks))
@@ -313,21 +266,3 @@ def _cost(fact: _Facts, factor: Factor, blocks: tuple[int, ...], current: Sequen
         elif at is not None and operand.differentiable:
             cost += operand.num_bytes * 0.5  # cut for free, gathered in the backward pass
     return cost
-
-
-def _input_shapes(fact: _Facts, sizes: Sequence[int]) -> tuple[Shape, ...]:
-    if not sizes or not any(fact.choices):
-        return tuple(o.shapes[0] for o in fact.operands)
-    out = []
-    for i, operand in enumerate(fact.operands):
-        placements = [(c.inputs[i] if c else None) or REPLICATE for c in fact.choices]
-        out.append(local_shape(operand.shapes[0], tuple(placements), sizes))
-    return tuple(out)
-
-
-def _output_shapes(fact: _Facts, sizes: Sequence[int]) -> tuple[Shape, ...]:
-    if not sizes or not any(fact.choices):
-        return fact.shapes
-    return tuple(
-        local_shape(shape, tuple(axis[k] for axis in fact.per_axis), sizes) for k, shape in enumerate(fact.shapes)
-    )

@@ -42,13 +42,13 @@ class Info:
         outputs: for each tensor result (one for a node that is a tensor) a placement per mesh axis.
         choices: one per mesh axis; None where the axis runs the call whole on replicated operands.
         differentiable: whether a gradient may flow through the result.
-        given: the placements that the plan asked for, on parameters and constraints.
+        given: the placements that the plan asked for, on parameters and constraints; None leaves an axis open.
     """
 
     outputs: tuple[Placements, ...]
     choices: tuple[Choice | None, ...] = ()
     differentiable: bool = False
-    given: Placements | None = None
+    given: tuple[Placement | None, ...] | None = None
 
     @property
     def placements(self) -> Placements:

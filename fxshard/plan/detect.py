@@ -22,9 +22,9 @@ from dataclasses import dataclass, field
 import torch
 from torch import fx
 
-from fxshard.placement import Replicate, Shard, normalize_blocks, shard
+from fxshard.placement import REPLICATE, Shard, normalize_blocks, shard
 from fxshard.rules.lookup import recipe_for
-from fxshard.rules.recipe import Dim, Factor, Shape, combine, operands_of, shape_of, uncombine, units
+from fxshard.rules.recipe import Dim, Factor, Recipe, Shape, combine, operands_of, shape_of, uncombine, units
 from fxshard.rules.table import name_of
 from fxshard.rules.views import segments_of
 
@@ -40,31 +40,46 @@ _SIZES = {"aten.sym_size", "aten.sym_numel"}
 class Graph:
     """The facts of a graph that detection needs, gathered once."""
 
-    order: dict[fx.Node, int]
-    weights: dict[fx.Node, fx.Node]
-    learned: set[fx.Node]
+    order: dict[fx.Node, int] = field(default_factory=dict)
+    weights: dict[fx.Node, fx.Node] = field(default_factory=dict)
+    learned: set[fx.Node] = field(default_factory=set)
+    operands: dict[fx.Node, list[fx.Node]] = field(default_factory=dict)
+    shapes: dict[fx.Node, tuple[Shape, ...]] = field(default_factory=dict)
+    recipes: dict[fx.Node, Recipe | None] = field(default_factory=dict)
 
     @staticmethod
     def of(graph: fx.Graph) -> Graph:
         """Reads a graph: its order, the weights (with their views), and what is computed from weights."""
-        order, weights, learned = {}, {}, set()
+        facts = Graph()
+        weights, learned = facts.weights, facts.learned
         for i, node in enumerate(graph.nodes):
-            order[node] = i
+            facts.order[node] = i
+            facts.shapes[node] = shapes_of(node)
             if node.op == "get_attr" and is_parameter(node):
                 weights[node] = node
             elif node.op == "call_function":
-                ops = operands_of(node)
+                ops = facts.operands[node] = operands_of(node)
                 if any(o in learned or o in weights for o in ops):
                     if name_of(node.target)[1] in _VIEWS and len(ops) == 1 and ops[0] in weights:
                         weights[node] = weights[ops[0]]
                     else:
                         learned.add(node)
-        return Graph(order, weights, learned)
+        return facts
+
+    def recipe(self, node: fx.Node) -> Recipe | None:
+        """The recipe of a call on whole operands; None where it has no rule."""
+        if node not in self.recipes:
+            shapes = [self.shapes[o] for o in self.operands[node]]
+            single = all(len(s) == 1 for s in shapes)
+            inputs = tuple(s[0] for s in shapes)
+            current = (REPLICATE,) * len(inputs)
+            self.recipes[node] = recipe_for(node, inputs, self.shapes[node], current) if single else None
+        return self.recipes[node]
 
 
 def is_parameter(node: fx.Node) -> bool:
     """Whether a node reads a parameter of the model."""
-    return bool(node.meta.get("is_parameter")) or isinstance(node.meta.get("val"), torch.nn.Parameter)
+    return bool(node.meta.get("is_parameter"))
 
 
 @dataclass
@@ -81,12 +96,11 @@ def shapes_of(node: fx.Node) -> tuple[Shape, ...]:
     return tuple(map(shape_of, value)) if isinstance(value, (list, tuple)) else (shape_of(value),)
 
 
-def find_pairs(graph: fx.Graph, size: int) -> list[Pair]:
+def find_pairs(facts: Graph, size: int) -> list[Pair]:
     """The column/row pairs of a graph for an axis of ``size`` ranks, in the order of the rows.
 
     A weight is split one way only: a pair that would split it another way than an earlier pair is left out.
     """
-    facts = Graph.of(graph)
     taken: dict[fx.Node, Shard] = {}
     pairs = []
     for node in facts.order:
@@ -106,10 +120,10 @@ def _agree(have: Shard | None, want: Shard) -> bool:
 
 def contraction(node: fx.Node, facts: Graph) -> tuple[Factor, int, int] | None:
     """The factor that a call contracts between an activation and a weight, and the positions of the two."""
-    operands = operands_of(node)
+    operands = facts.operands[node]
     if len(operands) < 2 or not any(o in facts.weights for o in operands):
         return None
-    recipe = _recipe(node)
+    recipe = facts.recipe(node)
     for factor in recipe.factors if recipe is not None else ():
         if any(at is not None for at in factor.outputs) or factor.lowering:
             continue
@@ -121,20 +135,14 @@ def contraction(node: fx.Node, facts: Graph) -> tuple[Factor, int, int] | None:
     return None
 
 
-def _recipe(node: fx.Node):  # type: ignore[no-untyped-def]
-    operands = operands_of(node)
-    if any(isinstance(o.meta["val"], (list, tuple)) for o in operands):
-        return None
-    inputs = tuple(shape_of(o.meta["val"]) for o in operands)
-    return recipe_for(node, inputs, shapes_of(node), (Replicate(),) * len(inputs))
-
-
 def _pair(row: fx.Node, facts: Graph, size: int) -> Pair | None:
     found = contraction(row, facts)
     if found is None or not units(found[0].size, (1,), size):
         return None
     factor, value, weight = found
-    operands = operands_of(row)
+    operands = facts.operands[row]
+    if not _Walk(facts, size, {row}, set(), split={operands[value]}).closed():
+        return None  # its input is read by others: a norm's result, a residual stream
     whole: set[fx.Node] = set()
     while True:
         walk = _Walk(facts, size, {row}, whole)
@@ -149,7 +157,7 @@ def _pair(row: fx.Node, facts: Graph, size: int) -> Pair | None:
         if not read_outside:
             break
         whole |= read_outside  # shared with others, as a position bias is by all layers: whole, and cut where it is read
-    columns = [w for w in walk.leaves if w is not facts.weights[operands[weight]] and len(shapes_of(w)[0]) > 1]
+    columns = [w for w in walk.leaves if w is not facts.weights[operands[weight]] and len(facts.shapes[w][0]) > 1]
     return Pair(row, walk.leaves) if columns else None
 
 
@@ -170,7 +178,7 @@ class _Walk:
 
     def ask(self, node: fx.Node, result: int, dim: int, blocks: tuple[int, ...]) -> None:
         """Asks that dim ``dim`` of a value be split."""
-        self.ask_segment(node, result, dim, 0, shapes_of(node)[result][dim], blocks)
+        self.ask_segment(node, result, dim, 0, self.facts.shapes[node][result][dim], blocks)
 
     def ask_segment(self, node: fx.Node, result: int, dim: int, start: int, end: Dim, blocks: tuple[int, ...]) -> None:
         """Asks that [start, end) of a dim be split as a block of its own."""
@@ -205,8 +213,9 @@ class _Walk:
             return
         if node in self.facts.weights and node.op == "get_attr":
             ((_, dim), demand), *_ = asked.items()
-            blocks = _merge(demand, shapes_of(node)[0][dim])
-            if blocks is None or not units(shapes_of(node)[0][dim], blocks, self.size):
+            size = self.facts.shapes[node][0][dim]
+            blocks = _merge(demand, size)
+            if blocks is None or not units(size, blocks, self.size):
                 self.sound = False
             else:
                 self.leaves[node] = shard(dim, blocks)
@@ -221,8 +230,8 @@ class _Walk:
         dim = next(iter(asked))[1]
         if name in _CUTS and self._through_cut(node, asked, dim):
             return
-        recipe = _recipe(node)
-        shapes = shapes_of(node)
+        recipe = self.facts.recipe(node)
+        shapes = self.facts.shapes[node]
         found = None
         if recipe is not None and len(asked) == 1:
             (result, _), demand = next(iter(asked.items()))
@@ -243,14 +252,14 @@ class _Walk:
         factor, inner = found
         self.split.add(node)
         self.region.add(node)
-        for operand, at in zip(operands_of(node), factor.inputs, strict=True):
+        for operand, at in zip(self.facts.operands[node], factor.inputs, strict=True):
             if at is not None:
                 self.ask(operand, 0, at.dim, combine(at.blocks, inner))
 
     def _through_cut(self, node: fx.Node, asked: Mapping[tuple[int, int], Demand], dim: int) -> bool:
-        (operand,) = operands_of(node)
+        (operand,) = self.facts.operands[node]
         parts = segments_of(node, dim)
-        if parts is None or len(parts) == 1 and parts[0] == (0, shapes_of(operand)[0][dim]):
+        if parts is None or (len(parts) == 1 and parts[0] == (0, self.facts.shapes[operand][0][dim])):
             return False
         if len(asked) != len(parts):
             return False
@@ -266,6 +275,10 @@ class _Walk:
     def read_outside(self) -> set[fx.Node]:
         """The split values that are read by others than the region, and not just handed out."""
         return {node for node in self.split if not all(self._inside(user) for user in node.users)}
+
+    def closed(self) -> bool:
+        """Whether no split value is read outside."""
+        return not self.read_outside()
 
     def _inside(self, user: fx.Node) -> bool:
         if user in self.region or user in self.split or user.op == "output":
@@ -299,12 +312,11 @@ def _merge(demand: Demand, size: Dim) -> tuple[int, ...] | None:
     return normalize_blocks(blocks) if position == size else None
 
 
-def vocabulary(graph: fx.Graph, size: int, taken: Iterable[fx.Node]) -> dict[fx.Node, Shard]:
+def vocabulary(facts: Graph, size: int, taken: Iterable[fx.Node]) -> dict[fx.Node, Shard]:
     """The vocabulary's table, and the head that scores it: split along the vocabulary.
 
     The table is the largest one that the model's inputs look up; heads are contractions with as many output features.
     """
-    facts = Graph.of(graph)
     skip = set(taken)
     tables: dict[fx.Node, Dim] = {}
     for node in facts.order:
@@ -318,14 +330,15 @@ def vocabulary(graph: fx.Graph, size: int, taken: Iterable[fx.Node]) -> dict[fx.
     out = {w: Shard(0) for w in chosen}
     for node in facts.order:
         found = contraction(node, facts) if node.op == "call_function" and node in facts.learned else None
-        if found is None or not chosen or shapes_of(node)[0][-1] != largest:
+        shape = facts.shapes[node][0]
+        if found is None or not chosen or not shape or shape[-1] != largest:
             continue
-        weight = facts.weights[operands_of(node)[found[2]]]
-        recipe = _recipe(node)
-        for factor in recipe.factors:
+        weight = facts.weights[facts.operands[node][found[2]]]
+        recipe = facts.recipe(node)
+        for factor in recipe.factors if recipe is not None else ():
             at = factor.inputs[found[2]]
             last = factor.outputs[0]
-            if at is None or last is None or last.dim != len(shapes_of(node)[0]) - 1 or weight in skip:
+            if at is None or last is None or last.dim != len(shape) - 1 or weight in skip:
                 continue
             if weight in out and out[weight].dim != at.dim:
                 continue
@@ -344,28 +357,27 @@ def _given(node: object) -> bool:
 def _bias(node: fx.Node, facts: Graph, skip: set[fx.Node]) -> dict[fx.Node, Shard]:
     out = {}
     for user in node.users:
-        for operand in operands_of(user) if name_of(user.target)[1] == "aten.add" else ():
+        for operand in facts.operands.get(user, ()) if name_of(user.target)[1] == "aten.add" else ():
             if operand in facts.weights and len(shapes_of(operand)[0]) == 1 and operand not in skip:
                 out[facts.weights[operand]] = Shard(0)
     return out
 
 
-def residuals(graph: fx.Graph, rows: Iterable[fx.Node]) -> list[fx.Node]:
+def residuals(facts: Graph, rows: Iterable[fx.Node]) -> list[fx.Node]:
     """The values to which the results of ``rows`` are added: the residual streams, at every place they are read."""
-    facts = Graph.of(graph)
     fresh = set(rows)
     passing = {"aten.add", "aten.dropout", "aten.mul", "aten.div", "aten.to", "aten.clone", "aten.contiguous"}
     found: dict[fx.Node, None] = {}
     for node in facts.order:
         if node.op != "call_function" or name_of(node.target)[1] not in passing | {"aten.view", "aten.reshape"}:
             continue
-        sources = [o for o in operands_of(node) if o in facts.learned]
+        sources = [o for o in facts.operands[node] if o in facts.learned]
         new = [o for o in sources if o in fresh]
         if not new:
             continue
         old = [o for o in sources if o not in fresh]
         if not old:
             fresh.add(node)
-        elif name_of(node.target)[1] == "aten.add" and shapes_of(old[0]) == shapes_of(node):
+        elif name_of(node.target)[1] == "aten.add" and facts.shapes[old[0]] == facts.shapes[node]:
             found[old[0]] = None
     return list(found)

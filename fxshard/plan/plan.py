@@ -13,12 +13,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeAlias
 
+from torch import nn
 from torch.distributed.tensor import Partial, Replicate, Shard
 from torch.distributed.tensor.placement_types import Placement
 
 from fxshard.errors import PlanError
 from fxshard.mesh import Mesh
 from fxshard.placement import BlockShard, describe
+from fxshard.plan.formats import axis_for, read_hf
 
 Entry: TypeAlias = "Placement | Mapping[str, Placement]"
 """One placement (on a one-axis mesh), or one an axis."""
@@ -141,6 +143,31 @@ class Plan:
             for part in ("params", "inputs", "activations", "outputs")
         }
         return Plan(data["mesh"], presets=tuple(map(tuple, data["presets"])), **parts)
+
+    @staticmethod
+    def from_hf(model: nn.Module, mesh: Any = None, axis: str | None = None) -> Plan:
+        """The tensor-parallel plan that a Hugging Face model brings along, made explicit.
+
+        Rules for modules that this model does not have are left out with a warning, as ``transformers`` does. To change
+        a rule, give the rules to ``parallelize``: ``{**model.tp_plan, "lm_head": "replicate"}``.
+
+        Args:
+            model: it, or a module in it, has a ``tp_plan``, or a ``config.base_model_tp_plan``.
+            mesh: the mesh; without one it is to be given to ``parallelize``.
+            axis: the mesh axis to split; else the mesh's only one, or ``"tp"``.
+
+        Raises:
+            PlanError: when the model has no plan, or one with styles that cannot be expressed.
+
+        >>> class Net(nn.Sequential):
+        ...     tp_plan = {"0": "colwise", "2": "rowwise"}
+        >>> print(Plan.from_hf(Net(nn.Linear(8, 32), nn.GELU(), nn.Linear(32, 8)), {"tp": 2}))
+        Plan on {tp: 2}
+          params       0.weight  tp: Shard(0)
+          params       0.bias    tp: Shard(0)
+          params       2.weight  tp: Shard(1)
+        """
+        return Plan(mesh, **read_hf(model, axis_for(mesh, axis)))
 
     def __str__(self) -> str:
         lines = [f"Plan on {self.mesh}"]

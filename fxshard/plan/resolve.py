@@ -19,7 +19,7 @@ from torch import fx
 from fxshard.errors import DivisibilityError, FxshardError, MeshError, PlanError
 from fxshard.mesh import Mesh
 from fxshard.placement import BlockShard, Placement, Shard, blocks_of, describe
-from fxshard.plan.detect import find_pairs, is_parameter, residuals, shapes_of, vocabulary
+from fxshard.plan.detect import Graph, Pair, find_pairs, is_parameter, residuals, shapes_of, vocabulary
 from fxshard.plan.plan import Plan
 from fxshard.rules.recipe import divides, units
 
@@ -62,13 +62,13 @@ def resolve(plan: Plan, graph: fx.Graph, names: Names) -> Resolved:
     mesh: Mesh = plan.mesh
     if mesh is None:
         raise MeshError("the plan has no mesh", fix="pass mesh={'tp': 2} to parallelize, or Plan(mesh=...)")
-    work = _Work(mesh, names)
+    work = _Work(mesh, names, Graph.of(graph))
     for part in ("params", "inputs", "activations"):
         for glob, entry in getattr(plan, part).items():
             work.apply(part, glob, entry)
-    work.match_blocks(graph)
+    work.match_blocks()
     for preset, axis in plan.presets:
-        PRESETS[preset](work, graph, axis)
+        PRESETS[preset](work, axis)
     outputs = work.outputs(plan.outputs)
     work.raise_problems()
     explicit = replace(
@@ -86,12 +86,20 @@ def resolve(plan: Plan, graph: fx.Graph, names: Names) -> Resolved:
 class _Work:
     mesh: Mesh
     names: Names
+    facts: Graph
+    found: dict[int, list[Pair]] = field(default_factory=dict)
     nodes: dict[fx.Node, dict[str, Placement]] = field(default_factory=dict)
     explicit: dict[str, dict[str, dict[str, Placement]]] = field(
         default_factory=lambda: {"params": {}, "inputs": {}, "activations": {}}
     )
     problems: list[FxshardError] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+
+    def pairs(self, size: int) -> list[Pair]:
+        """The column/row pairs for an axis of ``size`` ranks."""
+        if size not in self.found:
+            self.found[size] = find_pairs(self.facts, size)
+        return self.found[size]
 
     def apply(self, part: str, glob: str, entry: Mapping[str, Placement]) -> None:
         """One entry of the user's plan."""
@@ -106,7 +114,8 @@ class _Work:
                 )
                 continue
             for name, node in matched:
-                kind = "params" if name in self.names.params or name in self.names.all_params else part
+                is_tensor = name in self.names.params or name in self.names.all_params
+                kind = "params" if is_tensor else "activations" if part == "params" else part
                 self.put(kind, name, node, axis, placement, f"{part} {glob!r}")
 
     def _match(self, part: str, glob: str) -> list[tuple[str, fx.Node | None]]:
@@ -197,7 +206,7 @@ class _Work:
             return None
         return placement if dim == placement.dim else Shard(dim)
 
-    def match_blocks(self, graph: fx.Graph) -> None:
+    def match_blocks(self) -> None:
         """A packed weight that the user splits by its dim is split block by block, as its readers cut it."""
         if not any(is_parameter(n) and isinstance(p, Shard) for n, e in self.nodes.items() for p in e.values()):
             return
@@ -205,7 +214,7 @@ class _Work:
             asked = {n: e[axis] for n, e in self.nodes.items() if isinstance(e.get(axis), Shard) and is_parameter(n)}
             if not asked or self.mesh.size(axis) == 1:
                 continue
-            found = {w: p for pair in find_pairs(graph, self.mesh.size(axis)) for w, p in pair.weights.items()}
+            found = {w: p for pair in self.pairs(self.mesh.size(axis)) for w, p in pair.weights.items()}
             for node, placement in asked.items():
                 better = found.get(node)
                 if isinstance(better, BlockShard) and better.dim == placement.dim and blocks_of(placement) == (1,):  # type: ignore[attr-defined]
@@ -262,7 +271,7 @@ def _few(names: Iterable[str]) -> str:
     return ", ".join(map(repr, listed[:5])) + (f", ... ({len(listed)} in all)" if len(listed) > 5 else "")
 
 
-def _data_parallel(work: _Work, graph: fx.Graph, axis: str) -> None:
+def _data_parallel(work: _Work, axis: str) -> None:
     shapes = {
         name: shapes_of(node)[0]
         for name, node in work.names.inputs.items()
@@ -278,29 +287,29 @@ def _data_parallel(work: _Work, graph: fx.Graph, axis: str) -> None:
             work.put("inputs", name, node, axis, Shard(0), "data_parallel")
 
 
-def _tensor_parallel(work: _Work, graph: fx.Graph, axis: str) -> None:
+def _tensor_parallel(work: _Work, axis: str) -> None:
     size = work.mesh.size(axis)
     if size == 1:
         return
     by_node = {node: name for name, node in reversed(work.names.params.items())}
-    pairs = find_pairs(graph, size)
+    pairs = work.pairs(size)
     found: dict[fx.Node, Shard] = {}
     for pair in pairs:
         found |= pair.weights
-    found |= vocabulary(graph, size, found)
+    found |= vocabulary(work.facts, size, found)
     if not any(work.free(n, axis) for n in found) and not any(axis in e for e in work.nodes.values()):
         work.notes.append(f"tensor_parallel found no weight that axis {axis!r} (size {size}) could split")
-    for node, placement in found.items():
-        if work.free(node, axis):
-            work.put("params", by_node[node], node, axis, placement, "tensor_parallel")
+    for name, node in work.names.params.items():
+        if node in found and by_node[node] == name and work.free(node, axis):
+            work.put("params", name, node, axis, found[node], "tensor_parallel")
 
 
-def _sequence_parallel(work: _Work, graph: fx.Graph, axis: str) -> None:
+def _sequence_parallel(work: _Work, axis: str) -> None:
     size = work.mesh.size(axis)
     if size == 1:
         return
-    rows = [pair.row for pair in find_pairs(graph, size)]
-    for node in residuals(graph, rows):
+    rows = [pair.row for pair in work.pairs(size)]
+    for node in residuals(work.facts, rows):
         shape = shapes_of(node)[0]
         if len(shape) < 3 or not work.free(node, axis):
             continue

@@ -13,6 +13,9 @@ from fxshard.rules.recipe import At, Call, Operand, Recipe, Shape, bind, operand
 from fxshard.rules.table import find_rule, generation, name_of
 
 _CUTS = {"aten.split", "aten.split_with_sizes", "aten.chunk", "aten.slice", "aten.narrow", "aten.tensor_split"}
+_LITERAL = _CUTS | {"aten.embedding", "aten.group_norm"}
+_LITERAL |= {"aten.cross_entropy_loss", "aten.nll_loss", "aten.nll_loss_nd"}
+"""Operators whose arguments or lowerings speak of the whole tensor."""
 _JOINS = {"aten.cat", "aten.concat", "aten.concatenate"}
 _cache: dict[Any, Recipe] = {}
 
@@ -37,14 +40,16 @@ def recipe_for(
         ats = tuple(At(p.dim, blocks_of(p)) if is_shard(p) else None for p in current)  # type: ignore[attr-defined]
     counter = [0]
     arguments = {name: _template(value, counter) for name, value in bind(node).items()}
-    whole = whole_inputs or tuple(shape_of(o.meta["val"]) for o in operands_of(node))
-    key = (node.target, tuple(arguments.values()), inputs, outputs, ats, whole != inputs, len(generation))
+    whole: tuple[Shape, ...] = ()
+    if packet in _LITERAL:
+        whole = whole_inputs or tuple(shape_of(o.meta["val"]) for o in operands_of(node))
+    key = (node.target, tuple(arguments.values()), inputs, outputs, ats, whole, len(generation))
     found = _cache.get(key)
     if found is None:
         call = Call(packet, inputs, outputs, arguments, whole, ats, _affine(node))
         found = rule.function(call)
         if _draws(node) and any(f.lowering is None for f in found.factors):
-            found = Recipe(unread=found.unread)
+            found = Recipe(unread=found.unread)  # a part of the draw is not a draw of the part
         _cache[key] = found
     return found
 
@@ -61,9 +66,8 @@ _NOT_RANDOM = {torch.ops.aten.scaled_dot_product_attention.default}
 def _affine(node: fx.Node) -> bool:
     assert isinstance(node.target, torch._ops.OpOverload)
     sig = signature_of(node.target)
-    return any(t and isinstance(a, (int, float)) for t, a in zip(sig.tensor, node.args, strict=False)) or (
-        "Scalar" in node.target._overloadname
-    )
+    numbers = (t and isinstance(a, (int, float, complex)) for t, a in zip(sig.tensor, bind(node).values(), strict=True))
+    return any(numbers) or "Scalar" in node.target._overloadname
 
 
 def _template(value: Any, counter: list[int]) -> Any:
@@ -72,7 +76,7 @@ def _template(value: Any, counter: list[int]) -> Any:
         meta = value.meta.get("val")
         if isinstance(meta, (torch.Tensor, list, tuple)):
             counter[0] += 1
-            return Operand(counter[0] - 1)
+            return Operand(counter[0] - 1, meta.dtype if isinstance(meta, torch.Tensor) else None)
         return getattr(getattr(meta, "node", None), "expr", meta)
     if isinstance(value, (list, tuple)):
         return tuple(_template(v, counter) for v in value)

@@ -12,7 +12,7 @@ that is missing from a result must stay whole too: nothing says that its parts m
 
 ``...`` stands for any number of dims, aligned from the right as broadcasting does. ``(h d)`` is one dim made of
 two factors, ``h`` the major one; only the major one may be split. An operand dim of size 1 whose factor is larger
-elsewhere is broadcast: it lacks the factor. Where an optional tensor is not given, its part of the rule is skipped.
+elsewhere is broadcast: it lacks the factor.
 """
 
 from __future__ import annotations
@@ -88,26 +88,32 @@ def _tensor(part: str, text: str, marks: dict[str, str]) -> tuple[tuple[str, ...
     return tuple(dims)
 
 
-def apply(notation: Notation, call: Call, present: Sequence[int] | None = None) -> Recipe:
+def apply(notation: Notation, call: Call) -> Recipe:
     """The recipe of one call under a parsed rule.
-
-    Args:
-        notation: the rule.
-        call: the call's shapes.
-        present: which of the rule's operands were given; all in order by default.
 
     Raises:
         RuleError: when the shapes do not fit the rule.
     """
-    patterns = notation.inputs if present is None else [notation.inputs[i] for i in present]
-    if len(patterns) != len(call.inputs) or len(notation.outputs) != len(call.outputs):
+    if len(notation.inputs) != len(call.inputs) or len(notation.outputs) != len(call.outputs):
         raise RuleError(
-            f"rule {notation.text!r} has {len(patterns)} operands and {len(notation.outputs)} results, "
+            f"rule {notation.text!r} has {len(notation.inputs)} operands and {len(notation.outputs)} results, "
             f"the call of {call.name} has {len(call.inputs)} and {len(call.outputs)}"
         )
-    inputs = [_expand(p, s, notation, call) for p, s in zip(patterns, call.inputs, strict=True)]
+    inputs = [_expand(p, s, notation, call) for p, s in zip(notation.inputs, call.inputs, strict=True)]
     outputs = [_expand(p, s, notation, call) for p, s in zip(notation.outputs, call.outputs, strict=True)]
     return Recipe(make_factors(inputs, outputs, call, dict(notation.marks)))
+
+
+def fits(notation: Notation, call: Call) -> bool:
+    """Whether a call has as many operands, results and dims as the rule."""
+
+    def fit(patterns: Sequence[tuple[tuple[str, ...], ...]], shapes: Sequence[Shape]) -> bool:
+        return len(patterns) == len(shapes) and all(
+            len(shape) >= len(p) - 1 if ("...",) in p else len(shape) == len(p)
+            for p, shape in zip(patterns, shapes, strict=True)
+        )
+
+    return fit(notation.inputs, call.inputs) and fit(notation.outputs, call.outputs)
 
 
 def _expand(pattern: tuple[tuple[str, ...], ...], shape: Shape, notation: Notation, call: Call) -> list[tuple[str, ...]]:
@@ -130,13 +136,18 @@ def make_factors(
     """The factors of a call whose dims are named: those that may be split.
 
     A compound dim takes part by its first factor only, whose size is not needed: the dim is cut as a whole.
+    A factor that has different sizes in different tensors is left whole.
     """
     sizes: dict[str, Dim] = {}
+    unequal: set[str] = set()
     for compound in (False, True):
         for names, shape in zip((*inputs, *outputs), (*call.inputs, *call.outputs), strict=True):
             for dim, size in zip(names, shape, strict=True):
-                if (len(dim) > 1) == compound and sizes.get(dim[0], 1) == 1:
+                known = sizes.get(dim[0], 1)
+                if (len(dim) > 1) == compound and known == 1:
                     sizes[dim[0]] = size
+                elif len(dim) == 1 and size not in (1, known):
+                    unequal.add(dim[0])
     where: dict[str, tuple[list[At | None], list[At | None]]] = {}
     for side, tensors, shapes in ((0, inputs, call.inputs), (1, outputs, call.outputs)):
         for index, (names, shape) in enumerate(zip(tensors, shapes, strict=True)):
@@ -149,7 +160,7 @@ def make_factors(
     factors = []
     for name, (ins, outs) in where.items():
         mark = marks.get(name, "")
-        if sizes[name] == 1 or (None in outs and mark not in ("+", "~")):
+        if sizes[name] == 1 or name in unequal or (None in outs and mark not in ("+", "~")):
             continue
         factors.append(Factor(name, sizes[name], tuple(ins), tuple(outs), name if mark == "~" else None))
     return tuple(factors)

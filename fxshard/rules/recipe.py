@@ -99,6 +99,16 @@ class Call:
         value = self.arguments.get(name)
         return value.index if isinstance(value, Operand) else None
 
+    def dtype(self, name: str) -> torch.dtype | None:
+        """The dtype of the tensor operand ``name``."""
+        value = self.arguments.get(name)
+        return value.dtype if isinstance(value, Operand) else None
+
+    @property
+    def is_cut(self) -> bool:
+        """Whether an outer mesh axis already cuts an operand."""
+        return bool(self.whole_inputs) and self.whole_inputs != self.inputs
+
     def dim(self, name: str, ndim: int, default: int | None = None) -> int:
         """The argument ``name`` as a dim counted from 0."""
         value = self.arguments.get(name)
@@ -118,6 +128,7 @@ class Operand(NamedTuple):
     """Stands for a tensor among a call's arguments."""
 
     index: int
+    dtype: torch.dtype | None = None
 
 
 RuleFunction: TypeAlias = Callable[[Call], Recipe]

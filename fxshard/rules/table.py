@@ -10,108 +10,144 @@ An operator without a row is right all the same: its operands are gathered and t
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 
 import torch
 
 from fxshard.errors import RuleError
-from fxshard.rules import operators as op
-from fxshard.rules import views
-from fxshard.rules.notation import apply, parse
+from fxshard.rules import contractions, indexing, pointwise, reductions, views
+from fxshard.rules.notation import apply, fits, parse
 from fxshard.rules.recipe import Call, Recipe, RuleFunction, signature_of
 
 POINTWISE = """
-    abs acos acosh add angle asin asinh atan atan2 atanh bitwise_and bitwise_not bitwise_or bitwise_xor ceil celu
-    clamp clamp_max clamp_min clone contiguous copy cos cosh deg2rad detach digamma div dropout elu eq erf erfc erfinv
-    exp exp2 expm1 fill floor floor_divide fmax fmin fmod frac ge gelu gt hardshrink hardsigmoid hardswish hardtanh
-    hypot isfinite isinf isnan isneginf isposinf le leaky_relu lerp lgamma log log10 log1p log2 log_sigmoid logaddexp
-    logical_and logical_not logical_or logical_xor logit lt masked_fill maximum minimum mish mul multiply nan_to_num
-    ne neg positive pow prelu rad2deg real imag reciprocal relu relu6 remainder round rsqrt rsub selu sgn sigmoid sign
-    signbit silu sin sinc sinh softplus softshrink softsign sqrt square sub subtract tan tanh threshold to to_copy
-    true_divide trunc type_as where xlogy zero zeros_like ones_like full_like empty_like addcmul addcdiv float bool half
-    bfloat16 double int long __and__ __or__ __xor__ view_as_complex_copy alias alias_copy lift_fresh_copy lift_fresh
-    special_erf special_expit log1p conj resolve_conj resolve_neg ldexp heaviside divide greater less not_equal
-    min.other max.other _to_copy div.Tensor_mode div.Scalar_mode divide.Tensor_mode divide.Scalar_mode
+    abs acos acosh angle asin asinh atan atan2 atanh bitwise_and bitwise_not bitwise_or bitwise_xor
+    bitwise_left_shift bitwise_right_shift __and__ __or__ __xor__ __lshift__ __rshift__ ceil celu clamp clamp_max
+    clamp_min clip complex copysign cos cosh deg2rad digamma elu empty_like eq erf erfc erfinv exp exp2 expm1 floor
+    floor_divide fmax fmin fmod frac full_like ge gelu greater greater_equal gt hardshrink hardsigmoid hardswish hardtanh
+    heaviside hypot i0 isclose isfinite isinf isnan isneginf isposinf ldexp le leaky_relu less less_equal lgamma log log10
+    log1p log2 log_sigmoid logaddexp logaddexp2 logical_and logical_not logical_or logical_xor logit lt max.other
+    maximum min.other minimum mish mvlgamma nan_to_num ne nextafter not_equal ones_like polar polygamma pow rad2deg
+    reciprocal relu relu6 remainder round rsqrt selu sgn sigmoid sign signbit silu sin sinc sinh softplus softshrink
+    special_erf special_erfcx special_entr special_expit special_i0e special_i1 special_log1p special_log_ndtr
+    special_ndtr special_xlog1py special_xlogy special_zeta sqrt square tan tanh threshold trunc xlogy
+    div.Tensor_mode div.Scalar_mode divide.Tensor_mode divide.Scalar_mode rand_like randn_like bernoulli
+    addcmul addcdiv
 """
-
-LINEAR = {
-    "add": "all", "sub": "all", "mul": "0;1", "multiply": "0;1", "div": "0", "true_divide": "0", "neg": "0",
-    "clone": "0", "contiguous": "0", "alias": "0", "where.self": "1,2", "rsub": "all", "subtract": "all", "divide": "0",
-    "positive": "0",
-}  # fmt: skip
+"""Operators that treat every element alike: every dim may be split, operands broadcast."""
 
 TABLE = """
-    linear                          | ... i+, o i+ -> ... o                     | 0;1
+    add sub subtract rsub           | @pointwise                                | all
+    mul multiply                    | @pointwise                                | 0;1
+    div divide true_divide          | @pointwise                                | 0
+    neg negative positive clone contiguous alias alias_copy detach lift_fresh lift_fresh_copy zeros_like
+    real imag conj resolve_conj resolve_neg      | @pointwise | 0
+    lerp                            | @pointwise                                | 0,1
+    where                           | @where                                    |
+    where.self                      | @where                                    | 1,2
+    copy                            | @pointwise                                | 1;0,1
+    fill zero                       | @pointwise                                |
+    masked_fill                     | @masked_fill                              |
+    to _to_copy                     | @cast                                     |
+    dropout                         | @dropout                                  |
+    prelu                           | @prelu                                    |
+    new_ones new_zeros new_full new_empty new_empty_strided        | @shape_only |
+    mse_loss l1_loss smooth_l1_loss huber_loss binary_cross_entropy binary_cross_entropy_with_logits kl_div
+    soft_margin_loss                | @elementwise_loss                         |
+    cosine_similarity linalg_cross cross | @cosine_similarity                   |
+    softmax log_softmax             | @softmax                                  |
+    _softmax _log_softmax _safe_softmax cumprod logcumsumexp sort argsort topk cummax cummin glu       | @dim_whole |
+    cumsum flip roll diff           | @scan                                     |
+    renorm                          | @renorm                                   |
+    unfold                          | @unfold                                   |
+    fft_fft fft_ifft fft_rfft fft_irfft fft_hfft fft_ihfft fft_fft2 fft_ifft2 fft_rfft2 fft_irfft2 fft_fftn fft_ifftn
+    fft_rfftn fft_irfftn fft_fftshift fft_ifftshift                | @fft       |
+    sum                             | @sums                                     |
+    nansum count_nonzero            | @counts                                   |
+    mean                            | @means                                    |
+    amax amin prod any all var std norm linalg_vector_norm logsumexp argmax argmin max min var_mean std_mean
+    median nanmedian kthvalue mode aminmax                         | @reduces   |
+    layer_norm rms_norm native_layer_norm                          | @trailing_norm |
+    group_norm                      | @group_norm                               |
+    batch_norm                      | @batch_norm                               |
+    instance_norm                   | @instance_norm                            |
+    _weight_norm                    | @weight_norm                              |
+    cross_entropy_loss nll_loss nll_loss_nd                        | @cross_entropy |
+    linear                          | @linear                                   |
     mm                              | m k+, k+ n -> m n                         | 0;1
     bmm                             | b m k+, b k+ n -> b m n                   | 0;1
     mv                              | m k+, k+ -> m                             | 0;1
     dot vdot                        | k+, k+ ->                                 | 0;1
-    addmm                           | @addmm                                    |
-    baddbmm                         | b m n, b m k!, b k! n -> b m n            |
-    matmul                          | @matmul                                   | 0;1
-    einsum                          | @einsum                                   | 0;1
-    outer                           | m, n -> m n                               | 0;1
-    embedding                       | @embedding                                | 0
-    scaled_dot_product_attention    | @attention                                | 2
-    softmax log_softmax cumsum cumprod logcumsumexp sort argsort topk flip roll cummax cummin glu diff kthvalue
-    median mode renorm unfold msort                                | @dim_whole |
-    sum                             | @sums                                     | 0
-    mean                            | @means                                    | 0
-    amax amin prod any all var std norm linalg_vector_norm logsumexp argmax argmin max min var_mean std_mean
-    nansum count_nonzero histc bincount                            | @reduces   |
-    layer_norm rms_norm             | @trailing_norm                            |
-    group_norm                      | @batch_only                               |
-    batch_norm                      | @batch_norm                               |
+    outer ger                       | m, n -> m n                               | 0;1
+    cdist                           | ... m d!, ... n d! -> ... m n             |
+    matmul linalg_matmul            | @matmul                                   |
+    addmm baddbmm                   | @addmm                                    |
+    einsum                          | @einsum                                   |
+    embedding                       | @embedding                                |
     conv1d conv2d conv3d            | @conv                                     |
-    conv_transpose1d conv_transpose2d conv_transpose3d             | @batch_only |
-    max_pool1d max_pool2d max_pool3d avg_pool1d avg_pool2d avg_pool3d adaptive_avg_pool1d adaptive_avg_pool2d
-    adaptive_avg_pool3d adaptive_max_pool1d adaptive_max_pool2d max_pool2d_with_indices upsample_nearest1d
-    upsample_nearest2d upsample_bilinear2d upsample_bicubic2d upsample_linear1d upsample_trilinear3d
-    upsample_nearest3d pixel_shuffle pixel_unshuffle channel_shuffle im2col col2im grid_sampler affine_grid_generator
-                                    | @batch_only                               |
+    conv_transpose1d conv_transpose2d conv_transpose3d             | @conv_transpose |
+    scaled_dot_product_attention    | @attention                                |
+    max_pool1d                      | ... w! -> ... W!                          |
+    avg_pool1d adaptive_avg_pool1d upsample_nearest1d upsample_linear1d | ... w! -> ... W! | 0
+    max_pool2d                      | ... h! w! -> ... H! W!                    |
+    max_pool2d_with_indices adaptive_max_pool2d | ... h! w! -> ... H! W!, ... H! W! |
+    avg_pool2d adaptive_avg_pool2d upsample_nearest2d upsample_bilinear2d upsample_bicubic2d _upsample_bilinear2d_aa
+    _upsample_bicubic2d_aa _upsample_nearest_exact2d reflection_pad2d replication_pad2d
+                                    | ... h! w! -> ... H! W!                    | 0
+    max_pool3d                      | ... t! h! w! -> ... T! H! W!              |
+    avg_pool3d adaptive_avg_pool3d upsample_nearest3d upsample_trilinear3d
+                                    | ... t! h! w! -> ... T! H! W!              | 0
+    pixel_shuffle                   | ... (c r) h! w! -> ... c H! W!            | 0
+    pixel_unshuffle                 | ... c h! w! -> ... (c r) H! W!            | 0
+    channel_shuffle                 | b c! ... -> b c! ...                      | 0
+    im2col                          | ... c h! w! -> ... (c k) l!               | 0
+    col2im                          | ... (c k) l! -> ... c h! w!               | 0
+    grid_sampler grid_sampler_2d    | b c h! w!, b x y two! -> b c x y          | 0
     pad constant_pad_nd             | @pad                                      |
-    tril triu                       | @matrix_whole                             | 0
-    view reshape flatten unflatten unsqueeze squeeze _unsafe_view reshape_as view_as ravel
-                                    | @view                                     | 0
-    transpose swapaxes swapdims     | @transpose                                | 0
-    t numpy_T mT                    | @reverse                                  | 0
-    permute                         | @permute                                  | 0
-    movedim moveaxis                | @movedim                                  | 0
-    expand broadcast_to expand_as   | @expand                                   | 0
-    repeat tile                     | @repeat                                   | 0
-    repeat_interleave.self_int      | @repeat_interleave                        | 0
-    select                          | @select                                   | 0
-    unbind                          | @unbind                                   | 0
-    split split_with_sizes chunk slice narrow tensor_split | @cut               | 0
-    cat concat concatenate          | @cat                                      | all
-    stack                           | @stack                                    | all
-    index                           | @index                                    | 0
-    index_select                    | @index_select                             | 0
-    gather take_along_dim           | @gather                                   | 0
-    view.dtype                      | @whole                                    |
-    new_ones new_zeros new_full new_empty empty_like_shape new_empty_strided | @shape_only |
-    cross_entropy_loss nll_loss nll_loss_nd                        | @cross_entropy |
-    mse_loss l1_loss smooth_l1_loss huber_loss binary_cross_entropy binary_cross_entropy_with_logits kl_div
-                                    | @elementwise_loss                         |
-    one_hot                         | ... -> ... v!                             |
-    bucketize searchsorted          | @first_only                               |
-    view_as_complex                 | ... c! -> ...                             |
-    view_as_real                    | ... -> ... c!                             |
-    polar complex                   | @pointwise                                |
+    tril triu                       | @triangle                                 |
+    view reshape flatten unflatten unsqueeze squeeze _unsafe_view ravel view_copy | @view |
+    view.dtype                      | @never                                    |
+    transpose swapaxes swapdims transpose_copy                     | @transpose |
+    t numpy_T                       | @reverse                                  |
+    mT                              | @matrix_transpose                         |
+    permute permute_copy            | @permute                                  |
+    movedim moveaxis                | @movedim                                  |
+    expand broadcast_to             | @expand                                   |
+    repeat tile                     | @repeat                                   |
+    repeat_interleave.self_int      | @repeat_interleave                        |
+    select select_copy              | @select                                   |
+    unbind                          | @unbind                                   |
+    diagonal                        | @diagonal                                 |
+    split split_with_sizes chunk slice narrow tensor_split         | @cut       |
+    cat concat concatenate          | @cat                                      |
+    stack                           | @stack                                    |
+    view_as_complex                 | ... c! -> ...                             | 0
+    view_as_real                    | ... -> ... c!                             | 0
+    index _unsafe_index             | @index                                    |
+    index_put _unsafe_index_put     | @index_put                                |
+    index_select                    | @index_select                             |
+    index_add index_copy index_fill | @index_write                              |
+    gather take_along_dim           | @gather                                   |
+    scatter scatter_add scatter_reduce | @scatter                               |
+    slice_scatter select_scatter    | @slice_scatter                            |
+    searchsorted                    | @searchsorted                             |
+    bucketize                       | @bucketize                                |
+    one_hot                         | @one_hot                                  |
 """
 
 
 @dataclass(frozen=True)
 class Rule:
-    """One row: the name, how the recipe is made, and the text that made it."""
+    """One row: the name, how the recipe is made, the text that made it, and the linear sets as written."""
 
     name: str
-    function: Callable[[Call], Recipe]
+    function: RuleFunction
     text: str
+    linear: str = ""
 
 
+_MODULES = (pointwise, reductions, contractions, views, indexing)
 _rules: dict[str, Rule] = {}
 
 
@@ -124,36 +160,45 @@ def _linear_sets(text: str, call: Call) -> tuple[frozenset[int], ...]:
     return tuple(s for s in sets if max(s) < len(call.inputs) and not (len(s) > 1 and call.affine))
 
 
-def make_rule(name: str, text: str, linear: str = "") -> Rule:
-    """A rule from a row of the table; ``@f`` names a function of ``views`` or ``operators``."""
+def make_rule(name: str, text: str, linear: str = "", *, strict: bool = True) -> Rule:
+    """A rule from a row of the table; ``@f`` names a rule function.
+
+    Where a call does not fit a notation it is an error, or not strictly, the call is never split.
+    """
     if text.startswith("@"):
-        function: RuleFunction = getattr(op, text[1:], None) or getattr(views, text[1:])
+        function = next((getattr(m, text[1:]) for m in _MODULES if hasattr(m, text[1:])), None)
+        if function is None:
+            raise RuleError(f"there is no rule function {text!r}", fix="write a notation, or give a function")
     else:
         notation = parse(text)
 
         def function(call: Call) -> Recipe:
-            return apply(notation, call)
+            return apply(notation, call) if strict or fits(notation, call) else Recipe()
 
+    return Rule(name, _with_linear(function, linear), text, linear)
+
+
+def _with_linear(function: RuleFunction, linear: str) -> RuleFunction:
     def recipe(call: Call) -> Recipe:
         made = function(call)
         return Recipe(made.factors, made.linear or _linear_sets(linear, call), made.unread)
 
-    return Rule(name, recipe, text if not linear else f"{text} | {linear}")
+    return recipe
 
 
 def _load() -> None:
-    for name in POINTWISE.split():
-        _rules[f"aten.{name}"] = make_rule(f"aten.{name}", "@pointwise", LINEAR.get(name, ""))
-    for name, linear in LINEAR.items():
-        _rules.setdefault(f"aten.{name}", make_rule(f"aten.{name}", "@pointwise", linear))
-    names: list[str] = []
+    rows = [(POINTWISE, "@pointwise", "")]
+    names = ""
     for line in TABLE.strip().splitlines():
         cells = [cell.strip() for cell in line.split("|")]
-        names += cells[0].split()
+        names += f" {cells[0]}"
         if len(cells) > 1:
-            for name in names:
-                _rules[f"aten.{name}"] = make_rule(f"aten.{name}", cells[1], cells[2])
-            names = []
+            rows.append((names, cells[1], cells[2]))
+            names = ""
+    for operators, text, linear in rows:
+        for name in operators.split():
+            assert f"aten.{name}" not in _rules, name
+            _rules[f"aten.{name}"] = make_rule(f"aten.{name}", text, linear, strict=False)
 
 
 @lru_cache(maxsize=None)
@@ -202,13 +247,7 @@ def register_rule(operator: object, rule: str | RuleFunction, *, linear: str = "
     if isinstance(rule, str):
         made = make_rule(name, rule, linear)
     else:
-        function = rule
-
-        def recipe(call: Call) -> Recipe:
-            out = function(call)
-            return Recipe(out.factors, out.linear or _linear_sets(linear, call), out.unread)
-
-        made = Rule(name, recipe, getattr(rule, "__name__", "function"))
+        made = Rule(name, _with_linear(rule, linear), getattr(rule, "__name__", "function"), linear)
     _rules[name] = made
     generation.append(name)
 

@@ -18,7 +18,7 @@ from torch import fx
 
 from fxshard.placement import normalize_blocks
 from fxshard.rules.notation import make_factors
-from fxshard.rules.recipe import At, Call, Dim, Factor, Operand, Recipe, Shape, bind, operands_of, shape_of
+from fxshard.rules.recipe import At, Call, Dim, Factor, Recipe, Shape, bind, operands_of, shape_of
 
 LINEAR = (frozenset({0}),)
 MAX_PREFIX = 1024
@@ -27,12 +27,7 @@ Names = list[tuple[str, ...]]
 
 def view(call: Call) -> Recipe:
     """view, reshape, flatten, unflatten, squeeze, unsqueeze: dims regrouped in order."""
-    factors = regroup(call.inputs[0], call.outputs[0])
-    if len(call.inputs) == 1:
-        return Recipe(factors, LINEAR)
-    more = (None,) * (len(call.inputs) - 1)  # reshape_as(x, other) reads only the shape of other
-    factors = tuple(Factor(f.name, f.size, f.inputs + more, f.outputs) for f in factors)
-    return Recipe(factors, LINEAR, unread=frozenset(range(1, len(call.inputs))))
+    return Recipe(regroup(call.inputs[0], call.outputs[0]), LINEAR)
 
 
 def regroup(source: Shape, target: Shape) -> tuple[Factor, ...]:
@@ -41,6 +36,8 @@ def regroup(source: Shape, target: Shape) -> tuple[Factor, ...]:
     >>> [(f.size, f.inputs[0], f.outputs[0]) for f in regroup((2, 12), (2, 3, 4))][1:]
     [(3, At(dim=1, blocks=(1,)), At(dim=1, blocks=(1,))), (4, At(dim=1, blocks=(1, 1, 1)), At(dim=2, blocks=(1,)))]
     """
+    if 0 in source or 0 in target:
+        return ()
     ins = [(i, s) for i, s in enumerate(source) if s != 1]
     outs = [(i, s) for i, s in enumerate(target) if s != 1]
     factors: list[Factor] = []
@@ -119,7 +116,8 @@ def transpose(call: Call) -> Recipe:
     ndim = len(call.inputs[0])
     order = list(range(ndim))
     if ndim:
-        a, b = call.dim("dim0", ndim), call.dim("dim1", ndim)
+        first, second = ("axis0", "axis1") if "axis0" in call.arguments else ("dim0", "dim1")
+        a, b = call.dim(first, ndim), call.dim(second, ndim)
         order[a], order[b] = order[b], order[a]
     return renamed(call, order)
 
@@ -127,6 +125,12 @@ def transpose(call: Call) -> Recipe:
 def reverse(call: Call) -> Recipe:
     """t, numpy_T: the dims in the opposite order."""
     return renamed(call, range(len(call.inputs[0]))[::-1])
+
+
+def matrix_transpose(call: Call) -> Recipe:
+    """mT: the last two dims swapped."""
+    ndim = len(call.inputs[0])
+    return renamed(call, [*range(ndim - 2), ndim - 1, ndim - 2])
 
 
 def permute(call: Call) -> Recipe:
@@ -147,29 +151,76 @@ def movedim(call: Call) -> Recipe:
 
 def expand(call: Call) -> Recipe:
     """expand, broadcast_to: dims aligned from the right; an expanded dim is new, and whole."""
-    ndim = len(call.outputs[0])
-    offset = ndim - len(call.inputs[0])
-    names: Names = [(f"d{i + offset}",) for i in range(len(call.inputs[0]))]
-    shape = call.inputs[0]
-    outs: Names = [
-        (f"d{i}",) if i >= offset and shape[i - offset] == call.outputs[0][i] else ("1",) for i in range(ndim)
-    ]
-    ins = [names] + [[("1",)] * len(s) for s in call.inputs[1:]]  # expand_as(x, other) reads only the shape of other
-    return Recipe(make_factors(ins, [outs], call, {}), LINEAR, unread=frozenset(range(1, len(call.inputs))))
+    return Recipe(make_factors(*_aligned(call), call, {}), LINEAR)
+
+
+def _aligned(call: Call) -> tuple[list[Names], list[Names]]:
+    shape, result = call.inputs[0], call.outputs[0]
+    offset = len(result) - len(shape)
+    names: Names = [(f"d{i + offset}",) for i in range(len(shape))]
+    kept = [i >= offset and shape[i - offset] == result[i] for i in range(len(result))]
+    return [names], [[(f"d{i}",) if keep else ("1",) for i, keep in enumerate(kept)]]
 
 
 def repeat(call: Call) -> Recipe:
-    """repeat, tile: only dims that are not repeated may be split."""
-    return expand(call)
+    """repeat, tile: ``d -> (r d)``, a repeated dim is a row of blocks that are each cut alike."""
+    ins, outs = _aligned(call)
+    factors = make_factors(ins, outs, call, {})
+    shape, result = call.inputs[0], call.outputs[0]
+    for dim, size in enumerate(shape):
+        at = dim + len(result) - len(shape)
+        whole = result[at]
+        if not isinstance(size, int) or not isinstance(whole, int) or size in (0, 1, whole):
+            continue
+        if whole and whole // size <= MAX_PREFIX:
+            factors += (Factor(f"r{dim}", size, (At(dim),), (At(at, (1,) * (whole // size)),)),)
+    return Recipe(factors, LINEAR)
 
 
 def repeat_interleave(call: Call) -> Recipe:
-    """repeat_interleave(x, repeats: int, dim): ``d -> (d r)``."""
+    """repeat_interleave(x, repeats: int, dim): ``d -> (d r)``; without a dim, of all elements in a row."""
     ndim = len(call.inputs[0])
-    if call.arguments.get("dim") is None:
-        return Recipe(regroup(call.inputs[0], (*call.inputs[0], *call.outputs[0])) if ndim == 1 else (), LINEAR)
+    given = call.arguments.get("output_size") is not None
     names: Names = [(f"d{i}",) for i in range(ndim)]
-    return Recipe(make_factors([names], [names], call, {}), LINEAR)
+    if call.arguments.get("dim") is None:
+        if not ndim or given:
+            return Recipe(linear=LINEAR)
+        return Recipe(make_factors([names], [[("d0", "r")]], call, {n[0]: "!" for n in names[1:]}), LINEAR)
+    if not ndim:
+        return Recipe(linear=LINEAR)
+    dim = call.dim("dim", ndim)
+    outs: Names = [(*n, "r") if i == dim else n for i, n in enumerate(names)]
+    return Recipe(make_factors([names], [outs], call, {f"d{dim}": "!"} if given else {}), LINEAR)
+
+
+def diagonal(call: Call) -> Recipe:
+    """diagonal(x, offset, dim1, dim2): two dims become a last one; the others follow."""
+    ndim = len(call.inputs[0])
+    names: Names = [(f"d{i}",) for i in range(ndim)]
+    gone = (call.dim("dim1", ndim, 0), call.dim("dim2", ndim, 1))
+    rest = [n for i, n in enumerate(names) if i not in gone]
+    return Recipe(make_factors([names], [[*rest, ("1",)]], call, {f"d{i}": "!" for i in gone}), LINEAR)
+
+
+def triangle(call: Call) -> Recipe:
+    """tril, triu: the last two dims are whole."""
+    names: Names = [(f"d{i}",) for i in range(len(call.inputs[0]))]
+    return Recipe(make_factors([names], [names], call, {n[0]: "!" for n in names[-2:]}), LINEAR)
+
+
+def pad(call: Call) -> Recipe:
+    """pad: dims that are not padded follow; linear unless it pads with a number."""
+    ndim = len(call.inputs[0])
+    amounts = list(call.arguments["pad"])
+    constant = call.arguments.get("mode", "constant") == "constant"
+    if not constant:
+        padded = set(range(ndim - len(amounts) // 2, ndim))
+    else:
+        padded = {ndim - 1 - i // 2 for i, a in enumerate(amounts) if not isinstance(a, int) or a != 0}
+    names: Names = [(f"d{i}",) for i in range(ndim)]
+    linear = not constant or call.arguments.get("value") in (None, 0, 0.0)
+    factors = make_factors([names], [names], call, {f"d{d}": "!" for d in padded})
+    return Recipe(factors, LINEAR if linear else ())
 
 
 def select(call: Call) -> Recipe:
@@ -195,6 +246,8 @@ def cut(call: Call) -> Recipe:
     The second needs an operand that is already split in blocks whose borders the cut respects: a packed QKV.
     """
     ndim = len(call.inputs[0])
+    if len(call.inputs) != 1:
+        return Recipe()  # cut at positions that a tensor holds
     dim = call.dim("dim", ndim, 0)
     names: Names = [(f"d{i}",) for i in range(ndim)]
     outs = [[n for n in names] for _ in call.outputs]
@@ -296,29 +349,3 @@ def stack(call: Call) -> Recipe:
     outs: Names = [*names[:dim], ("1",), *names[dim:]]
     count = len(call.inputs)
     return Recipe(make_factors([names] * count, [outs], call, {}), (frozenset(range(count)),))
-
-
-def index(call: Call) -> Recipe:
-    """index.Tensor(x, indices): indexed dims are whole; the indices' dims, and dims not indexed, may be split."""
-    indices = call.arguments["indices"]
-    source = call.inputs[0]
-    positions = [i for i, index in enumerate(indices) if isinstance(index, Operand)]
-    tensors = [indices[i].index for i in positions]
-    if any(index is not None and not isinstance(index, Operand) for index in indices):
-        return Recipe()
-    rank = max(len(call.inputs[t]) for t in tensors)
-    adjacent = positions == list(range(positions[0], positions[-1] + 1))
-    at = positions[0] if adjacent else 0
-    picked = call.outputs[0][at : at + rank]
-    sizes = [tuple(call.inputs[t])[::-1] for t in tensors]
-    expected = [next((s[k] for s in sizes if k < len(s) and s[k] != 1), 1) for k in reversed(range(rank))]
-    if len(call.outputs[0]) != len(source) - len(positions) + rank or list(picked) != expected:
-        return Recipe()  # a boolean mask: the result's size depends on values
-    names: Names = [(f"d{i}",) for i in range(len(source))]
-    common: Names = [(f"i{k}",) for k in reversed(range(rank))]
-    kept = [n for i, n in enumerate(names) if i not in positions]
-    ins: list[Names] = [names]
-    for t in range(1, len(call.inputs)):
-        ins.append(common[rank - len(call.inputs[t]) :])
-    marks = {f"d{i}": "!" for i in positions}
-    return Recipe(make_factors(ins, [kept[:at] + common + kept[at:]], call, marks), LINEAR)

@@ -21,12 +21,15 @@ Reference: Megatron-LM (Shoeybi et al., 2019), section 3; Korthikanti et al., 20
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
+
+from fxshard.errors import DistributedError, DivisibilityError
 
 Blocks = tuple[int, ...]
 
@@ -82,9 +85,9 @@ def concat(x: torch.Tensor, axis: Axis, dim: int, blocks: Blocks = (1,)) -> torc
 def _stack_parts(x: torch.Tensor, axis: Axis, dim: int, blocks: Blocks) -> torch.Tensor:
     """The inverse of ``concat``: the whole tensor -> the parts of all ranks stacked along dim 0."""
     if x.shape[dim] % (axis.size * sum(blocks)):
-        raise ValueError(
-            f"dim {dim} of size {x.shape[dim]} cannot be split over mesh axis {axis.name!r} (size {axis.size}): "
-            f"choose a size that {axis.size * sum(blocks)} divides"
+        raise DivisibilityError(
+            f"dim {dim} of size {x.shape[dim]} cannot be split over mesh axis {axis.name!r} (size {axis.size})",
+            fix=f"choose a size that {axis.size * sum(blocks)} divides; uneven shards are not supported yet",
         )
     if blocks == (1,):
         return x if dim == 0 else torch.cat(x.chunk(axis.size, dim), 0)
@@ -129,9 +132,20 @@ class ProcessAxisGroup:
     """A process group of torch.distributed along one mesh axis."""
 
     def __init__(self, group: dist.ProcessGroup) -> None:
-        self.group = group
+        # weakly: destroy_process_group must be able to end the group's threads before the interpreter does
+        self.reference = weakref.ref(group)
         self.size = dist.get_world_size(group)
         self.index = dist.get_rank(group)
+
+    @property
+    def group(self) -> dist.ProcessGroup:
+        """The process group; ``DistributedError`` once it was destroyed."""
+        group = self.reference()
+        if group is None:
+            raise DistributedError(
+                "the process group of this program was destroyed", fix="call the program before destroy_process_group()"
+            )
+        return group
 
     def run(self, name: str, backward: str, x: torch.Tensor) -> torch.Tensor:
         """See ``Group.run``."""

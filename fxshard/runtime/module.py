@@ -59,12 +59,24 @@ def local_part(tensor: torch.Tensor, placements: Placements, mesh: Mesh, rank: i
 
 
 def load(source: str, axes: Mapping[str, Axis], device: torch.device, filename: str) -> Callable[..., tuple[Any, ...]]:
-    """Runs generated source, and returns its ``forward``; tracebacks and debuggers show its lines."""
+    """Runs generated source. Tracebacks and debuggers show its lines.
+
+    Returns:
+        ``forward(module, *inputs)``, where ``module`` holds the local weights.
+    """
     linecache.cache[filename] = (len(source), None, source.splitlines(True), filename)
-    namespace: dict[str, Any] = {"device": device, **axes}
+    namespace: dict[str, Any] = {**axes, "axes": axes, "device": device}
     exec(_compiled(source, filename), namespace)
-    function: Callable[..., tuple[Any, ...]] = namespace["forward"]
-    return function
+    build = namespace["build"]
+    built: list[Any] = [None, None]
+
+    def forward(module: nn.Module, *inputs: Any) -> tuple[Any, ...]:
+        if built[0] is not module:
+            built[:] = module, build(module)
+        outputs: tuple[Any, ...] = built[1](*inputs)
+        return outputs
+
+    return forward
 
 
 _code: dict[tuple[str, str], Any] = {}

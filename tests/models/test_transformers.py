@@ -241,7 +241,7 @@ def test_frozen_weights_get_no_gradient_and_no_backward_collective() -> None:
 def test_meta_model_compiles_and_shows_its_program() -> None:
     config = build("llama")[0].config
     with torch.device("meta"):
-        model = type(build("llama")[0])(config)
+        model = type(build("llama")[0])(config).eval()
     program = fxshard.parallelize(model, tensor_parallel(2), (), {"input_ids": ids()})
     real = fxshard.parallelize(build("llama", torch.float32)[0], tensor_parallel(2), (), {"input_ids": ids()})
     assert program.collectives() == real.collectives()

@@ -1,0 +1,80 @@
+"""Where the compiler had to gather because an operator has no rule, and how to mend that."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import fx
+
+from fxshard.passes.capture import module_of, source_of
+from fxshard.passes.pipeline import Compiled
+from fxshard.passes.typing import info_of, values_of
+from fxshard.placement import is_partial, is_shard
+from fxshard.rules.recipe import operands_of
+from fxshard.rules.table import find_rule, name_of
+
+
+@dataclass(frozen=True)
+class Fallback:
+    """One call that runs whole on every rank because its operator has no rule.
+
+    Attributes:
+        operator: e.g. ``mylib.scale``.
+        module: the module that calls it.
+        source: the line of the user's source.
+        num_bytes: the bytes of the operands that are gathered, or reduced, for it.
+        fix: a line that would teach fxshard the operator, to be completed.
+    """
+
+    operator: str
+    module: str
+    source: str
+    num_bytes: int
+    fix: str
+
+    def __str__(self) -> str:
+        where = ", ".join(x for x in (self.module, self.source) if x) or "the model"
+        return (
+            f"{self.operator} has no rule: {self.num_bytes:,} bytes are gathered for it in {where}, "
+            f"and every rank computes it whole; to split it, {self.fix}"
+        )
+
+
+def fallbacks_of(compiled: Compiled) -> list[Fallback]:
+    """The fallbacks of a compiled graph, in order."""
+    out = []
+    for node in compiled.stages["propagate"].nodes:
+        if not isinstance(node.target, torch._ops.OperatorBase) or find_rule(node.target) is not None:
+            continue
+        gathered = [o for o, wanted in _operands(node) if wanted]
+        if gathered:
+            operator = name_of(node.target)[1]
+            call = ", ".join(_dims(values_of(o)[0].dim()) for o in operands_of(node) if hasattr(values_of(o)[0], "dim"))
+            result = ", ".join(_dims(v.dim()) for v in values_of(node) if hasattr(v, "dim"))
+            fix = f'register_rule("{operator.replace(".", "::", 1)}", "{call} -> {result}") with a factor a dim'
+            num_bytes = sum(_bytes(o) for o in gathered)
+            out.append(Fallback(operator, module_of(node), source_of(node), num_bytes, fix))
+    return out
+
+
+def _operands(node: fx.Node) -> list[tuple[fx.Node, bool]]:
+    choices = info_of(node).choices
+    out = []
+    for i, operand in enumerate(operands_of(node)):
+        known = info_of(operand).placements
+        asked = [c is not None and c.inputs[i] is not None for c in choices]
+        out.append((operand, any(a and (is_shard(p) or is_partial(p)) for a, p in zip(asked, known, strict=True))))
+    return out
+
+
+def _bytes(node: fx.Node) -> int:
+    value = values_of(node)[0]
+    size = int(value.element_size())
+    for dim in value.shape:
+        size *= int(dim) if isinstance(dim, int) else int(dim.node.hint)
+    return size
+
+
+def _dims(count: int) -> str:
+    return " ".join("abcdefghijklmnopqrstuvwxyz"[:count])

@@ -1,0 +1,87 @@
+"""Cuts move up: what every reader wants split is computed split.
+
+``propagate`` looks forward only: a value computed from whole operands is whole, and where a split reader meets it, it is
+cut, for free, but its gradient must then be gathered. Where *every* reader cuts it alike, its own call may be split
+instead, and its operands cut. Going through the graph from the end, a position bias that all layers read is cut in front
+of the first of them, and a small embedding is looked up for this rank's ids only:
+
+    %e = embedding(%w, %ids)      Replicate, %e1 = chunk(%e)      backward: all_gather of %e's gradient
+    %e = embedding(%w, %ids1)     Shard(0),  %ids1 = chunk(%ids)  backward: all_reduce of %w's gradient
+
+A call is changed only if that moves no more bytes in the backward pass than before.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from fxshard.passes.facts import Facts, input_shapes, output_shapes, split_choice
+from fxshard.passes.typing import Choice
+from fxshard.placement import REPLICATE, Placement, Varying, blocks_of, is_shard, same
+from fxshard.rules.lookup import recipe_for
+from fxshard.rules.recipe import Factor, uncombine, units
+
+
+def hoist_cuts(facts: Sequence[Facts], size: int, sizes: Sequence[int]) -> None:
+    """Splits calls whose readers all cut their result alike, on the latest axis; ``sizes`` are those of the outer ones."""
+    for fact in reversed(facts):
+        if fact.node.op != "call_function" or not fact.differentiable or fact.stored or fact.choices[-1] is not None:
+            continue
+        wanted = _wanted_by_all(fact)
+        if wanted is None or len(fact.shapes) != 1 or any(len(o.shapes) > 1 for o in fact.operands):
+            continue
+        choice = _split(fact, wanted, size, sizes)
+        if choice is not None and _moves(fact, choice) <= fact.num_bytes:
+            fact.replace(choice)
+
+
+def _wants(reader: Facts, fact: Facts) -> list[Placement | None]:
+    choice = reader.choices[-1]
+    return [
+        None if choice is None else choice.inputs[i] if i < len(choice.inputs) else None
+        for i, operand in enumerate(reader.operands)
+        if operand is fact
+    ]
+
+
+def _wanted_by_all(fact: Facts) -> Placement | None:
+    found: Placement | None = None
+    if len(fact.readers) < len(fact.node.users):
+        return None
+    for reader in fact.readers:
+        for wanted in _wants(reader, fact):
+            if wanted is None or not is_shard(wanted) or (found is not None and not same(found, wanted)):
+                return None
+            found = wanted
+    return found
+
+
+def _split(fact: Facts, wanted: Placement, size: int, sizes: Sequence[int]) -> Choice | None:
+    current = [REPLICATE] * len(fact.operands)
+    recipe = recipe_for(fact.node, input_shapes(fact, sizes), output_shapes(fact, sizes), current)
+    for factor in recipe.factors if recipe is not None else ():
+        blocks = _blocks(factor, wanted, size)
+        if blocks is not None and factor.lowering is None:
+            flows = [o.differentiable for o in fact.operands]
+            return split_choice(factor, blocks, flows, recipe.unread, 0)  # type: ignore[union-attr]
+    return None
+
+
+def _blocks(factor: Factor, wanted: Placement, size: int) -> tuple[int, ...] | None:
+    at = factor.outputs[0]
+    if at is None or at.dim != wanted.dim:  # type: ignore[attr-defined]
+        return None
+    blocks = uncombine(blocks_of(wanted), at.blocks)
+    return blocks if blocks is not None and units(factor.size, blocks, size) else None
+
+
+def _moves(fact: Facts, choice: Choice) -> int:
+    """The bytes that the backward pass would move for the operands of a split call."""
+    moved = 0
+    for operand, wanted in zip(fact.operands, choice.inputs, strict=True):
+        if wanted is None or wanted is REPLICATE or not operand.differentiable:
+            continue
+        others = [w for r in operand.readers if r is not fact for w in _wants(r, operand)]
+        if not any(w is not None and same(w, wanted) for w in others):
+            moved += operand.num_bytes * (2 if isinstance(wanted, Varying) else 1)
+    return moved

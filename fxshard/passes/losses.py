@@ -1,0 +1,185 @@
+"""Lowerings of losses and softmax: what a rank runs where their rows, or the dim that they normalise, are split.
+
+    softmax(x, 1)     x: Shard(1)     maxima are gathered, the sums of exponents all-reduced; the result stays split
+    cross_entropy     rows split      each rank's sum, over the weight of the valid targets of *all* ranks
+    cross_entropy     classes split   softmax as above; the rank that holds a target's class gives its term
+
+Collectives in a lowering are those of ``runtime.collectives``, so their gradients follow the same table: a reduced sum that
+every rank then uses differently goes through ``vary``.
+
+Reference: Megatron-LM (Shoeybi et al., 2019), vocabulary-parallel cross entropy.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import fx
+
+from fxshard.mesh import Mesh
+from fxshard.passes.typing import Info, info_of, set_info, values_of
+from fxshard.placement import REPLICATE, Placement
+from fxshard.rules.recipe import bind, signature_of
+from fxshard.runtime import collectives as run
+
+aten = torch.ops.aten
+NONE, MEAN, SUM = 0, 1, 2
+
+
+class _Writer:
+    """Writes nodes before the call that they replace."""
+
+    def __init__(self, new: fx.Graph, node: fx.Node, mesh: Mesh) -> None:
+        self.new, self.node, self.mesh = new, node, mesh
+
+    def __call__(self, function: Any, *args: Any, **kwargs: Any) -> fx.Node:
+        made = self.new.call_function(function, args, kwargs)
+        made.meta = {k: v for k, v in self.node.meta.items() if k in ("nn_module_stack", "stack_trace")}
+        return made
+
+    def offset(self, axis: int, size: Any) -> fx.Node:
+        made = self(run.offset, self.mesh.names[axis], size)
+        made.meta["val"] = 0
+        set_info(made, Info(((REPLICATE,) * self.mesh.ndim,)))
+        return made
+
+    def collective(self, function: Any, x: fx.Node, axis: int, value: Any, placements: Sequence[Placement]) -> fx.Node:
+        """A collective whose result is ``value`` when whole; ``placements`` of the other axes."""
+        made = self(function, x, self.mesh.names[axis])
+        made.meta["val"] = value
+        made.meta["fxshard_reason"] = {"reader": self.node.name, "from": "Partial(sum)", "to": "Replicate"}
+        made.meta["fxshard_reader"] = {k: self.node.meta.get(k) for k in ("nn_module_stack", "stack_trace")}
+        after = tuple(REPLICATE if a == axis else p for a, p in enumerate(placements))
+        set_info(made, Info((after,), differentiable=function is not run.all_gather))
+        return made
+
+
+def softmax(new: fx.Graph, node: fx.Node, info: Info, mesh: Mesh, axes: list[int]) -> fx.Node:
+    """softmax and log_softmax over a dim that ``axes`` split."""
+    arguments = bind(node)
+    source = arguments["self"]
+    value = values_of(source)[0]
+    dim = arguments["dim"] % value.dim()
+    wanted = values_of(node)[0].dtype
+    log = "log_softmax" in str(node.target)
+    with new.inserting_before(node):
+        write = _Writer(new, node, mesh)
+        out = _normalized(write, source, value, info_of(source).placements, dim, axes, log, wanted)
+    return _replace(new, node, out)
+
+
+def _normalized(
+    write: _Writer,
+    source: fx.Node,
+    value: torch.Tensor,
+    placements: Sequence[Placement],
+    dim: int,
+    axes: Sequence[int],
+    log: bool,
+    wanted: torch.dtype,
+) -> fx.Node:
+    exact = torch.float32 if wanted in (torch.float16, torch.bfloat16) else wanted
+    x = source if value.dtype == exact else write(aten.to.dtype, source, exact)
+    top = write(aten.amax.default, write(aten.detach.default, x), [dim], True)
+    whole = value.detach().to(exact).amax(dim, keepdim=True)
+    for axis in axes:
+        parts = write.collective(run.all_gather, top, axis, whole, placements)
+        top = write(aten.amax.default, write(aten.unflatten.int, parts, 0, [write.mesh.sizes[axis], -1]), [0])
+    shifted = write(aten.sub.Tensor, x, top)
+    exps = write(aten.exp.default, shifted)
+    total = write(aten.sum.dim_IntList, exps, [dim], True)
+    for axis in axes:
+        total = write.collective(run.all_reduce, total, axis, whole, placements)
+        total = write.collective(run.vary, total, axis, whole, placements)
+    if log:
+        out = write(aten.sub.Tensor, shifted, write(aten.log.default, total))
+    else:
+        out = write(aten.div.Tensor, exps, total)
+    return out if exact == wanted else write(aten.to.dtype, out, wanted)
+
+
+def loss(new: fx.Graph, node: fx.Node, info: Info, mesh: Mesh, axes: list[int]) -> fx.Node:
+    """cross_entropy_loss and nll_loss whose rows or classes ``axes`` split."""
+    classes = [a for a in axes if (choice := info.choices[a]) is not None and choice.factor == "v"]
+    with new.inserting_before(node):
+        write = _Writer(new, node, mesh)
+        out = _split_classes(write, node, info, classes) if classes else _split_rows(write, node, info)
+    return _replace(new, node, out)
+
+
+def _replace(new: fx.Graph, node: fx.Node, out: fx.Node) -> fx.Node:
+    out.meta = {**node.meta}
+    new.erase_node(node)
+    return out
+
+
+def _rows(info: Info) -> list[int]:
+    return [a for a, c in enumerate(info.choices) if c is not None and c.kind == "split" and c.factor != "v"]
+
+
+def _split_rows(write: _Writer, node: fx.Node, info: Info) -> fx.Node:
+    """The mean: this rank's sum, over what all ranks' valid targets weigh."""
+    arguments = bind(node)
+    assert isinstance(node.target, torch._ops.OpOverload)
+    names = signature_of(node.target).names
+    total = write(node.target, *(SUM if n == "reduction" else arguments[n] for n in names))
+    target, weight = arguments["target"], arguments["weight"]
+    skipped = write(aten.eq.Scalar, target, arguments["ignore_index"])
+    picked = None
+    if weight is not None:
+        safe = write(aten.masked_fill.Scalar, target, skipped, 0)
+        picked = write(aten.index.Tensor, write(aten.detach.default, weight), [safe])
+    return write(aten.div.Tensor, total, _valid(write, node, skipped, picked, _rows(info)))
+
+
+def _valid(write: _Writer, node: fx.Node, skipped: fx.Node, picked: fx.Node | None, axes: Sequence[int]) -> fx.Node:
+    """What the valid targets of all ranks weigh together; their number where there are no weights."""
+    if picked is None:
+        count = write(aten.sum.default, write(aten.logical_not.default, skipped))
+    else:
+        count = write(aten.sum.default, write(aten.masked_fill.Scalar, picked, skipped, 0))
+    value = values_of(node)[0].detach()
+    for axis in axes:
+        count = write.collective(run.all_reduce, count, axis, value, [REPLICATE] * write.mesh.ndim)
+    return count
+
+
+def _split_classes(write: _Writer, node: fx.Node, info: Info, axes: Sequence[int]) -> fx.Node:
+    arguments = bind(node)
+    source, target, weight = arguments["self"], arguments["target"], arguments["weight"]
+    value = values_of(source)[0]
+    (axis,) = axes
+    count = value.shape[1]
+    logs = source
+    if node.target is aten.cross_entropy_loss.default:
+        logs = _normalized(write, source, value, info_of(source).placements, 1, axes, True, value.dtype)
+    local = write(aten.sub.Tensor, target, write.offset(axis, count))
+    low, high = write(aten.lt.Scalar, local, 0), write(aten.ge.Scalar, local, count // write.mesh.sizes[axis])
+    skipped = write(aten.eq.Scalar, target, arguments["ignore_index"])
+    absent = write(aten.logical_or.default, write(aten.logical_or.default, low, high), skipped)
+    safe = write(aten.masked_fill.Scalar, local, absent, 0)
+    rows = write(aten.squeeze.dim, write(aten.gather.default, logs, 1, write(aten.unsqueeze.default, safe, 1)), 1)
+    picked = None
+    if weight is not None:
+        weight = write(aten.detach.default, weight)
+        picked = write(aten.masked_fill.Scalar, write(aten.index.Tensor, weight, [safe]), absent, 0)
+        rows = write(aten.mul.Tensor, rows, picked)
+    out = write(aten.neg.default, write(aten.masked_fill.Scalar, rows, absent, 0))
+    smoothing = arguments.get("label_smoothing", 0.0)
+    if smoothing:
+        if weight is not None:
+            shape = [-1 if d == 1 else 1 for d in range(value.dim())]
+            logs = write(aten.mul.Tensor, logs, write(aten.reshape.default, weight, shape))
+        every = write(aten.neg.default, write(aten.sum.dim_IntList, logs, [1]))
+        every = write(aten.masked_fill.Scalar, every, skipped, 0)
+        out = write(aten.mul.Tensor, out, 1 - smoothing)
+        out = write(aten.add.Tensor, out, write(aten.mul.Tensor, every, smoothing / count))
+    if arguments["reduction"] == NONE:
+        return out
+    out = write(aten.sum.default, out)
+    if arguments["reduction"] == SUM:
+        return out
+    reduced = _rows(info) + (list(axes) if weight is not None else [])
+    return write(aten.div.Tensor, out, _valid(write, node, skipped, picked, reduced))

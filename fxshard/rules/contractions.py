@@ -1,0 +1,151 @@
+"""Rules of operators that multiply and sum: products, convolutions, attention, embeddings."""
+
+from __future__ import annotations
+
+from fxshard.rules.names import ONE, Names, left, lowered, resized
+from fxshard.rules.notation import make_factors
+from fxshard.rules.recipe import Call, Dim, Recipe
+
+
+def linear(call: Call) -> Recipe:
+    """linear(x, w, b): ``normalize`` splits the bias off; where it is still there, the contraction is whole."""
+    rows = left(len(call.inputs[0]) - 1)
+    bias: list[Names] = [[("o",)]] * (len(call.inputs) - 2)
+    if len(call.inputs[1]) != 2:
+        return Recipe()
+    ins: list[Names] = [[*rows, ("i",)], [("o",), ("i",)], *bias]
+    return Recipe(make_factors(ins, [[*rows, ("o",)]], call, {"i": "!" if bias else "+"}), _products(call, 2))
+
+
+def _products(call: Call, count: int) -> tuple[frozenset[int], ...]:
+    """Each of the ``count`` operands alone, where no other is added."""
+    return tuple(frozenset({i}) for i in range(count)) if len(call.inputs) == count else ()
+
+
+def addmm(call: Call) -> Recipe:
+    """addmm, baddbmm: every rank adds its share of the first operand where the contraction is split."""
+    batch: Names = [("b",)] if len(call.outputs[0]) == 3 else []
+    out: Names = [*batch, ("m",), ("n",)]
+    if any(len(s) != len(out) for s in call.inputs[1:]) or len(call.inputs) != 3:
+        return Recipe()
+    ins: list[Names] = [out[len(out) - len(call.inputs[0]) :], [*batch, ("m",), ("k",)], [*batch, ("k",), ("n",)]]
+    return Recipe(lowered(make_factors(ins, [out], call, {"k": "+"}), "share", ("k",)))
+
+
+def matmul(call: Call) -> Recipe:
+    """matmul: batched, or with vectors."""
+    a, b = (len(s) for s in call.inputs)
+    batch = [("b" + str(i),) for i in reversed(range(max(a, b, 2) - 2))]
+    one: Names = [("k",)] if a == 1 else [*batch[len(batch) - (a - 2) :], ("m",), ("k",)]
+    two: Names = [("k",)] if b == 1 else [*batch[len(batch) - (b - 2) :], ("k",), ("n",)]
+    out: Names = [*batch, *([("m",)] if a > 1 else []), *([("n",)] if b > 1 else [])]
+    return Recipe(make_factors([one, two], [out], call, {"k": "+"}), _products(call, 2))
+
+
+def einsum(call: Call) -> Recipe:
+    """einsum: the factors are its letters; ``...`` stands for dims aligned from the right."""
+    equation = str(call.arguments["equation"]).replace(" ", "")
+    left_side, arrow, right = equation.partition("->")
+    terms = left_side.split(",")
+    if not arrow:
+        letters = sorted({c for c in left_side if c.isalpha()})
+        right = "..." * ("..." in left_side) + "".join(c for c in letters if left_side.count(c) == 1)
+    if len(terms) != len(call.inputs):
+        return Recipe()
+    ins = [_letters(term, len(shape)) for term, shape in zip(terms, call.inputs, strict=True)]
+    out = _letters(right, len(call.outputs[0]))
+    if any(len(set(names)) != len(names) for names in (*ins, out)):
+        return Recipe(linear=_products(call, len(ins)))  # a diagonal
+    marks = {n[0]: "+" for names in ins for n in names if n not in out}
+    if any(name.startswith(".") for name in marks):
+        return Recipe(linear=_products(call, len(ins)))
+    return Recipe(make_factors(ins, [out], call, marks), _products(call, len(ins)))
+
+
+def _letters(term: str, ndim: int) -> Names:
+    before, dots, after = term.partition("...")
+    count = ndim - len(before) - len(after) if dots else 0
+    return [(c,) for c in before] + [(f".{i}",) for i in reversed(range(count))] + [(c,) for c in after]
+
+
+def embedding(call: Call) -> Recipe:
+    """embedding(weight, ids): the vocabulary splits by offset and mask, over one axis; where gradients are scaled by
+    counts, every rank needs all ids.
+    """
+    if call.arguments.get("sparse"):
+        return Recipe()
+    ids = left(len(call.inputs[1]))
+    counted = bool(call.arguments.get("scale_grad_by_freq"))
+    cut = bool(call.whole_inputs) and call.whole_inputs[0][0] != call.inputs[0][0]
+    marks = {"v": "!" if counted or cut else "~"} | ({n[0]: "!" for n in ids} if counted else {})
+    factors = make_factors([[("v",), ("e",)], ids], [[*ids, ("e",)]], call, marks)
+    return Recipe(lowered(factors, "embedding", ("v",)), (frozenset({0}),))
+
+
+def conv(call: Call) -> Recipe:
+    """conv1d/2d/3d: the batch and the output channels; the input channels sum, every rank adding its share of the bias.
+
+    With groups, the groups: ``groups`` becomes this rank's.
+    """
+    return _conv(call, transposed=False)
+
+
+def conv_transpose(call: Call) -> Recipe:
+    """conv_transpose1d/2d/3d: as ``conv``; the weight has the input channels first."""
+    return _conv(call, transposed=True)
+
+
+def _conv(call: Call, transposed: bool) -> Recipe:
+    ndim = len(call.inputs[1])
+    if len(call.inputs[0]) not in (ndim - 1, ndim):
+        return Recipe()
+    space: Names = [ONE] * (ndim - 2)
+    batch: Names = [("b",)] * (len(call.inputs[0]) - ndim + 1)
+    bias = len(call.inputs) > 2
+    if call.arguments.get("groups", 1) != 1:
+        weight = [("g", "w"), ONE, *space]
+        ins: list[Names] = [[*batch, ("g", "c"), *space], weight] + [[("g", "o")]] * bias
+        factors = make_factors(ins, [[*batch, ("g", "o"), *space]], call, {})
+        groups = _groups(call, transposed)
+        if not isinstance(groups, int):
+            return Recipe()
+        return Recipe(resized(factors, "g", groups, "groups"), _products(call, 2))
+    weight = [("c",), ("o",), *space] if transposed else [("o",), ("c",), *space]
+    ins = [[*batch, ("c",), *space], weight] + [[("o",)]] * bias
+    factors = make_factors(ins, [[*batch, ("o",), *space]], call, {"c": "+"})
+    return Recipe(lowered(factors, "share", ("c",)) if bias else factors, _products(call, 2))
+
+
+def _groups(call: Call, transposed: bool) -> Dim | None:
+    """How many groups are left to split: an outer axis may have split some."""
+    channels = len(call.inputs[0]) - len(call.inputs[1]) + 1
+    sizes = (call.outputs[0] if transposed else call.inputs[0])[channels], call.inputs[1][1]
+    return sizes[0] // sizes[1] if isinstance(sizes[0], int) and isinstance(sizes[1], int) else None
+
+
+def attention(call: Call) -> Recipe:
+    """scaled_dot_product_attention: batch, heads and queries split; keys and the head size are whole.
+
+    With ``enable_gqa`` a key head serves several query heads: ``(g r)`` query heads, ``g`` key heads.
+    """
+    q, k, v = call.inputs[:3]
+    if not len(q) == len(k) == len(v) >= 2:
+        return Recipe()
+    lead = [(f"b{i}",) for i in reversed(range(len(q) - 2))]
+    heads: Names = list(lead)
+    if call.arguments.get("enable_gqa") and lead and not q[-3] == k[-3] == v[-3]:
+        heads[-1] = (lead[-1][0], "r")
+        if k[-3] != v[-3]:
+            return Recipe()
+    marks = {"d": "!", "s": "!"}
+    if call.arguments.get("is_causal"):
+        marks["q"] = "!"
+    ins: list[Names] = [[*heads, ("q",), ("d",)], [*lead, ("s",), ("d",)], [*lead, ("s",), ("e",)]]
+    for mask in call.inputs[3:]:
+        if len(mask) > len(q):
+            return Recipe()
+        ins.append([*heads, ("q",), ("s",)][len(q) - len(mask) :])
+    factors = make_factors(ins, [[*heads, ("q",), ("e",)]], call, marks)
+    if call.arguments.get("dropout_p"):
+        return Recipe(lowered(factors, "attention"))  # a rank drops its part of the one mask
+    return Recipe(factors, (frozenset({2}),))

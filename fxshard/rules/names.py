@@ -1,0 +1,42 @@
+"""Names for the dims of a call: what rule functions are written with."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from dataclasses import replace
+from typing import TypeAlias
+
+from fxshard.rules.recipe import Dim, Factor
+
+Names: TypeAlias = list[tuple[str, ...]]
+ONE = ("1",)
+"""The name of a dim that takes no part."""
+
+
+def right(count: int) -> Names:
+    """Names of dims counted from the right, so that broadcasting aligns them.
+
+    >>> right(2)
+    [('d1',), ('d0',)]
+    """
+    return [(f"d{i}",) for i in reversed(range(count))]
+
+
+def left(count: int) -> Names:
+    """Names of dims counted from the left."""
+    return [(f"d{i}",) for i in range(count)]
+
+
+def whole(names: Sequence[tuple[str, ...]], dims: Collection[int]) -> dict[str, str]:
+    """The marks that keep ``dims`` whole."""
+    return {names[d][0]: "!" for d in dims}
+
+
+def lowered(factors: Sequence[Factor], lowering: str | None, names: Collection[str] | None = None) -> tuple[Factor, ...]:
+    """The factors, those of ``names`` (by default all) with a lowering."""
+    return tuple(replace(f, lowering=lowering) if names is None or f.name in names else f for f in factors)
+
+
+def resized(factors: Sequence[Factor], name: str, size: Dim, lowering: str | None) -> tuple[Factor, ...]:
+    """The factors, ``name`` with another size: the major factor of a compound dim has fewer units than the dim."""
+    return tuple(replace(f, size=size, lowering=lowering) if f.name == name else f for f in factors)

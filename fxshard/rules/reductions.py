@@ -1,0 +1,181 @@
+"""Rules of operators that run along some dims: reductions, scans, norms, transforms."""
+
+from __future__ import annotations
+
+from fxshard.rules.names import ONE, Names, left, lowered, resized, right, whole
+from fxshard.rules.notation import make_factors
+from fxshard.rules.recipe import Call, Recipe
+
+LINEAR = (frozenset({0}),)
+
+
+def _along(call: Call, dims: tuple[int, ...]) -> Recipe:
+    """The dims are whole, every other one follows; all tensors have the operand's dims."""
+    names = left(len(call.inputs[0]))
+    if any(len(s) != len(names) for s in (*call.inputs, *call.outputs)):
+        return Recipe()
+    ins, outs = [names] * len(call.inputs), [names] * len(call.outputs)
+    return Recipe(make_factors(ins, outs, call, whole(names, dims)))
+
+
+def dim_whole(call: Call) -> Recipe:
+    """softmax, cumsum, sort, topk, roll, ...: the dims they run along are whole, every other one follows."""
+    arg = next((a for a in ("dims", "dim") if a in call.arguments), None)
+    if arg is None or call.arguments[arg] in (None, ()):
+        return Recipe()
+    return _along(call, call.dims(arg, len(call.inputs[0])))
+
+
+def scan(call: Call) -> Recipe:
+    """cumsum, flip, roll, fft, ...: as ``dim_whole``, and linear where no dtype is asked for."""
+    recipe = dim_whole(call)
+    linear = len(call.inputs) == 1 and call.arguments.get("dtype") is None
+    return Recipe(recipe.factors, LINEAR if linear else ())
+
+
+def softmax(call: Call) -> Recipe:
+    """softmax, log_softmax: over a split dim, the ranks share their maxima and sums."""
+    ndim = len(call.inputs[0])
+    names = left(ndim)
+    if not ndim:
+        return Recipe()
+    name = names[call.dim("dim", ndim)][0]
+    factors = make_factors([names], [names], call, {})
+    return Recipe(lowered(factors, "softmax", (name,)))
+
+
+def renorm(call: Call) -> Recipe:
+    """renorm(x, p, dim, maxnorm): every index of ``dim`` has a norm over all *other* dims."""
+    ndim = len(call.inputs[0])
+    return _along(call, tuple(d for d in range(ndim) if d != call.dim("dim", ndim)))
+
+
+def unfold(call: Call) -> Recipe:
+    """unfold(x, dimension, size, step): windows along one dim; a new last dim runs within the window."""
+    ndim = len(call.inputs[0])
+    names = left(ndim)
+    if not ndim:
+        return Recipe(linear=LINEAR)
+    marks = whole(names, (call.dim("dimension", ndim),))
+    return Recipe(make_factors([names], [[*names, ONE]], call, marks), LINEAR)
+
+
+def fft(call: Call) -> Recipe:
+    """fft_*: the transformed dims are whole. ``dim=None`` with sizes ``s`` means the last ``len(s)`` dims."""
+    ndim = len(call.inputs[0])
+    if call.arguments.get("dim") is None:
+        sizes = call.arguments.get("s")
+        count = ndim if sizes is None else len(sizes)
+        return Recipe(_along(call, tuple(range(ndim - count, ndim))).factors, LINEAR)
+    return Recipe(_along(call, call.dims("dim", ndim)).factors, LINEAR)
+
+
+def _reduction(call: Call, mark: str, lowering: str | None = None) -> Recipe:
+    ndim = len(call.inputs[0])
+    dims = call.dims("dim", ndim) if "dim" in call.arguments else tuple(range(ndim))
+    names = left(ndim)
+    keep = bool(call.arguments.get("keepdim", False))
+    out = [ONE if i in dims else n for i, n in enumerate(names) if keep or i not in dims]
+    if len(call.inputs) != 1 or any(len(s) != len(out) for s in call.outputs):
+        return Recipe()
+    if any(s != 1 for shape in call.outputs for s, n in zip(shape, out, strict=True) if n is ONE):
+        return Recipe()  # dim=[] reduces nothing in some operators
+    reduced = {names[d][0] for d in dims}
+    factors = make_factors([names], [out] * len(call.outputs), call, dict.fromkeys(reduced, mark))
+    return Recipe(lowered(factors, lowering, reduced))
+
+
+def sums(call: Call) -> Recipe:
+    """sum: the reduced dims sum. It is linear unless it casts."""
+    return Recipe(_reduction(call, "+").factors, LINEAR if call.arguments.get("dtype") is None else ())
+
+
+def counts(call: Call) -> Recipe:
+    """nansum, count_nonzero: the reduced dims sum."""
+    return _reduction(call, "+")
+
+
+def means(call: Call) -> Recipe:
+    """mean: each rank's mean is weighed by its share of the elements, then summed."""
+    return Recipe(_reduction(call, "+", "mean").factors, LINEAR if call.arguments.get("dtype") is None else ())
+
+
+def reduces(call: Call) -> Recipe:
+    """amax, prod, var, argmax, ...: the reduced dims are whole."""
+    return _reduction(call, "!")
+
+
+def trailing_norm(call: Call) -> Recipe:
+    """layer_norm, rms_norm: the normalised dims are whole, the leading ones follow; weights lack them."""
+    ndim = len(call.inputs[0])
+    count = len(call.arguments["normalized_shape"])
+    names = right(ndim)
+    ins = [names] + [names[ndim - len(s) :] for s in call.inputs[1:]]
+    statistics: Names = [*names[: ndim - count], *[ONE] * count]
+    outs = [names, *[statistics] * (len(call.outputs) - 1)]
+    return Recipe(make_factors(ins, outs, call, whole(names, range(ndim - count, ndim))))
+
+
+def group_norm(call: Call) -> Recipe:
+    """group_norm: the batch, and the groups of channels (``num_groups`` becomes this rank's)."""
+    ndim = len(call.inputs[0])
+    groups = call.arguments["num_groups"]
+    if ndim < 2 or not isinstance(groups, int):
+        return Recipe()
+    if call.is_cut:  # an outer axis may have split some of the groups
+        now, before = call.inputs[0][1], call.whole_inputs[0][1]
+        if not isinstance(now, int) or not isinstance(before, int):
+            return Recipe()
+        groups = groups * now // before
+    ins: list[Names] = [[("b",), ("g", "c"), *[ONE] * (ndim - 2)], *[[("g", "c")]] * (len(call.inputs) - 1)]
+    factors = make_factors(ins, [ins[0]], call, {})
+    return Recipe(resized(factors, "g", groups, "groups"))
+
+
+def batch_norm(call: Call) -> Recipe:
+    """batch_norm: in eval mode pointwise; in training every channel's statistics need the whole batch."""
+    ndim = len(call.inputs[0])
+    if ndim < 2:
+        return Recipe()
+    names = left(ndim)
+    marks = whole(names, [d for d in range(ndim) if d != 1]) if call.arguments.get("training") else {}
+    return Recipe(make_factors([names] + [[names[1]]] * (len(call.inputs) - 1), [names], call, marks))
+
+
+def instance_norm(call: Call) -> Recipe:
+    """instance_norm: channels, and the batch; each instance's own statistics need its other dims whole."""
+    ndim = len(call.inputs[0])
+    if ndim < 3 or call.operand("running_mean") is not None:
+        return Recipe()
+    names = left(ndim)
+    ins = [names] + [[names[1]]] * (len(call.inputs) - 1)
+    return Recipe(make_factors(ins, [names], call, whole(names, range(2, ndim))))
+
+
+def weight_norm(call: Call) -> Recipe:
+    """_weight_norm(v, g, dim): each index of ``dim`` has a norm over all other dims."""
+    ndim = len(call.inputs[0])
+    if call.arguments["dim"] == -1 or len(call.inputs[1]) != ndim:
+        return Recipe()  # -1 means one norm over all
+    names = left(ndim)
+    others = [d for d in range(ndim) if d != call.dim("dim", ndim)]
+    return Recipe(make_factors([names, names], [names], call, whole(names, others)))
+
+
+def cross_entropy(call: Call) -> Recipe:
+    """cross_entropy_loss, nll_loss: with reduction none, every dim but the classes; otherwise these sum.
+
+    With reduction mean every rank divides by the weight of *all* valid targets. The classes split over one axis.
+    """
+    logits, target = call.inputs[:2]
+    reduction = call.arguments.get("reduction", 1)
+    if len(logits) != len(target) + 1 or len(logits) < 2:
+        return Recipe()
+    rows: Names = [("n",)] + [(f"s{i}",) for i in range(len(target) - 1)]
+    ins: list[Names] = [[rows[0], ("v",), *rows[1:]], rows] + [[("v",)]] * (len(call.inputs) - 2)
+    cut = call.is_cut and call.whole_inputs[0][1] != logits[1]
+    marks = {"v": "!" if cut else "~"}
+    if reduction != 0:
+        marks |= {n[0]: "+" for n in rows}
+    factors = make_factors(ins, [rows if reduction == 0 else []], call, marks)
+    return Recipe(lowered(factors, "loss", None if reduction == 1 else ("v",)))

@@ -1,0 +1,82 @@
+"""The examples run as they stand: exit code 0, the results that they promise, and nothing on stderr."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+# `--standalone` takes a free port itself, so that examples may run beside each other.
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+
+
+def run_example(name: str, *launcher: str) -> str:
+    """Runs an example in a process of its own, on CPUs; returns what it printed."""
+    inherited = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
+    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    env = {**inherited, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": path}
+    command = [*(launcher or [sys.executable]), f"examples/{name}"]
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=180, check=False)
+    assert done.returncode == 0, f"{' '.join(command)}\n{done.stdout}\n{done.stderr}"
+    assert not done.stderr.strip(), done.stderr
+    return done.stdout
+
+
+def count(kind: str, phase: str, module: str, printed: str) -> int:
+    """How often the table of an example shows a collective."""
+    (found,) = re.findall(rf"^{phase} +{kind} +{re.escape(module)} +(\d+) ", printed, re.MULTILINE)
+    return int(found)
+
+
+def check_embeddings(printed: str) -> None:
+    assert "22.7 million parameters, 11.5 million on each rank" in printed
+    assert count("all_reduce", "forward", "encoder.layer.*.attention.output.dense", printed) == 6
+    assert count("all_reduce", "forward", "encoder.layer.*.output.dense", printed) == 6
+    assert "all_gather" not in printed
+    difference = re.search(r"largest difference +(\S+)", printed)
+    assert difference is not None
+    assert float(difference[1]) <= 1e-5
+    assert printed.splitlines()[-1] == "  the same embeddings"
+    nearest = re.search(r"^A cat is sleeping on the sofa\. +(.+?) {2,}0\.\d+$", printed, re.MULTILINE)
+    assert nearest is not None
+    assert nearest[1] == "A kitten naps on the couch."
+
+
+def test_embed_sentences_on_two_processes() -> None:
+    printed = run_example("embed_sentences.py", *TORCHRUN)
+    assert "on 2 processes, gloo, cpu" in printed
+    assert printed.count("all-MiniLM-L6-v2") == 1  # rank 0 alone prints
+    check_embeddings(printed)
+
+
+def test_embed_sentences_without_a_launcher() -> None:
+    printed = run_example("embed_sentences.py")
+    assert "on 2 ranks, simulated" in printed
+    check_embeddings(printed)
+
+
+def test_train_gpt2_on_two_processes() -> None:
+    printed = run_example("train_gpt2.py", *TORCHRUN)
+    rows = [line.split() for line in printed.splitlines() if re.match(r" +\d+ +\d", line)]
+    assert [int(row[0]) for row in rows] == [0, 4, 8, 12, 16, 19]
+    assert all(abs(float(one) - float(sharded)) <= 1e-4 for _, one, sharded, _ in rows)
+    assert float(rows[-1][2]) < float(rows[0][2]) - 1.0  # it learns
+    assert printed.splitlines()[-1] == "the same training"
+
+
+def test_train_gpt2_says_how_it_is_started() -> None:
+    command = [sys.executable, "examples/train_gpt2.py"]
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=180, check=False)
+    assert done.returncode == 1
+    assert "torchrun --standalone --nproc-per-node 2 examples/train_gpt2.py" in done.stderr
+
+
+def test_quickstart() -> None:
+    printed = run_example("quickstart.py")
+    assert "ok: True" in printed
+    assert "rank 1 of 2" in printed
+    assert "forward: all_reduce over tp, all_reduce over tp, all_gather over dp" in printed

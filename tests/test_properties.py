@@ -1,0 +1,87 @@
+"""Random modules under random plans: what all ranks compute together is what one device computes.
+
+Outputs, gradients of every parameter and of the input, in float64, in training mode with dropout.
+"""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from hypothesis import assume, given, settings
+
+import fxshard
+from fxshard.errors import PlanError
+from tests.random_models import Example, examples
+
+TOLERANCE = 1e-9
+
+
+def loss_of(outputs: tuple[torch.Tensor, ...]) -> torch.Tensor:
+    """A sum over elements, so that ranks may each sum over their own part."""
+    terms = [(k + 1) * (t.sin() + 0.1 * t * t).sum() for k, t in enumerate(outputs) if t.requires_grad]
+    return torch.stack(terms).sum() if terms else torch.zeros(())
+
+
+def part_of(whole: torch.Tensor, splits: dict[str, int], mesh: fxshard.Mesh, rank: int) -> torch.Tensor:
+    """What a rank returns of an output that the plan leaves split."""
+    for axis, size, position in zip(mesh.names, mesh.sizes, mesh.coordinate(rank), strict=True):
+        if axis in splits:
+            whole = whole.chunk(size, splits[axis])[position]
+    return whole
+
+
+def assert_close(actual: torch.Tensor, expected: torch.Tensor, what: str) -> None:
+    assert actual.shape == expected.shape, f"{what}: {list(actual.shape)}, not {list(expected.shape)}"
+    scale = max(1.0, expected.abs().max().item())
+    error = (actual - expected).abs().max().item()
+    assert error <= TOLERANCE * scale, f"{what}: error {error:.2e} at a scale of {scale:.2e}"
+
+
+def check(example: Example) -> None:
+    model, plan = copy.deepcopy(example.model), example.plan
+    x = example.x.detach().clone().requires_grad_(example.x.requires_grad)
+    torch.manual_seed(7)
+    expected = model(x, example.ids)
+    scalar = loss_of(expected)
+    assume(all(t.isfinite().all() for t in expected) and max(t.abs().max().item() for t in expected) < 1e6)
+    if scalar.requires_grad:
+        scalar.backward()
+
+    mine = example.x.detach().clone().requires_grad_(example.x.requires_grad)
+    try:
+        program = fxshard.parallelize(example.model, plan, (mine, example.ids))
+    except PlanError as error:
+        # a step's result that nobody reads, or that is its operand itself, is no module's result
+        assume(not all("activations 'steps." in line for line in str(error).splitlines() if "matches no" in line))
+        raise
+    torch.manual_seed(7)
+    run = fxshard.simulate(program, mine, example.ids)
+    for rank, outputs in enumerate(run.outputs):
+        for k, (actual, whole) in enumerate(zip(outputs, expected, strict=True)):
+            part = part_of(whole, example.output_splits[k], program.mesh, rank)
+            assert_close(actual.detach(), part.detach(), f"output {k} of rank {rank}")
+    if not scalar.requires_grad:
+        return
+    run.backward(loss_of)
+    grads = run.full_grads()
+    for name, parameter in model.named_parameters():
+        expected_grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+        assert_close(grads.get(name, torch.zeros_like(parameter)), expected_grad, f"gradient of {name}")
+    if x.grad is not None:
+        assert mine.grad is not None, "no gradient of x"
+        assert_close(mine.grad, x.grad, "gradient of x")
+
+
+@settings(max_examples=40)
+@given(examples(max_steps=6))
+def test_random_models_under_random_plans(example: Example) -> None:
+    check(example)
+
+
+@pytest.mark.slow
+@settings(max_examples=400)
+@given(examples(max_steps=10))
+def test_many_random_models_under_random_plans(example: Example) -> None:
+    check(example)
