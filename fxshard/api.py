@@ -81,7 +81,9 @@ def _plan(plan: Any, mesh: Any, model: nn.Module) -> Plan:
         else:
             plan = Plan(mesh, params=dict(plan))
     if not isinstance(plan, Plan):
-        raise PlanError(f"cannot read the plan {plan!r}", fix="give a Plan, a preset such as tensor_parallel(2), or a dict")
+        raise PlanError(
+            f"cannot read the plan {plan!r}", fix="give a Plan, a preset such as tensor_parallel(2), or a dict"
+        )
     if plan.mesh is None and mesh is None:
         raise MeshError("the plan does not say on which mesh", fix="pass mesh={'tp': 2}")
     if mesh is None:

@@ -1,14 +1,14 @@
 """Every error fxshard raises, in one tree.
 
-    FxshardError
-    |- CaptureError          the model cannot be exported, or not faithfully
-    |- PlanError             the plan cannot be applied (also a ValueError)
-    |  |- DivisibilityError  a dim does not divide by the axis that should split it
-    |  `- MeshError          the mesh does not fit the plan or the running processes
-    |- InputError            inputs do not fit what was captured (also a ValueError)
-    |- RuleError             a rule is malformed or does not fit its operator (also a ValueError)
-    |- DistributedError      torch.distributed is not ready (also a RuntimeError)
-    `- SoundnessError        a checked invariant of the compiler failed: a bug of fxshard, never silent
+FxshardError
+|- CaptureError          the model cannot be exported, or not faithfully
+|- PlanError             the plan cannot be applied (also a ValueError)
+|  |- DivisibilityError  a dim does not divide by the axis that should split it
+|  `- MeshError          the mesh does not fit the plan or the running processes
+|- InputError            inputs do not fit what was captured (also a ValueError)
+|- RuleError             a rule is malformed or does not fit its operator (also a ValueError)
+|- DistributedError      torch.distributed is not ready (also a RuntimeError)
+`- SoundnessError        a checked invariant of the compiler failed: a bug of fxshard, never silent
 """
 
 from __future__ import annotations

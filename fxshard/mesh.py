@@ -40,7 +40,9 @@ class Mesh:
 
     def __post_init__(self) -> None:
         if len(self.names) != len(self.sizes) or not self.names:
-            raise MeshError(f"a mesh needs one size for each of its axes, got names {self.names} and sizes {self.sizes}")
+            raise MeshError(
+                f"a mesh needs one size for each of its axes, got names {self.names} and sizes {self.sizes}"
+            )
         if len(set(self.names)) != len(self.names):
             raise MeshError(f"mesh axis names repeat: {self.names}", fix="give each axis its own name")
         for name, size in zip(self.names, self.sizes, strict=True):

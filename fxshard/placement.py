@@ -163,9 +163,8 @@ def cut(tensor: torch.Tensor, placement: Placement, size: int, position: int) ->
         return tensor
     dim, blocks = placement.dim, blocks_of(placement)
     unit = tensor.shape[dim] // sum(blocks)
-    assert all(block * unit % size == 0 for block in blocks) and unit * sum(blocks) == tensor.shape[dim], (
-        f"{tensor.shape} does not divide as {placement} over {size}"
-    )
+    assert unit * sum(blocks) == tensor.shape[dim], f"{tensor.shape} has not the blocks of {placement}"
+    assert all(block * unit % size == 0 for block in blocks), f"{tensor.shape} does not divide as {placement} by {size}"
     parts, start = [], 0
     for block in blocks:
         length = block * unit // size

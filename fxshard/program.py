@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch import fx, nn
 
 from fxshard.codegen.emit import emit
-from fxshard.errors import DivisibilityError, FxshardError
+from fxshard.errors import FxshardError
 from fxshard.inspect.fallbacks import Fallback, fallbacks_of
 from fxshard.inspect.report import Collective, collectives_of, explain, table
 from fxshard.mesh import Mesh
@@ -23,7 +23,7 @@ from fxshard.passes.pipeline import STAGES, Compiled, compile_graph
 from fxshard.placement import REPLICATE, Placements, is_shard, join, join_all
 from fxshard.plan.plan import Plan
 from fxshard.runtime.collectives import Axis
-from fxshard.runtime.module import RankModule, load, local_part
+from fxshard.runtime.module import RankModule, load, local_part, place, share
 from fxshard.runtime.process import process_axes, share_random_state
 
 logger = logging.getLogger("fxshard")
@@ -32,9 +32,9 @@ logger = logging.getLogger("fxshard")
 class ParallelModule(nn.Module):
     """A model compiled for a mesh: what ``fxshard.parallelize`` returns.
 
-    Under torchrun each process calls it like the model, with the same whole inputs on every rank, and its parameters are
-    this rank's. Without a process group ``fxshard.simulate`` runs all ranks in this process; then the parameters that
-    it shows are those of rank 0, and ``rank_module(r)`` gives every other rank's.
+    Under torchrun each process calls it like the model, with the same whole inputs on every rank, and its parameters
+    are this rank's. Without a process group ``fxshard.simulate`` runs all ranks in this process; then the parameters
+    that it shows are those of rank 0, and ``rank_module(r)`` gives every other rank's.
 
     Attributes:
         plan: the plan, explicit once the model was captured.
@@ -85,9 +85,7 @@ class ParallelModule(nn.Module):
         """The plan as asked; after the first capture the weights lie as they lie."""
         if self._latest is None:
             return self._asked
-        every = {
-            name: dict(zip(self.mesh.names, placed, strict=True)) for name, placed in self._placements.items()
-        }
+        every = {name: dict(zip(self.mesh.names, placed, strict=True)) for name, placed in self._placements.items()}
         return Plan(
             self.mesh, every, self._asked.inputs, self._asked.activations, self._asked.outputs, self._asked.presets
         )
@@ -101,18 +99,12 @@ class ParallelModule(nn.Module):
         for name, _ in self._tensors():
             asked = given.get(aliases.get(name, name))
             if asked is None:
-                asked = self.plan.params.get(name)
+                asked = self.plan.params.get(name)  # type: ignore[assignment]  # resolved: always one an axis
             self._placements[name] = placements(asked, self.mesh) if asked else whole
         if not (dist.is_available() and dist.is_initialized()) and "RANK" not in os.environ:
             for rank in range(self.mesh.world_size):  # all ranks hold the weights of this moment
                 self.rank_module(rank)
-        mine = self.rank_module(self.rank)
-        for name, child in mine.named_children():
-            self.add_module(name, child)
-        for name, parameter in mine.named_parameters(recurse=False, remove_duplicate=False):
-            self.register_parameter(name, parameter)
-        for name, buffer in mine.named_buffers(recurse=False, remove_duplicate=False):
-            self.register_buffer(name, buffer, name not in mine._non_persistent_buffers_set)
+        share(self.rank_module(self.rank), self)
 
     def _tensors(self) -> list[tuple[str, torch.Tensor]]:
         model = self._model[0]
@@ -123,7 +115,8 @@ class ParallelModule(nn.Module):
         """The capture that was used last."""
         if self._latest is None:
             raise FxshardError(
-                "the model has not been captured yet", fix="pass example inputs to parallelize, or call the program once"
+                "the model has not been captured yet",
+                fix="pass example inputs to parallelize, or call the program once",
             )
         return self._latest
 
@@ -155,7 +148,7 @@ class ParallelModule(nn.Module):
                     part = local_part(tensor, self._placements[name], self.mesh, rank).to(device)
                     is_parameter = isinstance(tensor, nn.Parameter)
                     made[id(tensor)] = nn.Parameter(part, tensor.requires_grad) if is_parameter else part
-                module.place(name, made[id(tensor)], name not in persistent)
+                place(module, name, made[id(tensor)], name not in persistent)
             module.train(self.training)
             self._ranks[rank] = module
         return self._ranks[rank]
@@ -196,7 +189,7 @@ class ParallelModule(nn.Module):
             found = getattr(found, part, None)
         if found is None:
             tensor = isinstance(value, torch.Tensor)
-            module.place(name, value.detach().to(self._device()) if tensor else value, persistent=False)
+            place(module, name, value.detach().to(self._device()) if tensor else value, persistent=False)
 
     # --- running ---------------------------------------------------------------------------------------------------
 
@@ -213,16 +206,8 @@ class ParallelModule(nn.Module):
         else:
             compiled = self.capture(args, kwargs)
         leaves = compiled.captured.flatten_inputs(args, kwargs)
-        self._check_divides(compiled, leaves)
+        compiled.check_divides(leaves)
         return compiled, leaves
-
-    def _check_divides(self, compiled: Compiled, leaves: list[Any]) -> None:
-        """Dynamic sizes are known only now: those that the plan splits must divide."""
-        for (name, entry), problem in compiled.dynamic_splits(leaves).items():
-            raise DivisibilityError(
-                f"dim {entry} (size {problem[0]}) of input {name} cannot be split over {problem[1]} ranks",
-                fix=f"give a size that {problem[1]} divides; uneven shards are not supported yet",
-            )
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Runs this rank's part; collective. Give every rank the same whole inputs."""

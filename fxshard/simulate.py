@@ -1,4 +1,4 @@
-"""All ranks of a program in this process, without a launcher: outputs and gradients as the real ranks would have them."""
+"""All ranks of a program in this process, no launcher: outputs and gradients as the real ranks would have them."""
 
 from __future__ import annotations
 
@@ -42,8 +42,9 @@ class Simulation:
         self._grads = program.full_grads()
         for module, old in zip(modules, before, strict=True):
             for name, parameter in module.named_parameters():
-                if old[name] is not None:
-                    parameter.grad = old[name] if parameter.grad is None else parameter.grad + old[name]
+                earlier = old[name]
+                if earlier is not None:
+                    parameter.grad = earlier if parameter.grad is None else parameter.grad + earlier
         return [loss.detach() for loss in losses]
 
     def full_grads(self) -> dict[str, torch.Tensor]:

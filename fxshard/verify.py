@@ -114,7 +114,7 @@ def verify(program: ParallelModule, *args: Any, **kwargs: Any) -> VerifyReport:
     )
     torch.set_rng_state(state)
     if program.rank == 0 or not distributed:
-        print(report)
+        print(report)  # noqa: T201
     return report
 
 
@@ -177,8 +177,7 @@ def _reference(
 def _real(program: ParallelModule, args: Any, kwargs: Any) -> tuple[list[Any], dict[str, torch.Tensor]]:
     leaves = pytree.tree_leaves(program(*args, **kwargs))
     whole = [
-        program.gather_output(leaf, i) if isinstance(leaf, torch.Tensor) else leaf
-        for i, leaf in enumerate(leaves)
+        program.gather_output(leaf, i) if isinstance(leaf, torch.Tensor) else leaf for i, leaf in enumerate(leaves)
     ]
     loss = loss_of(whole)
     if loss is not None:
@@ -236,7 +235,9 @@ class _Recorder(fx.Interpreter):
 class _Trace:
     """The captured graph and all ranks' graphs, run node by node."""
 
-    def __init__(self, program: ParallelModule, compiled: Compiled, args: Any, kwargs: Any, state: torch.Tensor) -> None:
+    def __init__(
+        self, program: ParallelModule, compiled: Compiled, args: Any, kwargs: Any, state: torch.Tensor
+    ) -> None:
         self.compiled, self.mesh, self.program = compiled, program.mesh, program
         self.call, self.state = (args, kwargs), state
         leaves = compiled.captured.flatten_inputs(args, kwargs)
@@ -246,9 +247,7 @@ class _Trace:
         axes = lockstep_axes(program.mesh, turns)
         for rank in range(world):
             program.function(compiled, rank, axes[rank])
-        self.ranks = [
-            _Recorder(compiled.root, compiled.graph, self._reader(rank), axes[rank]) for rank in range(world)
-        ]
+        self.ranks = [_Recorder(compiled.root, compiled.graph, self._reader(rank), axes[rank]) for rank in range(world)]
         outs = run_ranks(world, turns, lambda rank: self.ranks[rank].run(*(_own(x) for x in leaves)))
         self.outputs = [self._join_output(i, [out[i] for out in outs]) for i in range(len(outs[0]))]
         for index, value in compiled.captured.output_constants.items():
@@ -321,7 +320,7 @@ class _Trace:
     def _differs(self, node: fx.Node, single: _Recorder, grad: bool) -> bool:
         local = self.final.get(node.name)
         want = single.values.get(node.name)
-        parts = [rank.values.get(node.name) for rank in self.ranks]
+        parts: list[Any] = [rank.values.get(node.name) for rank in self.ranks]
         if local is None or want is None or any(p is None for p in parts) or not has_info(local):
             return False
         if grad:

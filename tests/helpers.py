@@ -73,8 +73,8 @@ def _fresh(tree: Any) -> Any:
 
 
 def run_original(
-    model: nn.Module, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None, *, loss: Loss = weighted_loss,
-    seed: int = 0,
+    model: nn.Module, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None, *,
+    loss: Loss = weighted_loss, seed: int = 0,
 ) -> Result:  # fmt: skip
     """One forward and backward pass of a copy of the model, on one device."""
     model = copy.deepcopy(model)

@@ -1,8 +1,8 @@
 """Random modules, meshes and plans for property tests.
 
-A module is a list of steps; each reads earlier values and gives one. A step is built while it is drawn and runs at once,
-so shapes are known without a second description of every operator. What is simple comes first in every choice: that is
-where shrinking leads.
+A module is a list of steps; each reads earlier values and gives one. A step is built while it is drawn and runs at
+once, so shapes are known without a second description of every operator. What is simple comes first in every choice:
+that is where shrinking leads.
 """
 
 from __future__ import annotations
@@ -79,9 +79,9 @@ class Builder:
         return made
 
     def pick(self, fits: Callable[[torch.Tensor], bool] = lambda v: True) -> int | None:
-        """A floating-point value that fits, recent ones first."""
-        found = [i for i, v in enumerate(self.values) if v.is_floating_point() and fits(v)]
-        return int(self.choose(reversed(found))) if found else None
+        """A floating-point value that fits, often the latest."""
+        found = [i for i, v in enumerate(self.values) if v.is_floating_point() and fits(v)][::-1]
+        return int(self.choose([found[0]] * (len(found) - 1) + found)) if found else None
 
     def add(self, text: str, reads: tuple[int, ...], compute: Compute, **tensors: Any) -> None:
         """Appends a step, unless its result is too large."""
@@ -208,7 +208,10 @@ def norm(b: Builder) -> None:
     at = b.pick(lambda v: v.dim() > 0)
     if at is None:
         return
-    size, kind = b.values[at].shape[-1], b.choose(("layer_norm", "rms_norm", "rms_by_hand", "layer_norm without weight"))
+    size, kind = (
+        b.values[at].shape[-1],
+        b.choose(("layer_norm", "rms_norm", "rms_by_hand", "layer_norm without weight")),
+    )
 
     def compute(self: Any, x: torch.Tensor) -> torch.Tensor:
         if kind == "rms_norm":
@@ -328,7 +331,9 @@ def cut(b: Builder) -> None:
     x = b.values[at]
     dim = b.choose([d for d, n in enumerate(x.shape) if n > 1])
     size = x.shape[dim]
-    kind = b.choose(("chunk", "split", "slice", "select", "step", "product", "negative", "write", "roll", "flip", "pad"))
+    kind = b.choose(
+        ("chunk", "split", "slice", "select", "step", "product", "negative", "write", "roll", "flip", "pad")
+    )
     start = b.choose(range(size))
     if kind == "chunk":
         parts = b.choose([n for n in (2, 3, 4) if size % n == 0] or [2])
@@ -467,7 +472,7 @@ def attention(b: Builder) -> None:
     at = b.pick(lambda v: v.dim() == 3 and v.shape[-1] % 2 == 0)
     if at is None:
         return
-    batch, length, size = b.values[at].shape
+    size = b.values[at].shape[-1]
     key_heads = b.choose((2, 4, 1, 3))
     heads = key_heads * b.choose((1, 2))
     width = b.choose((2, 4))
@@ -515,7 +520,7 @@ def attention(b: Builder) -> None:
     inner = key_heads * width
     fused = 3 * inner if packed != "apart" else heads * width
     b.add(
-        f"attention[{heads} on {key_heads} heads of {width}, {kind}, {mask}, {packed}, {share}{', bias' if bias else ''}]",
+        f"attention[{heads} on {key_heads} heads of {width}, {kind}, {mask}, {packed}, {share}, bias {bias}]",
         (at, 1),
         compute,
         q=b.parameter(fused, size),
@@ -569,8 +574,8 @@ def dropout(b: Builder) -> None:
 
 
 STEPS = (
-    unary, linear, norm, binary, view, reduction, mlp, attention, cut, join, along, matmul, embedding, positions,
-    scale_or_shift, tied_linear, conv1d_of_gpt2, loss, squared_error, dropout,
+    linear, unary, norm, binary, view, reduction, mlp, attention, cut, join, along, matmul, embedding, positions,
+    scale_or_shift, tied_linear, conv1d_of_gpt2, loss, squared_error, dropout, linear, mlp, attention, view,
 )  # fmt: skip
 
 
@@ -593,25 +598,32 @@ class Example:
         return f"\n{self.model!r}\n    {wants}\n{self.asked}{self.plan}\n"
 
 
-MESHES = ({"tp": 2}, {"tp": 4}, {"x": 3}, {"dp": 2, "tp": 2}, {"a": 2, "b": 3}, {"a": 3, "b": 2}, {"tp": 2, "one": 1})
+MESHES = (
+    {"tp": 2}, {"tp": 4}, {"dp": 2, "tp": 2}, {"x": 3}, {"a": 2, "b": 3}, {"a": 3, "b": 2}, {"tp": 2, "one": 1},
+    {"a": 2, "b": 2, "c": 2},
+)  # fmt: skip
 
 
 @st.composite
 def examples(draw: Draw, max_steps: int = 8) -> Example:
     """Draws a model, its inputs, and a plan."""
     torch.manual_seed(0)
-    batch, length, size = draw(st.sampled_from((4, 6, 12, 2))), draw(st.sampled_from((4, 6, 8))), draw(st.sampled_from(SIZES))
+    batch, length, size = (
+        draw(st.sampled_from((4, 6, 12, 2))),
+        draw(st.sampled_from((4, 6, 8))),
+        draw(st.sampled_from(SIZES)),
+    )
     x = torch.randn(batch, length, size, dtype=torch.float64, requires_grad=draw(st.booleans()))
     ids = torch.randint(0, 16, (batch, length))
     builder = Builder(draw, RandomModel(), [x.detach(), ids])
     for _ in range(draw(st.integers(1, max_steps))):
         draw(st.sampled_from(STEPS))(builder)
-    last = len(builder.values) - 1
-    returned = {last: None} | ({builder.pick(): None} if builder.maybe() else {})
-    builder.model.returned = tuple(i for i in returned if i is not None and i > 1) or (last,)
-    if last <= 1:
+    if not builder.model.steps:
         unary(builder)
-        builder.model.returned = (2,)
+    read = {i for step in builder.model.steps for i in step.reads}
+    unread = [i for i in range(2, len(builder.values)) if i not in read]  # all of them: so every step matters
+    inner = [builder.pick() or 0] if builder.maybe() else []
+    builder.model.returned = tuple(dict.fromkeys([*unread, *(i for i in inner if i > 1)]))
     mesh = draw(st.sampled_from(MESHES))
     outputs = [builder.values[i] for i in builder.model.returned]
     plan, asked, splits = _plan(builder, mesh, x, ids, outputs)

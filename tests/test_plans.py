@@ -160,7 +160,9 @@ def test_two_axes_on_two_dims() -> None:
 def test_an_axis_of_one_rank_changes_nothing() -> None:
     program = parallelize(data_parallel(1) | tensor_parallel(2))
     alone = parallelize(tensor_parallel(2))
-    assert [(c.kind, c.num_bytes) for c in program.collectives()] == [(c.kind, c.num_bytes) for c in alone.collectives()]
+    assert [(c.kind, c.num_bytes) for c in program.collectives()] == [
+        (c.kind, c.num_bytes) for c in alone.collectives()
+    ]
     assert not parallelize(tensor_parallel(1)).collectives()
 
 
@@ -304,7 +306,7 @@ PRESETS = {
 }
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def _gpt2() -> tuple[nn.Module, dict[str, Any]]:
     from tests.models.zoo import build
 
@@ -383,7 +385,7 @@ def test_a_packed_projection_that_the_user_splits_is_split_block_by_block() -> N
 
 
 def test_half_of_a_packed_pair_is_right_too() -> None:
-    """The packed weight is split, the projection behind attention is not: keys and values must be gathered somewhere."""
+    """The packed weight is split, the projection behind attention is not."""
     gpt2, inputs = _gpt2()
     assert_equivalent(gpt2, Plan({"tp": 2}, params={"*.attn.c_attn.weight": Shard(1)}), (), inputs)
     assert_equivalent(gpt2, Plan({"tp": 4}, params={"*.attn.c_attn.weight": Shard(0)}), (), inputs)

@@ -140,9 +140,9 @@ class Scope:
             name = f"{last}_{count}"
         return self._take(node, name)
 
-    def hold(self, node: fx.Node, name: str) -> None:
-        """Lets ``node`` have a name that another value of the same statement's operands had."""
-        self._take(node, name)
+    def holds(self, node: fx.Node) -> bool:
+        """Whether ``node`` still has its name to itself."""
+        return self._held.get(self.names.get(node, "")) is node
 
     def _take(self, node: fx.Node, name: str) -> str:
         self._held[name] = node

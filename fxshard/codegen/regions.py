@@ -53,11 +53,6 @@ class Region:
     inputs: dict[fx.Node, None] = field(default_factory=dict)
     outputs: dict[fx.Node, None] = field(default_factory=dict)
 
-    @property
-    def depth(self) -> int:
-        """How many calls this one is inside of."""
-        return 0 if self.parent is None else self.parent.depth + 1
-
     def children(self) -> list[Region]:
         """The inner calls, in order."""
         return [item for item in self.items if isinstance(item, Region)]
@@ -174,18 +169,23 @@ def _settle(region: Region) -> list[Item]:
             items.append(item)
             region.size += 1
             continue
-        inner = _settle(item)
+        item.items = _settle(item)
         region.size += item.size
-        wraps = len(inner) == 1 and isinstance(inner[0], Region)
-        if item.size < SMALLEST or wraps or not _is_inside(item.path, region.path):
-            items += inner
-        else:
-            item.items = inner
-            items.append(item)
+        wraps = len(item.items) == 1 and isinstance(item.items[0], Region)
+        items += _inside(item.items if item.size < SMALLEST or wraps else [item], region.path)
     for item in items:
         if isinstance(item, Region):
             item.parent = region
     return items
+
+
+def _inside(items: Sequence[Item], owner: str) -> Iterator[Item]:
+    """The items, with calls of modules that do not belong to ``owner``, which cannot reach them, written in place."""
+    for item in items:
+        if isinstance(item, Region) and not _is_inside(item.path, owner):
+            yield from _inside(item.items, owner)
+        else:
+            yield item
 
 
 def _is_inside(path: str, owner: str) -> bool:

@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import math
+import re
 from collections.abc import Iterable, Iterator
 
 WIDTH = 120
+PATHS_NAMED = 8
+"""How many modules, or runs of layers, a docstring names."""
+
+_NUMBER = re.compile(r"(?<![^.])\d+(?![^.])")
 
 
 def statement(indent: int, code: str, comment: str = "") -> Iterator[str]:
@@ -81,32 +87,32 @@ def span(numbers: Iterable[int]) -> str:
     return ",".join(str(a) if a == b else f"{a}-{b}" for a, b in out)
 
 
-def pattern(path: str) -> tuple[str, int | None]:
-    """A module path without the number of its layer: the first part that is one.
-
-    >>> pattern("model.layers.3.mlp.experts.1")
-    ('model.layers.{}.mlp.experts.1', 3)
-    """
-    parts = path.split(".")
-    for i, part in enumerate(parts):
-        if part.isdigit():
-            return ".".join([*parts[:i], "{}", *parts[i + 1 :]]), int(part)
-    return path, None
-
-
 def summarize(paths: Iterable[str]) -> str:
-    """Module paths, those of many layers as one.
+    """Module paths, each once; a run of layers by its first and its last.
 
-    >>> summarize(["layers.0.mlp", "layers.1.mlp", "layers.2.mlp", "head"])
-    'layers.{0-2}.mlp, head'
+    >>> summarize(["layers.0.mlp", "layers.1.mlp", "layers.2.mlp", "layers.7.mlp", "head"])
+    'layers.0.mlp to layers.2.mlp, layers.7.mlp, head'
     """
-    groups: dict[str, list[int]] = {}
+    groups: dict[str, set[tuple[int, ...]]] = {}
     for path in paths:
-        shape, number = pattern(path)
-        groups.setdefault(shape, []).extend([] if number is None else [number])
-    out = []
+        groups.setdefault(_NUMBER.sub("{}", path), set()).add(tuple(map(int, _NUMBER.findall(path))))
+    out: list[str] = []
     for shape, numbers in groups.items():
-        unique = set(numbers)
-        several = "{" + span(unique) + "}" if len(unique) > 1 else span(unique)
-        out.append(shape.replace("{}", several, 1) if numbers else shape)
-    return ", ".join(out)
+        for first, last in _runs(sorted(numbers)):
+            several = [] if first == last else [" to " if math.dist(first, last) > 1 else ", ", shape.format(*last)]
+            out.append("".join([shape.format(*first), *several]))
+    return ", ".join(out[:PATHS_NAMED]) + (f", and {len(out) - PATHS_NAMED} more" if len(out) > PATHS_NAMED else "")
+
+
+def _runs(points: list[tuple[int, ...]]) -> Iterator[tuple[tuple[int, ...], tuple[int, ...]]]:
+    """The first and the last of each run: all the points as one block, else steps of one along the first number."""
+    first, last = points[0], points[-1]
+    block = math.prod(max(column) - min(column) + 1 for column in zip(*points, strict=True))
+    if len(points) == block:
+        yield first, last
+        return
+    for i, point in enumerate(points):
+        if i and (point[0] - points[i - 1][0] != 1 or point[1:] != points[i - 1][1:]):
+            yield first, points[i - 1]
+            first = point
+    yield first, last

@@ -1,0 +1,1 @@
+"""What a compiled program holds, for people."""

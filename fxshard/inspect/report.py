@@ -9,8 +9,9 @@ import torch
 from tabulate import tabulate
 from torch import fx
 
-from fxshard.codegen.emit import DTYPES, describe_local, describe_value
 from fxshard.codegen.text import span
+from fxshard.codegen.types import DTYPES, describe_local, describe_value
+from fxshard.inspect.fallbacks import fallbacks_of
 from fxshard.inspect.reasons import home_of, op_name, reason, source_of_value, without_layers
 from fxshard.mesh import Mesh
 from fxshard.passes.capture import module_of, source_of
@@ -92,7 +93,7 @@ def full_bytes(node: fx.Node, compiled: Compiled) -> int:
     """The bytes of the value that a conversion gives, whole along its own axis, local along the others."""
     value = node.meta["val"]
     axis = compiled.mesh.index(str(node.args[1]))
-    size = value.element_size()
+    size = int(value.element_size())
     for dim in value.shape:
         size *= int(dim) if isinstance(dim, int) else int(dim.node.hint)
     for a, placement in enumerate(info_of(node).placements):
@@ -109,7 +110,7 @@ def collectives_of(compiled: Compiled) -> list[Collective]:
     """Every collective of one step: forward in order, then backward in the order in which gradients flow."""
     flows = needs_grad(compiled)
     nodes = list(_conversions(compiled))
-    out = [_record(n, FORWARD[n.target], "forward", compiled) for n in nodes if n.target in FORWARD]  # type: ignore[index]
+    out = [_record(n, FORWARD[n.target], "forward", compiled) for n in nodes if n.target in FORWARD]
     for node in reversed(nodes):
         kind = backward_kind(node)
         if kind is not None and flows[node]:
@@ -173,7 +174,7 @@ def table(compiled: Compiled) -> str:
         used |= {short(p)[0] for p in info_of(node).placements} if _typed(node) else set()
         forward = back = ""
         if node.target in CONVERSIONS:
-            forward = FORWARD.get(node.target, "")  # type: ignore[arg-type]
+            forward = FORWARD.get(node.target, "")
             back = (backward_kind(node) or "") if flows[node] else ""
         num_bytes = f"{full_bytes(node, compiled):,}" if forward or back else ""
         placed_in = _joined([_short_all(n) for n in node.all_input_nodes if _typed(n)])
@@ -246,9 +247,12 @@ def format_graph(graph: fx.Graph, mesh: Mesh) -> str:
 
 
 def explain(compiled: Compiled) -> str:
-    """Every collective in a paragraph: what, how much, where, and why; those of equal layers as one."""
+    """Every collective in a paragraph: what, how much, where, and why; those of equal layers as one.
+
+    Above them stand the notes on what the plan could not do, and the calls that gather because no rule covers them.
+    """
     records = collectives_of(compiled)
-    notes = [*compiled.resolved.notes]
+    notes = [*compiled.resolved.notes, *map(str, fallbacks_of(compiled))]
     if not records:
         return "\n".join([*notes, "No collectives: every rank computes the whole model."])
     groups: dict[tuple[str, ...], list[Collective]] = {}

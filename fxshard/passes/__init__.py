@@ -1,0 +1,1 @@
+"""The compiler's stages, one a file; ``pipeline`` runs them in order."""

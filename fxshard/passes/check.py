@@ -69,7 +69,7 @@ def _check_updates(node: fx.Node, mesh: Mesh) -> None:
         value = arguments[name]
         if isinstance(value, fx.Node) and value.op not in ("get_attr", "placeholder"):
             raise SoundnessError(
-                f"%{node.name} would update a copy of its argument {name!r} (%{value.name}), and the update would be lost",
+                f"%{node.name} would update a copy (%{value.name}) of its argument {name!r}, and lose the update",
                 op=str(node.target),
                 module=module_of(node),
                 source=source_of(node),
@@ -97,8 +97,7 @@ def _follows(
         local_shape(shape_of(o.meta["val"]), f.placements[:axis], sizes) for o, f in zip(operands, facts, strict=True)
     )
     outputs = tuple(
-        local_shape(shape_of(v), o[:axis], sizes)
-        for v, o in zip(values_of(node), info_of(node).outputs, strict=True)
+        local_shape(shape_of(v), o[:axis], sizes) for v, o in zip(values_of(node), info_of(node).outputs, strict=True)
     )
     recipe = recipe_for(node, shapes, outputs, now)
     if recipe is None:

@@ -39,6 +39,7 @@ class Facts:
 
     @staticmethod
     def of(node: fx.Node) -> Facts:
+        """Reads a node; what needs other nodes is filled in by ``propagate``."""
         values = values_of(node)
         shapes = tuple(shape_of(v) for v in values)
         size = 1
@@ -81,7 +82,8 @@ def output_shapes(fact: Facts, sizes: Sequence[int]) -> tuple[Shape, ...]:
     if not any(fact.choices[: len(sizes)]):
         return fact.shapes
     return tuple(
-        local_shape(shape, tuple(axis[k] for axis in fact.per_axis[: len(sizes)]), sizes) for k, shape in enumerate(fact.shapes)
+        local_shape(shape, tuple(axis[k] for axis in fact.per_axis[: len(sizes)]), sizes)
+        for k, shape in enumerate(fact.shapes)
     )
 
 

@@ -1,9 +1,9 @@
 """Cuts move up: what every reader wants split is computed split.
 
-``propagate`` looks forward only: a value computed from whole operands is whole, and where a split reader meets it, it is
-cut, for free, but its gradient must then be gathered. Where *every* reader cuts it alike, its own call may be split
-instead, and its operands cut. Going through the graph from the end, a position bias that all layers read is cut in front
-of the first of them, and a small embedding is looked up for this rank's ids only:
+``propagate`` looks forward only: a value computed from whole operands is whole, and where a split reader meets it, it
+is cut, for free, but its gradient must then be gathered. Where *every* reader cuts it alike, its own call may be split
+instead, and its operands cut. Going through the graph from the end, a position bias that all layers read is cut in
+front of the first of them, and a small embedding is looked up for this rank's ids only:
 
     %e = embedding(%w, %ids)      Replicate, %e1 = chunk(%e)      backward: all_gather of %e's gradient
     %e = embedding(%w, %ids1)     Shard(0),  %ids1 = chunk(%ids)  backward: all_reduce of %w's gradient
@@ -23,7 +23,7 @@ from fxshard.rules.recipe import Factor, uncombine, units
 
 
 def hoist_cuts(facts: Sequence[Facts], size: int, sizes: Sequence[int]) -> None:
-    """Splits calls whose readers all cut their result alike, on the latest axis; ``sizes`` are those of the outer ones."""
+    """Splits calls whose readers all cut their result alike, on the latest axis; ``sizes``: of the outer ones."""
     for fact in reversed(facts):
         if fact.node.op != "call_function" or not fact.differentiable or fact.stored or fact.choices[-1] is not None:
             continue

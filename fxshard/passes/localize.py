@@ -275,9 +275,7 @@ def _dropout(new: fx.Graph, node: fx.Node, info: Info, mesh: Mesh, axes: list[in
     return result
 
 
-def _mask_part(
-    new: fx.Graph, node: fx.Node, args: tuple[Any, ...], info: Info, mesh: Mesh, dims: int
-) -> fx.Node:
+def _mask_part(new: fx.Graph, node: fx.Node, args: tuple[Any, ...], info: Info, mesh: Mesh, dims: int) -> fx.Node:
     """This rank's part of a whole dropout mask, along the first ``dims`` dims."""
     mask = _call(new, run.dropout_mask, args, node)
     set_info(mask, Info(((REPLICATE,) * mesh.ndim,)))

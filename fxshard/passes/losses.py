@@ -4,8 +4,8 @@
     cross_entropy     rows split      each rank's sum, over the weight of the valid targets of *all* ranks
     cross_entropy     classes split   softmax as above; the rank that holds a target's class gives its term
 
-Collectives in a lowering are those of ``runtime.collectives``, so their gradients follow the same table: a reduced sum that
-every rank then uses differently goes through ``vary``.
+Collectives in a lowering are those of ``runtime.collectives``, so their gradients follow the same table: a reduced sum
+that every rank then uses differently goes through ``vary``.
 
 Reference: Megatron-LM (Shoeybi et al., 2019), vocabulary-parallel cross entropy.
 """
@@ -19,9 +19,12 @@ import torch
 from torch import fx
 
 from fxshard.mesh import Mesh
-from fxshard.passes.typing import Info, info_of, set_info, values_of
-from fxshard.placement import REPLICATE, Placement
-from fxshard.rules.recipe import bind, signature_of
+from fxshard.passes.facts import split_choice
+from fxshard.passes.propagate import carried
+from fxshard.passes.typing import Info, info_of, is_float, set_info, values_of
+from fxshard.placement import PARTIAL, REPLICATE, VARYING, Placement, is_partial, local_shape
+from fxshard.rules.lookup import recipe_for
+from fxshard.rules.recipe import bind, operands_of, shape_of, signature_of
 from fxshard.runtime import collectives as run
 
 aten = torch.ops.aten
@@ -29,7 +32,7 @@ NONE, MEAN, SUM = 0, 1, 2
 
 
 class _Writer:
-    """Writes nodes before the call that they replace."""
+    """Writes nodes before the call that they replace; each knows its value when whole, and its placements."""
 
     def __init__(self, new: fx.Graph, node: fx.Node, mesh: Mesh) -> None:
         self.new, self.node, self.mesh = new, node, mesh
@@ -37,7 +40,32 @@ class _Writer:
     def __call__(self, function: Any, *args: Any, **kwargs: Any) -> fx.Node:
         made = self.new.call_function(function, args, kwargs)
         made.meta = {k: v for k, v in self.node.meta.items() if k in ("nn_module_stack", "stack_trace")}
+        if isinstance(function, torch._ops.OpOverload):
+            values, named = fx.map_arg((args, kwargs), lambda n: n.meta["val"])
+            with torch.no_grad():
+                made.meta["val"] = function(*values, **named)
+            operands = operands_of(made)
+            flows = function is not aten.detach.default and is_float(made.meta["val"])
+            differentiable = flows and any(info_of(o).differentiable for o in operands)
+            set_info(made, Info((self._placements(made, operands),), differentiable=differentiable))
         return made
+
+    def _placements(self, made: fx.Node, operands: Sequence[fx.Node]) -> tuple[Placement, ...]:
+        """What a written node is along every axis, by its operator's rule."""
+        out: list[Placement] = []
+        for axis, size in enumerate(self.mesh.sizes):
+            now = [info_of(o).placements[axis] for o in operands]
+            outer = self.mesh.sizes[:axis]
+            inputs = tuple(local_shape(shape_of(o.meta["val"]), info_of(o).placements[:axis], outer) for o in operands)
+            recipe = recipe_for(made, inputs, (local_shape(shape_of(made.meta["val"]), tuple(out), outer),), now)
+            found: Placement = PARTIAL if any(map(is_partial, now)) else REPLICATE
+            for factor in recipe.factors if recipe is not None else ():
+                for placement, at in zip(now, factor.inputs, strict=True):
+                    blocks = carried(placement, at, factor, size)
+                    if blocks is not None:
+                        found = split_choice(factor, blocks, [False] * len(now), frozenset(), 0).outputs[0]
+            out.append(found)
+        return tuple(out)
 
     def offset(self, axis: int, size: Any) -> fx.Node:
         made = self(run.offset, self.mesh.names[axis], size)
@@ -45,19 +73,28 @@ class _Writer:
         set_info(made, Info(((REPLICATE,) * self.mesh.ndim,)))
         return made
 
-    def collective(self, function: Any, x: fx.Node, axis: int, value: Any, placements: Sequence[Placement]) -> fx.Node:
-        """A collective whose result is ``value`` when whole; ``placements`` of the other axes."""
+    def summand(self, x: fx.Node, axis: int) -> fx.Node:
+        """Says of ``x`` that the ranks' values sum, where no rule can tell: what is not a rank's is masked."""
+        info = info_of(x)
+        after = tuple(PARTIAL if a == axis else p for a, p in enumerate(info.placements))
+        set_info(x, Info((after,), differentiable=info.differentiable))
+        return x
+
+    def collective(self, function: Any, x: fx.Node, axis: int) -> fx.Node:
+        """A collective of ``x``, after which all ranks of the axis have the same."""
         made = self(function, x, self.mesh.names[axis])
-        made.meta["val"] = value
+        value = x.meta["val"]
+        made.meta["val"] = torch.cat([value] * self.mesh.sizes[axis]) if function is run.all_gather else value
         made.meta["fxshard_reason"] = {"reader": self.node.name, "from": "Partial(sum)", "to": "Replicate"}
         made.meta["fxshard_reader"] = {k: self.node.meta.get(k) for k in ("nn_module_stack", "stack_trace")}
-        after = tuple(REPLICATE if a == axis else p for a, p in enumerate(placements))
-        set_info(made, Info((after,), differentiable=function is not run.all_gather))
+        equal = VARYING if function is run.vary else REPLICATE
+        after = tuple(equal if a == axis else p for a, p in enumerate(info_of(x).placements))
+        set_info(made, Info((after,), differentiable=info_of(x).differentiable))
         return made
 
 
 def softmax(new: fx.Graph, node: fx.Node, info: Info, mesh: Mesh, axes: list[int]) -> fx.Node:
-    """softmax and log_softmax over a dim that ``axes`` split."""
+    """Softmax and log_softmax over a dim that ``axes`` split."""
     arguments = bind(node)
     source = arguments["self"]
     value = values_of(source)[0]
@@ -66,7 +103,7 @@ def softmax(new: fx.Graph, node: fx.Node, info: Info, mesh: Mesh, axes: list[int
     log = "log_softmax" in str(node.target)
     with new.inserting_before(node):
         write = _Writer(new, node, mesh)
-        out = _normalized(write, source, value, info_of(source).placements, dim, axes, log, wanted)
+        out = _normalized(write, source, value, dim, axes, log, wanted)
     return _replace(new, node, out)
 
 
@@ -74,7 +111,6 @@ def _normalized(
     write: _Writer,
     source: fx.Node,
     value: torch.Tensor,
-    placements: Sequence[Placement],
     dim: int,
     axes: Sequence[int],
     log: bool,
@@ -83,16 +119,15 @@ def _normalized(
     exact = torch.float32 if wanted in (torch.float16, torch.bfloat16) else wanted
     x = source if value.dtype == exact else write(aten.to.dtype, source, exact)
     top = write(aten.amax.default, write(aten.detach.default, x), [dim], True)
-    whole = value.detach().to(exact).amax(dim, keepdim=True)
     for axis in axes:
-        parts = write.collective(run.all_gather, top, axis, whole, placements)
+        parts = write.collective(run.all_gather, top, axis)
         top = write(aten.amax.default, write(aten.unflatten.int, parts, 0, [write.mesh.sizes[axis], -1]), [0])
     shifted = write(aten.sub.Tensor, x, top)
     exps = write(aten.exp.default, shifted)
     total = write(aten.sum.dim_IntList, exps, [dim], True)
     for axis in axes:
-        total = write.collective(run.all_reduce, total, axis, whole, placements)
-        total = write.collective(run.vary, total, axis, whole, placements)
+        total = write.collective(run.all_reduce, total, axis)
+        total = write.collective(run.vary, total, axis)
     if log:
         out = write(aten.sub.Tensor, shifted, write(aten.log.default, total))
     else:
@@ -140,9 +175,8 @@ def _valid(write: _Writer, node: fx.Node, skipped: fx.Node, picked: fx.Node | No
         count = write(aten.sum.default, write(aten.logical_not.default, skipped))
     else:
         count = write(aten.sum.default, write(aten.masked_fill.Scalar, picked, skipped, 0))
-    value = values_of(node)[0].detach()
     for axis in axes:
-        count = write.collective(run.all_reduce, count, axis, value, [REPLICATE] * write.mesh.ndim)
+        count = write.collective(run.all_reduce, count, axis)
     return count
 
 
@@ -154,13 +188,14 @@ def _split_classes(write: _Writer, node: fx.Node, info: Info, axes: Sequence[int
     count = value.shape[1]
     logs = source
     if node.target is aten.cross_entropy_loss.default:
-        logs = _normalized(write, source, value, info_of(source).placements, 1, axes, True, value.dtype)
+        logs = _normalized(write, source, value, 1, axes, True, value.dtype)
     local = write(aten.sub.Tensor, target, write.offset(axis, count))
     low, high = write(aten.lt.Scalar, local, 0), write(aten.ge.Scalar, local, count // write.mesh.sizes[axis])
     skipped = write(aten.eq.Scalar, target, arguments["ignore_index"])
     absent = write(aten.logical_or.default, write(aten.logical_or.default, low, high), skipped)
     safe = write(aten.masked_fill.Scalar, local, absent, 0)
-    rows = write(aten.squeeze.dim, write(aten.gather.default, logs, 1, write(aten.unsqueeze.default, safe, 1)), 1)
+    terms = write.summand(write(aten.gather.default, logs, 1, write(aten.unsqueeze.default, safe, 1)), axis)
+    rows = write(aten.squeeze.dim, terms, 1)
     picked = None
     if weight is not None:
         weight = write(aten.detach.default, weight)

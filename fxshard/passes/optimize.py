@@ -16,6 +16,7 @@ import torch
 from torch import fx
 
 from fxshard.passes.typing import copy_graph
+from fxshard.runtime.collectives import dropout_mask
 
 aten = torch.ops.aten
 
@@ -54,5 +55,5 @@ def _remove_dead(graph: fx.Graph) -> None:
 
 def _impure(node: fx.Node) -> bool:
     if not isinstance(node.target, torch._ops.OpOverload):
-        return node.target is torch.ops.higher_order.wrap_with_set_grad_enabled
+        return node.target is dropout_mask
     return node.target._schema.is_mutable or torch.Tag.nondeterministic_seeded in node.target.tags

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import math
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -12,6 +13,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from fxshard.errors import DivisibilityError
 from fxshard.mesh import Mesh
 from fxshard.passes.annotate import annotate
 from fxshard.passes.capture import Captured, module_of
@@ -59,21 +61,29 @@ class Compiled:
         leaves: Any = next(iter(reversed(self.graph.nodes))).args[0]
         return info_of(leaves[index]).placements
 
-    def dynamic_splits(self, leaves: list[Any]) -> dict[tuple[str, int], tuple[int, int]]:
-        """Which (input, dim) of a call do not divide: -> (its size, the ranks it is split over)."""
-        out = {}
+    def check_divides(self, leaves: list[Any]) -> None:
+        """Dynamic sizes are known only at a call: those that the plan splits must divide.
+
+        Raises:
+            DivisibilityError: naming the input, its dim, and the axes.
+        """
         order = {name: i for i, name in enumerate(self.captured.placeholders)}
         for node, asked in self.resolved.nodes.items():
             if node.op != "placeholder":
                 continue
-            leaf = leaves[order[node.name]]
-            parts: dict[int, int] = {}
+            shape = leaves[order[node.name]].shape
+            axes: dict[int, list[str]] = {}
             for axis, placement in asked.items():
                 if is_shard(placement):
-                    dim = placement.dim  # type: ignore[attr-defined]
-                    parts[dim] = parts.get(dim, 1) * self.mesh.size(axis)
-            out |= {(node.name, d): (leaf.shape[d], n) for d, n in parts.items() if leaf.shape[d] % n}
-        return out
+                    axes.setdefault(placement.dim, []).append(axis)  # type: ignore[attr-defined]
+            for dim, names in axes.items():
+                parts = math.prod(map(self.mesh.size, names))
+                if shape[dim] % parts:
+                    over = " and ".join(f"{n!r} (size {self.mesh.size(n)})" for n in names)
+                    raise DivisibilityError(
+                        f"dim {dim} (size {shape[dim]}) of input {node.name} cannot be split over mesh axis {over}",
+                        fix=f"give a size that {parts} divides; uneven shards are not supported yet",
+                    )
 
     @property
     def draws(self) -> bool:

@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 
 import torch
 from torch import fx
@@ -27,10 +26,18 @@ from fxshard.mesh import Mesh
 from fxshard.passes.facts import Facts, input_shapes, output_shapes, split_choice
 from fxshard.passes.hoist import hoist_cuts
 from fxshard.passes.typing import Choice, Info, copy_graph, set_info
-from fxshard.placement import PARTIAL, REPLICATE, VARYING, Placement, Placements, blocks_of, local_shape, same, shard
-from fxshard.placement import is_partial, is_shard
+from fxshard.placement import (
+    PARTIAL,
+    REPLICATE,
+    Placement,
+    blocks_of,
+    is_partial,
+    is_shard,
+    same,
+    shard,
+)
 from fxshard.rules.lookup import recipe_for
-from fxshard.rules.recipe import At, Factor, Recipe, Shape, combine, operands_of, shape_of, uncombine, units
+from fxshard.rules.recipe import At, Factor, Recipe, combine, operands_of, uncombine, units
 
 WEIGHT_STAYS = 1000.0
 """How much dearer it is to move a weight than an activation of its size: weights stay where they are stored."""
@@ -141,6 +148,8 @@ def _choose(fact: Facts, size: int, sizes: Sequence[int], axis: int) -> Choice:
         return _pass_partial(fact, recipe, partial)
     best: tuple[float, Factor, tuple[int, ...], int] | None = None
     for factor in recipe.factors:
+        if not _may_lower(fact, factor):
+            continue
         for i, at in enumerate(factor.inputs):
             found = carried(current[i], at, factor, size)
             if found is None or i in recipe.unread:
@@ -156,6 +165,14 @@ def _choose(fact: Facts, size: int, sizes: Sequence[int], axis: int) -> Choice:
         return _whole(fact, recipe.unread, "no factor that an operand carries can be split")
     _, factor, blocks, leader = best
     return split_choice(factor, blocks, [o.differentiable for o in fact.operands], recipe.unread, leader)
+
+
+def _may_lower(fact: Facts, factor: Factor) -> bool:
+    """Whether the lowering of a factor goes with those that the outer axes chose: a call has one kind of them."""
+    earlier = {c.lowering for c in fact.choices if c is not None and c.lowering}
+    if factor.lowering == "embedding":
+        return not earlier
+    return not earlier or factor.lowering in earlier or (factor.lowering is None and earlier != {"attention"})
 
 
 def _scatter_ahead(
@@ -176,7 +193,10 @@ def _scatter_ahead(
             asked = (reader.given[axis] if reader.given else None) or REPLICATE
             wanted = At(asked.dim, blocks_of(asked)) if is_shard(asked) else None  # type: ignore[attr-defined]
             return _back_through(chain, wanted, size) if wanted else None
-        inputs, current = input_shapes(reader, sizes), [o.current[0] if o.current else REPLICATE for o in reader.operands]
+        inputs, current = (
+            input_shapes(reader, sizes),
+            [o.current[0] if o.current else REPLICATE for o in reader.operands],
+        )
         if any(len(o.shapes) > 1 for o in reader.operands):
             return None
         found = recipe_for(reader.node, inputs, output_shapes(reader, sizes), current)
@@ -202,9 +222,7 @@ def _only_reader(fact: Facts) -> tuple[Facts | None, int]:
     return reader, reader.operands.index(fact)
 
 
-def _back_through(
-    chain: Sequence[tuple[Recipe, int]], wanted: At, size: int
-) -> tuple[Factor, tuple[int, ...]] | None:
+def _back_through(chain: Sequence[tuple[Recipe, int]], wanted: At, size: int) -> tuple[Factor, tuple[int, ...]] | None:
     """From what is wanted of the last result of a chain to the factor of its first call; None where that breaks."""
     for index, (recipe, position) in reversed(list(enumerate(chain))):
         for factor in recipe.factors:

@@ -1,0 +1,1 @@
+"""What users ask for: plans, presets, other libraries' formats, and how they resolve."""

@@ -1,10 +1,11 @@
 """Finds column/row pairs in the dataflow: what tensor parallelism splits, without knowing any name.
 
-A *row* is a contraction of an activation with a weight: ``down_proj``, ``o_proj``. Splitting the contracted factor needs
-the activation split along it. Walking back from there, each operator's rule says which dim of its operands must be split,
-until the walk ends in the output features of other weights: the *columns* (``gate_proj`` and ``up_proj``; q, k and v). A value
-that others read too stays whole and is cut where the region reads it; so is, for free, what is not computed from weights
-(masks, rotary tables). A walk that meets a norm, or a residual stream, ends there without a column: no pair.
+A *row* is a contraction of an activation with a weight: ``down_proj``, ``o_proj``. Splitting the contracted factor
+needs the activation split along it. Walking back from there, each operator's rule says which dim of its operands must
+be split, until the walk ends in the output features of other weights: the *columns* (``gate_proj`` and ``up_proj``; q,
+k and v). A value that others read too stays whole and is cut where the region reads it; so is, for free, what is not
+computed from weights (masks, rotary tables). A walk that meets a norm, or a residual stream, ends there without a
+column: no pair.
 
 A packed projection is cut in pieces on the way (q, k, v). The pieces' demands meet at its output: there, and in the
 weight, each piece is a block that is split on its own.
@@ -156,7 +157,9 @@ def _pair(row: fx.Node, facts: Graph, size: int) -> Pair | None:
         read_outside = walk.read_outside()
         if not read_outside:
             break
-        whole |= read_outside  # shared with others, as a position bias is by all layers: whole, and cut where it is read
+        whole |= (
+            read_outside  # shared with others, as a position bias is by all layers: whole, and cut where it is read
+        )
     columns = [w for w in walk.leaves if w is not facts.weights[operands[weight]] and len(facts.shapes[w][0]) > 1]
     return Pair(row, walk.leaves) if columns else None
 
@@ -214,11 +217,11 @@ class _Walk:
         if node in self.facts.weights and node.op == "get_attr":
             ((_, dim), demand), *_ = asked.items()
             size = self.facts.shapes[node][0][dim]
-            blocks = _merge(demand, size)
-            if blocks is None or not units(size, blocks, self.size):
+            merged = _merge(demand, size)
+            if merged is None or not units(size, merged, self.size):
                 self.sound = False
             else:
-                self.leaves[node] = shard(dim, blocks)
+                self.leaves[node] = shard(dim, merged)
             return
         if node.op != "call_function" or (node not in self.facts.learned and node not in self.facts.weights):
             return  # not computed from weights: cut for free
@@ -371,13 +374,15 @@ def residuals(facts: Graph, rows: Iterable[fx.Node]) -> list[fx.Node]:
     for node in facts.order:
         if node.op != "call_function" or name_of(node.target)[1] not in passing | {"aten.view", "aten.reshape"}:
             continue
-        sources = [o for o in facts.operands[node] if o in facts.learned]
+        shape = facts.shapes[node]
+        sources = [o for o in facts.operands[node] if o not in facts.weights]
+        sources = [o for o in sources if o in facts.learned or facts.shapes[o] == shape]
         new = [o for o in sources if o in fresh]
         if not new:
             continue
         old = [o for o in sources if o not in fresh]
         if not old:
             fresh.add(node)
-        elif name_of(node.target)[1] == "aten.add" and facts.shapes[old[0]] == facts.shapes[node]:
+        elif name_of(node.target)[1] == "aten.add" and facts.shapes[old[0]] == shape:
             found[old[0]] = None
     return list(found)

@@ -146,9 +146,7 @@ class _Work:
         first = next(iter([*self.names.params.values(), *self.names.inputs.values()]))
         return (n for n in first.graph.nodes if n.op == "call_function")
 
-    def put(
-        self, part: str, name: str, node: fx.Node | None, axis: str, placement: Placement, asked_by: str
-    ) -> None:
+    def put(self, part: str, name: str, node: fx.Node | None, axis: str, placement: Placement, asked_by: str) -> None:
         """Records one placement, after checking that it can be."""
         shape = shapes_of(node)[0] if node is not None else self.names.all_params[name]
         checked = self._check(name, shape, axis, placement, asked_by, node)
@@ -174,7 +172,9 @@ class _Work:
         if not isinstance(placement, Shard):
             if placement.is_partial():
                 self.problems.append(
-                    PlanError(f"{asked_by}: {name} cannot be {describe(placement)}", fix="use Shard(dim) or Replicate()")
+                    PlanError(
+                        f"{asked_by}: {name} cannot be {describe(placement)}", fix="use Shard(dim) or Replicate()"
+                    )
                 )
                 return None
             return placement
@@ -239,7 +239,9 @@ class _Work:
                 matched = [i for i in range(len(out)) if fnmatch.fnmatchcase(str(i), glob)]
                 if not matched:
                     self.problems.append(
-                        PlanError(f"outputs {glob!r} matches none of the {len(out)} outputs", fix="use '0', '1', or '*'")
+                        PlanError(
+                            f"outputs {glob!r} matches none of the {len(out)} outputs", fix="use '0', '1', or '*'"
+                        )
                     )
                 for i in matched:
                     node = self.names.outputs[i]
@@ -291,7 +293,7 @@ def _tensor_parallel(work: _Work, axis: str) -> None:
     size = work.mesh.size(axis)
     if size == 1:
         return
-    by_node = {node: name for name, node in reversed(work.names.params.items())}
+    by_node = {node: name for name, node in reversed(list(work.names.params.items()))}
     pairs = work.pairs(size)
     found: dict[fx.Node, Shard] = {}
     for pair in pairs:

@@ -29,7 +29,9 @@ def addmm(call: Call) -> Recipe:
     if any(len(s) != len(out) for s in call.inputs[1:]) or len(call.inputs) != 3:
         return Recipe()
     ins: list[Names] = [out[len(out) - len(call.inputs[0]) :], [*batch, ("m",), ("k",)], [*batch, ("k",), ("n",)]]
-    return Recipe(lowered(make_factors(ins, [out], call, {"k": "+"}), "share", ("k",)))
+    dtype = call.dtype("self")
+    shared = dtype is None or dtype.is_floating_point or dtype.is_complex  # a share of an integer is none
+    return Recipe(lowered(make_factors(ins, [out], call, {"k": "+" if shared else "!"}), "share", ("k",)))
 
 
 def matmul(call: Call) -> Recipe:
@@ -65,7 +67,7 @@ def einsum(call: Call) -> Recipe:
 def _letters(term: str, ndim: int) -> Names:
     before, dots, after = term.partition("...")
     count = ndim - len(before) - len(after) if dots else 0
-    return [(c,) for c in before] + [(f".{i}",) for i in reversed(range(count))] + [(c,) for c in after]
+    return [*((c,) for c in before), *((f".{i}",) for i in reversed(range(count))), *((c,) for c in after)]
 
 
 def embedding(call: Call) -> Recipe:
@@ -77,7 +79,8 @@ def embedding(call: Call) -> Recipe:
     ids = left(len(call.inputs[1]))
     counted = bool(call.arguments.get("scale_grad_by_freq"))
     cut = bool(call.whole_inputs) and call.whole_inputs[0][0] != call.inputs[0][0]
-    marks = {"v": "!" if counted or cut else "~"} | ({n[0]: "!" for n in ids} if counted else {})
+    blocks = call.in_blocks(0, 0)
+    marks = {"v": "!" if counted or cut or blocks else "~"} | ({n[0]: "!" for n in ids} if counted else {})
     factors = make_factors([[("v",), ("e",)], ids], [[*ids, ("e",)]], call, marks)
     return Recipe(lowered(factors, "embedding", ("v",)), (frozenset({0}),))
 
@@ -138,6 +141,8 @@ def attention(call: Call) -> Recipe:
         if k[-3] != v[-3]:
             return Recipe()
     marks = {"d": "!", "s": "!"}
+    if call.arguments.get("dropout_p") and len(heads) and len(heads[-1]) > 1 and k[-3] == 1:
+        marks[heads[-1][0]] = "!"  # the lowering repeats key heads by the global ratio
     if call.arguments.get("is_causal"):
         marks["q"] = "!"
     ins: list[Names] = [[*heads, ("q",), ("d",)], [*lead, ("s",), ("d",)], [*lead, ("s",), ("e",)]]

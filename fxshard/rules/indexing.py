@@ -82,7 +82,7 @@ def index_write(call: Call) -> Recipe:
     if not ndim or any(len(s) not in (0, ndim) for s in call.inputs[2:]):
         return Recipe()
     names = left(ndim)
-    ins = [names, [ONE] * len(call.inputs[1]), *(names[: len(s)] for s in call.inputs[2:])]
+    ins: list[Names] = [names, [ONE] * len(call.inputs[1]), *(names[: len(s)] for s in call.inputs[2:])]
     both = (frozenset({0, 2}),) if call.name == "aten.index_add" else ()
     return Recipe(make_factors(ins, [names], call, whole(names, (call.dim("dim", ndim),))), both)
 

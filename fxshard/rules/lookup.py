@@ -16,7 +16,9 @@ _CUTS = {"aten.split", "aten.split_with_sizes", "aten.chunk", "aten.slice", "ate
 _LITERAL = _CUTS | {"aten.embedding", "aten.group_norm"}
 _LITERAL |= {"aten.cross_entropy_loss", "aten.nll_loss", "aten.nll_loss_nd"}
 """Operators whose arguments or lowerings speak of the whole tensor."""
-_JOINS = {"aten.cat", "aten.concat", "aten.concatenate"}
+_LAYOUT = {"aten.cat", "aten.concat", "aten.concatenate", "aten.embedding"} | _CUTS
+_LAYOUT |= {"aten.cross_entropy_loss", "aten.nll_loss", "aten.nll_loss_nd"}
+"""Operators whose rules look at how the operands are cut: their lowerings know plain shards only, or they follow."""
 _cache: dict[Any, Recipe] = {}
 
 
@@ -36,7 +38,7 @@ def recipe_for(
         return None
     packet = name_of(node.target)[1]
     ats: tuple[At | None, ...] = ()
-    if packet in _CUTS or packet in _JOINS:
+    if packet in _LAYOUT:
         ats = tuple(At(p.dim, blocks_of(p)) if is_shard(p) else None for p in current)  # type: ignore[attr-defined]
     counter = [0]
     arguments = {name: _template(value, counter) for name, value in bind(node).items()}

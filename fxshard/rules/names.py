@@ -28,11 +28,13 @@ def left(count: int) -> Names:
 
 
 def whole(names: Sequence[tuple[str, ...]], dims: Collection[int]) -> dict[str, str]:
-    """The marks that keep ``dims`` whole."""
-    return {names[d][0]: "!" for d in dims}
+    """The marks that keep ``dims`` whole; a scalar, which has no dims, has a dim 0 for operators all the same."""
+    return {names[d][0]: "!" for d in dims if names}
 
 
-def lowered(factors: Sequence[Factor], lowering: str | None, names: Collection[str] | None = None) -> tuple[Factor, ...]:
+def lowered(
+    factors: Sequence[Factor], lowering: str | None, names: Collection[str] | None = None
+) -> tuple[Factor, ...]:
     """The factors, those of ``names`` (by default all) with a lowering."""
     return tuple(replace(f, lowering=lowering) if names is None or f.name in names else f for f in factors)
 

@@ -20,7 +20,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache
 
 from fxshard.errors import RuleError
 from fxshard.rules.recipe import At, Call, Dim, Factor, Recipe, Shape
@@ -42,7 +42,7 @@ class Notation:
         return dict(self.marks).get(name, "")
 
 
-@lru_cache(maxsize=None)
+@cache
 def parse(text: str) -> Notation:
     """Parses one rule.
 
@@ -116,7 +116,9 @@ def fits(notation: Notation, call: Call) -> bool:
     return fit(notation.inputs, call.inputs) and fit(notation.outputs, call.outputs)
 
 
-def _expand(pattern: tuple[tuple[str, ...], ...], shape: Shape, notation: Notation, call: Call) -> list[tuple[str, ...]]:
+def _expand(
+    pattern: tuple[tuple[str, ...], ...], shape: Shape, notation: Notation, call: Call
+) -> list[tuple[str, ...]]:
     """Names every dim of a shape; the dims of ``...`` are named by their distance from its right end."""
     extra = len(shape) - (len(pattern) - (("...",) in pattern))
     if extra < 0 or (extra and ("...",) not in pattern):
@@ -160,7 +162,12 @@ def make_factors(
     factors = []
     for name, (ins, outs) in where.items():
         mark = marks.get(name, "")
-        if sizes[name] == 1 or name in unequal or (None in outs and mark not in ("+", "~")):
+        if (
+            sizes[name] == 1
+            or name in unequal
+            or ins.count(None) == len(ins)
+            or (None in outs and mark not in ("+", "~"))
+        ):
             continue
         factors.append(Factor(name, sizes[name], tuple(ins), tuple(outs), name if mark == "~" else None))
     return tuple(factors)

@@ -18,7 +18,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import cache
 from typing import Any, NamedTuple, TypeAlias
 
 import sympy
@@ -82,7 +82,7 @@ class Call:
         outputs: the shape of each result (one that is no tensor has the shape ``()``).
         arguments: every argument by its schema name; a tensor is an ``Operand`` (its position in ``inputs``).
         whole_inputs: the shapes before any mesh axis cut them. Literal positions (of slices) speak of these.
-        carried: how the axis at hand already cuts each operand. Only rules of cuts and joins may look at it.
+        carried: how the axis at hand already cuts each operand. Only rules of ``lookup._LAYOUT`` are told.
         affine: a number stands where the schema has a tensor, as in ``x + 1``: the operator is then not linear.
     """
 
@@ -104,6 +104,11 @@ class Call:
         value = self.arguments.get(name)
         return value.dtype if isinstance(value, Operand) else None
 
+    def in_blocks(self, index: int, dim: int) -> bool:
+        """Whether the axis at hand cuts dim ``dim`` of an operand in several blocks."""
+        at = self.carried[index] if index < len(self.carried) else None
+        return at is not None and at.dim == dim and at.blocks != (1,)
+
     @property
     def is_cut(self) -> bool:
         """Whether an outer mesh axis already cuts an operand."""
@@ -117,9 +122,9 @@ class Call:
         return value % max(ndim, 1)
 
     def dims(self, name: str, ndim: int) -> tuple[int, ...]:
-        """The argument ``name`` as dims counted from 0; all of them where it is None or empty."""
+        """The argument ``name`` as dims counted from 0; all of them where it is None or empty, none of a scalar."""
         value = self.arguments.get(name)
-        if value is None or value == ():
+        if value is None or value == () or ndim == 0:
             return tuple(range(ndim))
         return tuple(d % max(ndim, 1) for d in ((value,) if isinstance(value, int) else value))
 
@@ -127,7 +132,7 @@ class Call:
 class Operand(NamedTuple):
     """Stands for a tensor among a call's arguments."""
 
-    index: int
+    index: int  # type: ignore[assignment]
     dtype: torch.dtype | None = None
 
 
@@ -194,7 +199,7 @@ class Signature:
     kwarg_only: frozenset[str] = field(default_factory=frozenset)
 
 
-@lru_cache(maxsize=None)
+@cache
 def signature_of(target: torch._ops.OpOverload) -> Signature:
     """The schema of an overload: names, defaults, which arguments are tensors."""
     arguments = target._schema.arguments
@@ -280,4 +285,4 @@ def units(size: Dim, blocks: Sequence[int], parts: int) -> bool:
 
 def product(sizes: Sequence[Dim]) -> Dim:
     """The product of sizes."""
-    return math.prod(sizes)  # type: ignore[arg-type, return-value]
+    return math.prod(sizes)

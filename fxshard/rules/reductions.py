@@ -127,7 +127,8 @@ def group_norm(call: Call) -> Recipe:
         if not isinstance(now, int) or not isinstance(before, int):
             return Recipe()
         groups = groups * now // before
-    ins: list[Names] = [[("b",), ("g", "c"), *[ONE] * (ndim - 2)], *[[("g", "c")]] * (len(call.inputs) - 1)]
+    channels: Names = [("g", "c")]
+    ins: list[Names] = [[("b",), *channels, *[ONE] * (ndim - 2)], *[channels] * (len(call.inputs) - 1)]
     factors = make_factors(ins, [ins[0]], call, {})
     return Recipe(resized(factors, "g", groups, "groups"))
 
@@ -171,10 +172,11 @@ def cross_entropy(call: Call) -> Recipe:
     reduction = call.arguments.get("reduction", 1)
     if len(logits) != len(target) + 1 or len(logits) < 2:
         return Recipe()
-    rows: Names = [("n",)] + [(f"s{i}",) for i in range(len(target) - 1)]
+    rows: Names = [("n",), *((f"s{i}",) for i in range(len(target) - 1))]
     ins: list[Names] = [[rows[0], ("v",), *rows[1:]], rows] + [[("v",)]] * (len(call.inputs) - 2)
     cut = call.is_cut and call.whole_inputs[0][1] != logits[1]
-    marks = {"v": "!" if cut else "~"}
+    blocks = call.in_blocks(0, 1) or (len(ins) > 2 and call.in_blocks(2, 0))
+    marks = {"v": "!" if cut or blocks else "~"}
     if reduction != 0:
         marks |= {n[0]: "+" for n in rows}
     factors = make_factors(ins, [rows if reduction == 0 else []], call, marks)

@@ -12,21 +12,22 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache
 
 import torch
 
 from fxshard.errors import RuleError
 from fxshard.rules import contractions, indexing, pointwise, reductions, views
 from fxshard.rules.notation import apply, fits, parse
-from fxshard.rules.recipe import Call, Recipe, RuleFunction, signature_of
+from fxshard.rules.recipe import Call, Recipe, RuleFunction
 
 POINTWISE = """
     abs acos acosh angle asin asinh atan atan2 atanh bitwise_and bitwise_not bitwise_or bitwise_xor
     bitwise_left_shift bitwise_right_shift __and__ __or__ __xor__ __lshift__ __rshift__ ceil celu clamp clamp_max
     clamp_min clip complex copysign cos cosh deg2rad digamma elu empty_like eq erf erfc erfinv exp exp2 expm1 floor
-    floor_divide fmax fmin fmod frac full_like ge gelu greater greater_equal gt hardshrink hardsigmoid hardswish hardtanh
-    heaviside hypot i0 isclose isfinite isinf isnan isneginf isposinf ldexp le leaky_relu less less_equal lgamma log log10
+    floor_divide fmax fmin fmod frac full_like ge gelu greater greater_equal gt hardshrink hardsigmoid hardswish
+    hardtanh heaviside hypot i0 isclose isfinite isinf isnan isneginf isposinf ldexp le leaky_relu less less_equal
+    lgamma log log10
     log1p log2 log_sigmoid logaddexp logaddexp2 logical_and logical_not logical_or logical_xor logit lt max.other
     maximum min.other minimum mish mvlgamma nan_to_num ne nextafter not_equal ones_like polar polygamma pow rad2deg
     reciprocal relu relu6 remainder round rsqrt selu sgn sigmoid sign signbit silu sin sinc sinh softplus softshrink
@@ -106,11 +107,11 @@ TABLE = """
     grid_sampler grid_sampler_2d    | b c h! w!, b x y two! -> b c x y          | 0
     pad constant_pad_nd             | @pad                                      |
     tril triu                       | @triangle                                 |
-    view reshape flatten unflatten unsqueeze squeeze _unsafe_view ravel view_copy | @view |
+    view reshape flatten unflatten unsqueeze squeeze _unsafe_view ravel | @view |
     view.dtype                      | @never                                    |
     transpose swapaxes swapdims transpose_copy                     | @transpose |
     t numpy_T                       | @reverse                                  |
-    mT                              | @matrix_transpose                         |
+    mT mH adjoint                   | @matrix_transpose                         |
     permute permute_copy            | @permute                                  |
     movedim moveaxis                | @movedim                                  |
     expand broadcast_to             | @expand                                   |
@@ -118,6 +119,7 @@ TABLE = """
     repeat_interleave.self_int      | @repeat_interleave                        |
     select select_copy              | @select                                   |
     unbind                          | @unbind                                   |
+    meshgrid                        | @meshgrid                                 |
     diagonal                        | @diagonal                                 |
     split split_with_sizes chunk slice narrow tensor_split         | @cut       |
     cat concat concatenate          | @cat                                      |
@@ -166,9 +168,7 @@ def make_rule(name: str, text: str, linear: str = "", *, strict: bool = True) ->
     Where a call does not fit a notation it is an error, or not strictly, the call is never split.
     """
     if text.startswith("@"):
-        function = next((getattr(m, text[1:]) for m in _MODULES if hasattr(m, text[1:])), None)
-        if function is None:
-            raise RuleError(f"there is no rule function {text!r}", fix="write a notation, or give a function")
+        function = rule_function(text)
     else:
         notation = parse(text)
 
@@ -176,6 +176,15 @@ def make_rule(name: str, text: str, linear: str = "", *, strict: bool = True) ->
             return apply(notation, call) if strict or fits(notation, call) else Recipe()
 
     return Rule(name, _with_linear(function, linear), text, linear)
+
+
+def rule_function(text: str) -> RuleFunction:
+    """The rule function that ``@name`` means."""
+    for module in _MODULES:
+        if hasattr(module, text[1:]):
+            found: RuleFunction = getattr(module, text[1:])
+            return found
+    raise RuleError(f"there is no rule function {text!r}", fix="write a notation, or give a function")
 
 
 def _with_linear(function: RuleFunction, linear: str) -> RuleFunction:
@@ -201,7 +210,7 @@ def _load() -> None:
             _rules[f"aten.{name}"] = make_rule(f"aten.{name}", text, linear, strict=False)
 
 
-@lru_cache(maxsize=None)
+@cache
 def name_of(target: object) -> tuple[str, str]:
     """The two names under which a rule is looked up: with the overload, and without."""
     if isinstance(target, torch._ops.OpOverload):

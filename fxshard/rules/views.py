@@ -13,6 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
+import sympy
 import torch
 from torch import fx
 
@@ -85,7 +86,7 @@ def _divides(small: Dim, large: Dim) -> bool:
 def _quotient(size: Dim, by: Dim) -> Dim:
     if isinstance(size, int) and isinstance(by, int):
         return size // by
-    ratio = size / by
+    ratio = sympy.sympify(size) / by
     return int(ratio) if ratio.is_number else ratio
 
 
@@ -193,6 +194,15 @@ def repeat_interleave(call: Call) -> Recipe:
     return Recipe(make_factors([names], [outs], call, {f"d{dim}": "!"} if given else {}), LINEAR)
 
 
+def meshgrid(call: Call) -> Recipe:
+    """meshgrid(tensors): every tensor's dim is one of each result's; ``xy`` exchanges the first two."""
+    names: Names = [("1",) if not shape else (f"d{i}",) for i, shape in enumerate(call.inputs)]
+    ins = [[name] if shape else [] for name, shape in zip(names, call.inputs, strict=True)]
+    if call.arguments.get("indexing") == "xy" and len(names) > 1:
+        names[:2] = names[1::-1]
+    return Recipe(make_factors(ins, [names] * len(call.outputs), call, {}))
+
+
 def diagonal(call: Call) -> Recipe:
     """diagonal(x, offset, dim1, dim2): two dims become a last one; the others follow."""
     ndim = len(call.inputs[0])
@@ -250,7 +260,7 @@ def cut(call: Call) -> Recipe:
         return Recipe()  # cut at positions that a tensor holds
     dim = call.dim("dim", ndim, 0)
     names: Names = [(f"d{i}",) for i in range(ndim)]
-    outs = [[n for n in names] for _ in call.outputs]
+    outs = [list(names) for _ in call.outputs]
     marks = {names[dim][0]: "!"}
     if all(shape[dim] == call.inputs[0][dim] for shape in call.outputs):
         marks = {}
@@ -269,10 +279,10 @@ def segments(call: Call, dim: int) -> list[tuple[int, int]] | None:
         if call.arguments.get("step", 1) != 1 or not isinstance(start, int):
             return None
         start = max(0, min(start + size if start < 0 else start, size))
-        return [(start, start + int(call.outputs[0][dim]))]  # type: ignore[call-overload]
+        return [(start, start + int(call.outputs[0][dim]))]
     out, start = [], 0
     for shape in call.outputs:
-        out.append((start, start + int(shape[dim])))  # type: ignore[call-overload]
+        out.append((start, start + int(shape[dim])))
         start = out[-1][1]
     return out
 
@@ -307,7 +317,7 @@ def _block_cut(call: Call, dim: int) -> list[Factor]:
         outs.append(At(dim, normalize_blocks(inside)))
     if len(carried.blocks) == len(parts) == 1:
         return []
-    return [Factor("block", size, (carried,), tuple(outs))]
+    return [Factor("block", unit, (carried,), tuple(outs))]
 
 
 def cat(call: Call) -> Recipe:
@@ -332,12 +342,8 @@ def _block_cat(call: Call, dim: int) -> list[Factor]:
         return []
     ats = [at if at is not None and at.dim == dim else At(dim) for at in call.carried]
     total = math.lcm(*(sum(at.blocks) for at in ats))
-    blocks = [
-        b * size * total // sum(at.blocks)  # type: ignore[operator]
-        for at, size in zip(ats, sizes, strict=True)
-        for b in at.blocks
-    ]
-    smallest = math.gcd(*(s // sum(at.blocks) for at, s in zip(ats, sizes, strict=True)))  # type: ignore[operator]
+    blocks = [b * size * total // sum(at.blocks) for at, size in zip(ats, sizes, strict=True) for b in at.blocks]
+    smallest = math.gcd(*(s // sum(at.blocks) for at, s in zip(ats, sizes, strict=True)))
     return [Factor("block", smallest, tuple(ats), (At(dim, normalize_blocks(blocks)),))]
 
 

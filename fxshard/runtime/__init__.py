@@ -1,0 +1,1 @@
+"""What a rank needs when it runs: collectives, weights, process groups."""

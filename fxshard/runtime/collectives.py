@@ -13,8 +13,8 @@ The forward type decides the backward one (``g`` is a gradient):
 
 ``concat`` turns parts stacked along dim 0 into the whole tensor where the split dim is another one, or has blocks.
 
-An ``Axis`` is one mesh axis as one rank sees it. Its ``group`` does the work: a ``ProcessGroup`` of torch.distributed, or
-the lockstep group of ``fxshard.simulate``, whose ranks are threads of this process.
+An ``Axis`` is one mesh axis as one rank sees it. Its ``group`` does the work: a ``ProcessGroup`` of torch.distributed,
+or the lockstep group of ``fxshard.simulate``, whose ranks are threads of this process.
 
 Reference: Megatron-LM (Shoeybi et al., 2019), section 3; Korthikanti et al., 2022, for reduce-scatter and all-gather.
 """
@@ -103,7 +103,7 @@ def chunk(x: torch.Tensor, axis: Axis, dim: int, blocks: Blocks = (1,)) -> torch
     if x.shape[dim] % (axis.size * sum(blocks)) or blocks != (1,):
         return _stack_parts(x, axis, dim, blocks).chunk(axis.size, 0)[axis.index]
     length = x.shape[dim] // axis.size
-    return x.narrow(dim, axis.index * length, length)
+    return x.narrow(dim, axis.index * length, length).contiguous()  # its readers may view it as they viewed the whole
 
 
 def reduce_scatter(x: torch.Tensor, axis: Axis, dim: int, blocks: Blocks = (1,)) -> torch.Tensor:

@@ -1,8 +1,8 @@
 """All ranks of a mesh in one process: each rank is a thread, one runs at a time, and collectives are hand-overs.
 
-A rank runs until it needs the others; then it passes the turn on. When the last rank of a group has come, the collective
-is done for all of them at once, by ``cat`` and ``sum`` under one autograd function: one call of ``backward`` then
-goes through all ranks, as the backward passes of real ranks do together. Every rank has its own random state.
+A rank runs until it needs the others; then it passes the turn on. When the last rank of a group has come, the
+collective is done for all of them at once, by ``cat`` and ``sum`` under one autograd function: one call of ``backward``
+then goes through all ranks, as the backward passes of real ranks do together. Every rank has its own random state.
 """
 
 from __future__ import annotations
@@ -91,7 +91,7 @@ class LockstepGroup:
         if len(self.slots) == len(self.ranks):
             brought = [self.slots[r] for r in self.ranks]
             if len({(n, b, tuple(t.shape), t.dtype) for n, b, t in brought}) > 1:
-                what = "; ".join(f"rank {r}: {n} of {list(t.shape)}" for r, (n, _, t) in zip(self.ranks, brought))
+                what = "; ".join(f"rank {r}: {n} of {list(t.shape)}" for r, (n, _, t) in zip(self.ranks, brought, strict=True))
                 raise FxshardError(f"the ranks issued different collectives: {what}")
             outs = _Lockstep.apply(name, backward, *(t for _, _, t in brought))  # type: ignore[no-untyped-call]
             self.results = dict(zip(self.ranks, outs, strict=True))

@@ -26,30 +26,47 @@ class Container(nn.Module):
 class RankModule(Container):
     """One rank's part of a sharded model.
 
-    Its parameters are plain local tensors under the original names. Tied names are one parameter.
+    Its parameters are plain local tensors under the original names. Tied names are one parameter. It has no public
+    attributes of its own: any name may be that of a module of the user's.
     """
 
     def __init__(self, rank: int, mesh: Mesh) -> None:
         super().__init__()
-        self.rank = rank
-        self.mesh = mesh
+        self._where = f"rank {rank} of {mesh}"
 
-    def place(self, name: str, tensor: Any, persistent: bool = True) -> None:
-        """Puts a parameter, a buffer or a submodule under a dotted name."""
-        *path, last = name.split(".")
-        at: nn.Module = self
-        for part in path:
-            if part not in at._modules:
-                at.add_module(part, Container())
-            child = at._modules[part]
-            assert child is not None
-            at = child
-        if isinstance(tensor, nn.Parameter):
-            at.register_parameter(last, tensor)
-        elif isinstance(tensor, torch.Tensor):
-            at.register_buffer(last, tensor, persistent)
-        else:
-            at.add_module(last, tensor)
+    def extra_repr(self) -> str:
+        """Which rank this is."""
+        return self._where
+
+
+def place(module: nn.Module, name: str, tensor: Any, persistent: bool = True) -> None:
+    """Puts a parameter, a buffer or a submodule under a dotted name.
+
+    What a class defines may have the same name (``plan``, ``mesh``): torch's own ``add_module`` would refuse it.
+    """
+    *path, last = name.split(".")
+    for part in path:
+        if part not in module._modules:
+            module._modules[part] = Container()
+        child = module._modules[part]
+        assert child is not None
+        module = child
+    if isinstance(tensor, nn.Parameter):
+        module._parameters[last] = tensor
+    elif isinstance(tensor, torch.Tensor):
+        module._buffers[last] = tensor
+        if not persistent:
+            module._non_persistent_buffers_set.add(last)
+    else:
+        module._modules[last] = tensor
+
+
+def share(source: nn.Module, target: nn.Module) -> None:
+    """Gives ``target`` what ``source`` holds, under the same names."""
+    target._modules.update(source._modules)
+    target._parameters.update(source._parameters)
+    target._buffers.update(source._buffers)
+    target._non_persistent_buffers_set.update(source._non_persistent_buffers_set)
 
 
 def local_part(tensor: torch.Tensor, placements: Placements, mesh: Mesh, rank: int) -> torch.Tensor:

@@ -69,9 +69,11 @@ def test_tensor_parallel_of_t5_has_three_pairs_in_a_decoder_layer() -> None:
     assert {c.kind for c in records if c.phase == "forward" and "block." in c.module} == {"all_reduce"}
     # backward: likewise (both decoder layers read the encoder's result, which is one value), and the head's
     assert len([c for c in records if c.phase == "backward" and c.kind == "all_reduce"]) == 2 * 2 + 2 * 3 + 1 + 1
-    # beside them only the gradient of the position bias, which every layer's attention cuts by heads
+    # beside them only the gradient of the table of position biases, one an encoder and a decoder: the cut by heads that
+    # every layer's attention asks for moves up to the table
     rest = [c for c in records if c.phase == "backward" and c.kind != "all_reduce"]
-    assert all(c.kind == "all_gather" and c.module.endswith("SelfAttention") for c in rest)
+    assert [c.kind for c in rest] == ["all_gather"] * 2
+    assert all(c.module.endswith("block.0.layer.0.SelfAttention.relative_attention_bias") for c in rest)
 
 
 def test_the_cache_of_keys_and_values_is_gathered_only_to_be_returned() -> None:

@@ -12,7 +12,7 @@ from torch.export import Dim
 
 import fxshard
 from fxshard import Plan, data_parallel, sequence_parallel, tensor_parallel
-from tests.helpers import Result, assert_equivalent, problems_of, run_original, run_simulated
+from tests.helpers import TOLERANCES, Result, assert_equivalent, problems_of, run_original, run_simulated
 from tests.models.zoo import MODELS, build, ids, labels_for, padding
 
 PLANS: dict[str, Plan] = {
@@ -31,7 +31,7 @@ each_model = pytest.mark.parametrize("name", MODELS)
 each_plan = pytest.mark.parametrize("plan", PLANS)
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def original(name: str, dtype: torch.dtype, training: bool) -> Result:
     model, inputs = build(name, dtype, training)
     return run_original(model, (), inputs)
@@ -164,7 +164,8 @@ def test_loss_inside_the_model(name: str, plan: str) -> None:
     """A mean over the labels that count: by global counts, whatever part of them a rank has."""
     model, inputs = build(name)
     inputs["labels"] = labels_for(name, inputs)
-    assert_equivalent(model, PLANS[plan], (), inputs, loss=lambda output: output.loss)
+    single = TOLERANCES[torch.float32]  # transformers computes losses in float32, whatever the model's dtype
+    assert_equivalent(model, PLANS[plan], (), inputs, loss=lambda output: output.loss, tolerances=single)
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2", "t5"])

@@ -80,7 +80,7 @@ def t5(**changes: Any) -> Built:
 MODELS: dict[str, Callable[..., Built]] = {"llama": llama, "gpt2": gpt2, "bert": bert, "vit": vit, "t5": t5}
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def _built(name: str, dtype: torch.dtype, training: bool, changes: tuple[tuple[str, Any], ...]) -> Built:
     torch.manual_seed(0)
     model, inputs = MODELS[name](**dict(changes))

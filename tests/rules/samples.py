@@ -3,6 +3,8 @@
 Sizes are multiples of 12 or 24 where a dim is to be split (2, 3 and 4 ranks, and two axes, divide them). float64.
 """
 
+# ruff: noqa: E501 (the samples are a table)
+
 from __future__ import annotations
 
 import itertools
@@ -40,7 +42,9 @@ def cplx(*shape: int) -> torch.Tensor:
     return torch.randn(shape, dtype=torch.complex128)
 
 
-def call(*args: Any, values: bool = True, gradients: bool = True, constants: tuple[int, ...] = (), **kwargs: Any) -> Sample:
+def call(
+    *args: Any, values: bool = True, gradients: bool = True, constants: tuple[int, ...] = (), **kwargs: Any
+) -> Sample:
     """A sample; operands in ``constants`` are not differentiated."""
     return Sample(args, kwargs, values, gradients, constants)
 
@@ -72,11 +76,27 @@ def all_samples() -> dict[str, Maker]:
 # Pointwise: found from the schema, so that every overload is tried.
 
 UNARY_SHAPES = ((12, 24), (24,), (1, 12), ())
-BINARY_SHAPES = (((12, 24), (12, 24)), ((12, 24), (24,)), ((12, 1), (1, 24)), ((4, 12, 6), (12, 1)), ((12,), ()), ((), (12,)))
-INTEGER = set(
-    "bitwise_and bitwise_not bitwise_or bitwise_xor bitwise_left_shift bitwise_right_shift __and__ __or__ __xor__ "
-    "__lshift__ __rshift__".split()
+BINARY_SHAPES = (
+    ((12, 24), (12, 24)),
+    ((12, 24), (24,)),
+    ((12, 1), (1, 24)),
+    ((4, 12, 6), (12, 1)),
+    ((12,), ()),
+    ((), (12,)),
 )
+INTEGER = {
+    "bitwise_and",
+    "bitwise_not",
+    "bitwise_or",
+    "bitwise_xor",
+    "bitwise_left_shift",
+    "bitwise_right_shift",
+    "__and__",
+    "__or__",
+    "__xor__",
+    "__lshift__",
+    "__rshift__",
+}
 ABOVE_ONE = {"acosh", "mvlgamma", "special_zeta"}
 RANDOM = {"rand_like", "randn_like", "bernoulli"}
 NO_GRADIENT = RANDOM | {"floor_divide", "heaviside", "special_zeta", "remainder"}
@@ -98,7 +118,10 @@ def _pointwise_overloads() -> Iterator[str]:
         for found in getattr(aten, name).overloads():
             arguments = getattr(getattr(aten, name), found)._schema.arguments
             tensors = any("Tensor" in str(a.type) for a in arguments)
-            odd = any(a.is_out or str(a.type) in ("str", "Dimname", "List[Tensor]") or "Generator" in str(a.type) for a in arguments)
+            odd = any(
+                a.is_out or str(a.type) in ("str", "Dimname", "List[Tensor]") or "Generator" in str(a.type)
+                for a in arguments
+            )
             odd = odd or f"{name}.{found}" in UNUSUAL
             if tensors and not odd and not any(a.alias_info and a.alias_info.is_write for a in arguments):
                 yield f"{name}.{found}"
@@ -128,7 +151,11 @@ def _pointwise_samples(name: str) -> list[Sample]:
         for argument in given:
             if "Tensor" in str(argument.type):
                 args.append(make(*next(left)))
-            elif str(argument.type) in ("number", "Scalar") or "Scalar" in str(argument.type) or "number" in str(argument.type):
+            elif (
+                str(argument.type) in ("number", "Scalar")
+                or "Scalar" in str(argument.type)
+                or "number" in str(argument.type)
+            ):
                 args.append(2 if packet in INTEGER or packet in ("polygamma",) else 0.25)
             elif name in EXTRA or argument.has_default_value():
                 break
@@ -152,11 +179,26 @@ for _name in _pointwise_overloads():
     _makers[_name] = lambda name=_name: _pointwise_samples(name)  # type: ignore[misc]
 
 
-@samples("add.Tensor", "sub.Tensor", "subtract.Tensor", "rsub.Tensor")
+@samples("add.Tensor", "sub.Tensor", "subtract.Tensor")
 def _() -> list[Any]:
     same = [call(r(*a), r(*b)) for a, b in BINARY_SHAPES]
     more = [call(r(12, 24), r(24), alpha=3), call(r(12), 2.0), call(ints(9, 12), ints(9, 12)), call(r(12), ints(5, 12))]
     return [*same, *more, call(self=r(12, 4), other=r(4)), call(other=r(12), self=r(4, 12)), call(r(12), other=1.5)]
+
+
+@samples("rsub.Tensor")
+def _() -> list[Any]:
+    return [*(call(r(*a), r(*b)) for a, b in BINARY_SHAPES), call(r(12, 24), r(24), alpha=3), call(r(12), ints(5, 12))]
+
+
+@samples("gelu.default")
+def _() -> list[Any]:
+    return [call(r(12, 24)), call(r(12, 24), approximate="tanh")]
+
+
+@samples("bernoulli.default")
+def _() -> list[Any]:
+    return [call(pos(12, 24), gradients=False)]
 
 
 @samples("add.Scalar", "sub.Scalar", "subtract.Scalar", "rsub.Scalar")
@@ -167,7 +209,13 @@ def _() -> list[Any]:
 @samples("mul.Tensor", "multiply.Tensor", "div.Tensor", "divide.Tensor", "true_divide.Tensor")
 def _() -> list[Any]:
     same = [call(r(*a), pos(*b)) for a, b in BINARY_SHAPES]
-    return [*same, call(r(12), 2.0), call(ints(9, 12) + 1, ints(9, 12) + 1), call(cplx(12), cplx(12)), call(other=pos(12), self=r(12))]
+    return [
+        *same,
+        call(r(12), 2.0),
+        call(ints(9, 12) + 1, ints(9, 12) + 1),
+        call(cplx(12), cplx(12)),
+        call(other=pos(12), self=r(12)),
+    ]
 
 
 @samples("mul.Scalar", "multiply.Scalar", "div.Scalar", "divide.Scalar", "true_divide.Scalar")
@@ -207,7 +255,12 @@ def _() -> list[Any]:
 
 @samples("where.self")
 def _() -> list[Any]:
-    return [call(bools(12, 24), r(12, 24), r(24)), call(bools(24), r(12, 1), r(12, 24)), call(bools(12), r(), r(12)), call(self=r(12), condition=bools(4, 12), other=r(12))]
+    return [
+        call(bools(12, 24), r(12, 24), r(24)),
+        call(bools(24), r(12, 1), r(12, 24)),
+        call(bools(12), r(), r(12)),
+        call(self=r(12), condition=bools(4, 12), other=r(12)),
+    ]
 
 
 @samples("where.ScalarOther")
@@ -232,7 +285,12 @@ def _() -> list[Any]:
 
 @samples("copy.default")
 def _() -> list[Any]:
-    return [call(r(12, 24), r(12, 24)), call(r(12, 24), r(24)), call(r(12), r()), call(ints(9, 12), ints(9, 12))]
+    return [
+        call(r(12, 24), r(12, 24), gradients=False),
+        call(r(12, 24), r(24), gradients=False),
+        call(r(12), r(), gradients=False),
+        call(ints(9, 12), ints(9, 12)),
+    ]
 
 
 @samples("fill.Scalar")
@@ -252,7 +310,14 @@ def _() -> list[Any]:
 
 @samples("masked_fill.Scalar")
 def _() -> list[Any]:
-    return [call(r(12, 24), bools(12, 24), 0), call(r(12, 24), bools(24), 0.0), call(r(12, 24), bools(12, 1), -1e9), call(r(12), bools(4, 12), 2.0), call(r(12), bools(12), float("-inf"), gradients=False), call(value=0.0, mask=bools(12), self=r(12))]
+    return [
+        call(r(12, 24), bools(12, 24), 0),
+        call(r(12, 24), bools(24), 0.0),
+        call(r(12, 24), bools(12, 1), -1e9),
+        call(r(12), bools(4, 12), 2.0),
+        call(r(12), bools(12), float("-inf"), gradients=False),
+        call(value=0.0, mask=bools(12), self=r(12)),
+    ]
 
 
 @samples("masked_fill.Tensor")
@@ -262,13 +327,30 @@ def _() -> list[Any]:
 
 @samples("to.dtype")
 def _() -> list[Any]:
-    half = [call(r(12, 24), torch.float32, gradients=False), call(ints(9, 12), D), call(bools(12), D), call(r(12), torch.int64, gradients=False), call(r(12), torch.bool, gradients=False)]
-    return [call(r(12, 24), D), *half, call(r(12).float().double().float(), D, gradients=False), call(r(12), torch.complex128), call(ints(300, 12), torch.uint8)]
+    half = [
+        call(r(12, 24), torch.float32, gradients=False),
+        call(ints(9, 12), D),
+        call(bools(12), D),
+        call(r(12), torch.int64, gradients=False),
+        call(r(12), torch.bool, gradients=False),
+    ]
+    return [
+        call(r(12, 24), D),
+        *half,
+        call(r(12).float().double().float(), D, gradients=False),
+        call(r(12), torch.complex128),
+        call(ints(300, 12), torch.uint8),
+    ]
 
 
 @samples("to.other")
 def _() -> list[Any]:
-    return [call(ints(9, 12, 24), r(4)), call(r(12), r(12)), call(r(12, 24), ints(3, 24), gradients=False), call(r(12), r())]
+    return [
+        call(ints(9, 12, 24), r(4)),
+        call(r(12), r(12)),
+        call(r(12, 24), ints(3, 24), gradients=False),
+        call(r(12), r()),
+    ]
 
 
 @samples("to.device")
@@ -278,17 +360,34 @@ def _() -> list[Any]:
 
 @samples("to.dtype_layout", "_to_copy.default")
 def _() -> list[Any]:
-    return [call(ints(9, 12, 24), dtype=D), call(r(12), dtype=torch.int64, gradients=False), call(r(12, 24)), call(r(12), device=torch.device("cpu"))]
+    return [
+        call(ints(9, 12, 24), dtype=D),
+        call(r(12), dtype=torch.int64, gradients=False),
+        call(r(12, 24)),
+        call(r(12), device=torch.device("cpu")),
+    ]
 
 
 @samples("dropout.default")
 def _() -> list[Any]:
-    return [call(r(12, 24), 0.5, True), call(r(4, 12, 6), 0.25, True), call(r(12, 24), 0.5, False), call(r(24, 12).t(), 0.5, True), call(train=True, p=0.5, input=r(12))]
+    return [
+        call(r(12, 24), 0.5, True),
+        call(r(4, 12, 6), 0.25, True),
+        call(r(12, 24), 0.5, False),
+        call(r(24, 12).t(), 0.5, True),
+        call(train=True, p=0.5, input=r(12)),
+    ]
 
 
 @samples("prelu.default")
 def _() -> list[Any]:
-    return [call(r(6, 12), r(12)), call(r(6, 12, 4), r(12)), call(r(6, 12), r(1)), call(r(12), r(1)), call(r(12, 1, 6), r(1))]
+    return [
+        call(r(6, 12), r(12)),
+        call(r(6, 12, 4), r(12)),
+        call(r(6, 12), r(1)),
+        call(r(12), r(1)),
+        call(r(12, 1, 6), r(1)),
+    ]
 
 
 @samples("new_ones.default", "new_zeros.default")
@@ -311,10 +410,15 @@ def _() -> list[Any]:
     return [call(r(12, 24), [4, 6], 2.0)]
 
 
-@samples("mse_loss.default", "l1_loss.default", "smooth_l1_loss.default", "huber_loss.default", "soft_margin_loss.default")
+@samples("mse_loss.default", "l1_loss.default", "smooth_l1_loss.default", "huber_loss.default")
 def _() -> list[Any]:
     out = [call(r(12, 24), r(12, 24), reduction) for reduction in (0, 1, 2)]
     return [*out, call(r(12), r(12)), call(r(), r()), call(reduction=2, target=r(12), self=r(12))]
+
+
+@samples("soft_margin_loss.default")
+def _() -> list[Any]:
+    return [call(r(12, 24), r(12, 24), reduction, constants=(1,)) for reduction in (0, 1, 2)]
 
 
 @samples("kl_div.default")
@@ -324,18 +428,31 @@ def _() -> list[Any]:
 
 @samples("binary_cross_entropy.default")
 def _() -> list[Any]:
-    return [call(pos(12, 24), pos(12, 24), w, n, constants=(2,)) for n in (0, 1, 2) for w in (None, pos(24), pos(12, 24))]
+    return [
+        call(pos(12, 24), pos(12, 24), w, n, constants=(2,)) for n in (0, 1, 2) for w in (None, pos(24), pos(12, 24))
+    ]
 
 
 @samples("binary_cross_entropy_with_logits.default")
 def _() -> list[Any]:
-    out = [call(r(12, 24), pos(12, 24), w, p, n, constants=(2, 3)) for n in (0, 1, 2) for w in (None, pos(24)) for p in (None, pos(24))]
+    out = [
+        call(r(12, 24), pos(12, 24), w, p, n, constants=(2, 3))
+        for n in (0, 1, 2)
+        for w in (None, pos(24))
+        for p in (None, pos(24))
+    ]
     return [*out, call(r(12, 24), pos(12, 24), None, pos(12, 1), 1, constants=(2,))]
 
 
 @samples("cosine_similarity.default")
 def _() -> list[Any]:
-    return [call(r(12, 24), r(12, 24)), call(r(4, 12, 6), r(4, 12, 6), -1), call(r(4, 12, 6), r(4, 12, 6), 0), call(r(12, 1, 6), r(1, 4, 6), 2), call(r(4, 12, 6), r(12, 6), 2)]
+    return [
+        call(r(12, 24), r(12, 24)),
+        call(r(4, 12, 6), r(4, 12, 6), -1),
+        call(r(4, 12, 6), r(4, 12, 6), 0),
+        call(r(12, 1, 6), r(1, 4, 6), 2),
+        call(r(4, 12, 6), r(12, 6), 2),
+    ]
 
 
 @samples("linalg_cross.default")
@@ -357,7 +474,13 @@ def _dims(*shapes: tuple[int, ...]) -> Iterator[tuple[torch.Tensor, int]]:
 @samples("softmax.int", "log_softmax.int")
 def _() -> list[Any]:
     out = [call(x, d) for x, d in _dims((12, 24), (4, 12, 6), (24,))]
-    return [*out, call(r(12, 24), -1, D), call(r(12, 24).float(), -1, D, gradients=False), call(dim=0, self=r(12, 4)), call(r(), 0)]
+    return [
+        *out,
+        call(r(12, 24), -1, D),
+        call(r(12, 24).float(), -1, D, gradients=False),
+        call(dim=0, self=r(12, 4)),
+        call(r(), 0),
+    ]
 
 
 @samples("_softmax.default", "_log_softmax.default")
@@ -365,14 +488,26 @@ def _() -> list[Any]:
     return [call(x, d, False) for x, d in _dims((12, 24), (24,))]
 
 
-@samples("_safe_softmax.default", "cumprod.default", "logcumsumexp.default", "argsort.default", "cummax.default", "cummin.default", "sort.default")
+@samples(
+    "_safe_softmax.default",
+    "cumprod.default",
+    "logcumsumexp.default",
+    "argsort.default",
+    "cummax.default",
+    "cummin.default",
+    "sort.default",
+)
 def _() -> list[Any]:
     return [call(x, d) for x, d in _dims((12, 24), (4, 12, 6), (24,))]
 
 
 @samples("cumsum.default")
 def _() -> list[Any]:
-    return [call(x, d) for x, d in _dims((12, 24), (24,))] + [call(r(12, 24), 0, dtype=torch.int64, gradients=False), call(bools(12, 24), -1), call(r(), 0)]
+    return [call(x, d) for x, d in _dims((12, 24), (24,))] + [
+        call(r(12, 24), 0, dtype=torch.int64, gradients=False),
+        call(bools(12, 24), -1),
+        call(r(), 0),
+    ]
 
 
 @samples("sort.stable", "argsort.stable")
@@ -382,7 +517,10 @@ def _() -> list[Any]:
 
 @samples("topk.default")
 def _() -> list[Any]:
-    return [call(x, 3, d) for x, d in _dims((12, 24), (4, 12, 6))] + [call(r(12, 24), 5), call(r(12, 24), 24, largest=False)]
+    return [call(x, 3, d) for x, d in _dims((12, 24), (4, 12, 6))] + [
+        call(r(12, 24), 5),
+        call(r(12, 24), 24, largest=False),
+    ]
 
 
 @samples("glu.default")
@@ -397,12 +535,24 @@ def _() -> list[Any]:
 
 @samples("roll.default")
 def _() -> list[Any]:
-    return [call(r(12, 24), [2], [0]), call(r(12, 24), [1], [-1]), call(r(4, 12, 6), [1, 2], [0, 1]), call(r(12, 24), [3])]
+    return [
+        call(r(12, 24), [2], [0]),
+        call(r(12, 24), [1], [-1]),
+        call(r(4, 12, 6), [1, 2], [0, 1]),
+        call(r(12, 24), [3]),
+    ]
 
 
 @samples("diff.default")
 def _() -> list[Any]:
-    return [call(r(12, 24)), call(r(12, 24), 1, 0), call(r(12, 24), 2), call(r(12, 24), prepend=r(12, 1)), call(r(12, 24), 1, 0, None, r(2, 24)), call(ints(9, 12, 4), 1, -1)]
+    return [
+        call(r(12, 24)),
+        call(r(12, 24), 1, 0),
+        call(r(12, 24), 2),
+        call(r(12, 24), prepend=r(12, 1)),
+        call(r(12, 24), 1, 0, None, r(2, 24)),
+        call(ints(9, 12, 4), 1, -1),
+    ]
 
 
 @samples("renorm.default")
@@ -437,7 +587,12 @@ def _() -> list[Any]:
 
 @samples("fft_fftn.default", "fft_ifftn.default", "fft_irfftn.default")
 def _() -> list[Any]:
-    return [call(cplx(12, 4, 6)), call(cplx(12, 4, 6), [4]), call(cplx(12, 4, 6), None, [1, 2]), call(cplx(12, 6), None, [-1])]
+    return [
+        call(cplx(12, 4, 6)),
+        call(cplx(12, 4, 6), [4]),
+        call(cplx(12, 4, 6), None, [1, 2]),
+        call(cplx(12, 6), None, [-1]),
+    ]
 
 
 @samples("fft_rfftn.default")
@@ -450,7 +605,27 @@ def _() -> list[Any]:
     return [call(r(12, 24)), call(r(12, 24), [0]), call(r(12, 24), [-1])]
 
 
-@samples("sum.default", "mean.default", "amax.default", "amin.default", "std.default", "var.default", "nansum.default", "max.default", "min.default", "argmax.default", "argmin.default", "prod.default", "norm.Scalar", "linalg_vector_norm.default", "var_mean.default", "std_mean.default", "median.default", "nanmedian.default", "aminmax.default")
+@samples(
+    "sum.default",
+    "mean.default",
+    "amax.default",
+    "amin.default",
+    "std.default",
+    "var.default",
+    "nansum.default",
+    "max.default",
+    "min.default",
+    "argmax.default",
+    "argmin.default",
+    "prod.default",
+    "norm.Scalar",
+    "linalg_vector_norm.default",
+    "var_mean.default",
+    "std_mean.default",
+    "median.default",
+    "nanmedian.default",
+    "aminmax.default",
+)
 def _() -> list[Any]:
     return [call(r(12, 24)), call(r(24)), call(r(4, 1, 12)), call(r(3, 5))]
 
@@ -465,15 +640,45 @@ def _() -> list[Any]:
     x = [r(12, 24), r(12, 24), r(4, 12, 6), r(4, 12, 6), r(24)]
     dims: list[Any] = [[0], [-1], [0, -1], [-2], [0]]
     out = [call(a, d, keepdim=k) for a, d in zip(x, dims, strict=True) for k in (False, True)]
-    return [*out, call(r(12, 24), None), call(r(12, 24), None, keepdim=True), call(r(12, 24), []), call(keepdim=True, dim=[1], self=r(12, 24)), call(r(12, 1), [1], keepdim=True)]
+    return [
+        *out,
+        call(r(12, 24), None),
+        call(r(12, 24), None, keepdim=True),
+        call(r(12, 24), []),
+        call(keepdim=True, dim=[1], self=r(12, 24)),
+        call(r(12, 1), [1], keepdim=True),
+    ]
 
 
-_makers["nansum.default"] = lambda: [call(r(12, 24)), call(r(12, 24), [0]), call(r(12, 24), [-1], True), call(torch.where(bools(12, 24), r(12, 24), float("nan")), [0], gradients=False), call(r(12, 24), None)]
+_makers["nansum.default"] = lambda: [
+    call(r(12, 24)),
+    call(r(12, 24), [0]),
+    call(r(12, 24), [-1], True),
+    call(torch.where(bools(12, 24), r(12, 24), float("nan")), [0], gradients=False),
+    call(r(12, 24), None),
+]
 del _makers["nansum.dim_IntList_"]
 _SUM = _makers["sum.dim_IntList"]
-_makers["sum.dim_IntList"] = lambda: [*_SUM(), call(r(12, 24), [0], dtype=torch.int64, gradients=False), call(bools(12, 24), [0]), call(ints(9, 12, 24), [1]), call(ints(9, 12, 24), [1], dtype=D), call(cplx(12, 4), [0])]
-_makers["mean.dim"] = lambda: [*_SUM(), call(ints(9, 12, 24), [1], dtype=D), call(r(12, 24).float(), [0], dtype=D, gradients=False), call(cplx(12, 4), [0])]
-_makers["amax.default"] = _makers["amin.default"] = _makers["linalg_vector_norm.default"] = lambda: [call(r(12, 24)), call(r(12, 24), dim=[0]), call(r(12, 24), dim=[-1], keepdim=True), call(r(4, 12, 6), dim=[0, 2])]
+_makers["sum.dim_IntList"] = lambda: [
+    *_SUM(),
+    call(r(12, 24), [0], dtype=torch.int64, gradients=False),
+    call(bools(12, 24), [0]),
+    call(ints(9, 12, 24), [1]),
+    call(ints(9, 12, 24), [1], dtype=D),
+    call(cplx(12, 4), [0]),
+]
+_makers["mean.dim"] = lambda: [
+    *_SUM(),
+    call(ints(9, 12, 24), [1], dtype=D),
+    call(r(12, 24).float(), [0], dtype=D, gradients=False),
+    call(cplx(12, 4), [0]),
+]
+_makers["amax.default"] = _makers["amin.default"] = _makers["linalg_vector_norm.default"] = lambda: [
+    call(r(12, 24)),
+    call(r(12, 24), dim=[0]),
+    call(r(12, 24), dim=[-1], keepdim=True),
+    call(r(4, 12, 6), dim=[0, 2]),
+]
 
 
 @samples("count_nonzero.dim_IntList")
@@ -488,7 +693,12 @@ def _() -> list[Any]:
 
 @samples("any.dims", "all.dims")
 def _() -> list[Any]:
-    return [call(bools(12, 24), [0]), call(bools(12, 24), [0, 1], True), call(bools(12, 24), None), call(bools(12, 24), [])]
+    return [
+        call(bools(12, 24), [0]),
+        call(bools(12, 24), [0, 1], True),
+        call(bools(12, 24), None),
+        call(bools(12, 24), []),
+    ]
 
 
 @samples("prod.dim_int", "argmax.dim_", "max.dim", "min.dim", "median.dim", "nanmedian.dim", "mode.default")
@@ -498,7 +708,12 @@ def _() -> list[Any]:
 
 
 del _makers["argmax.dim_"]
-_makers["argmax.default"] = _makers["argmin.default"] = lambda: [call(r(12, 24)), call(r(12, 24), 0), call(r(12, 24), -1, True), call(r(12, 24), None, True)]
+_makers["argmax.default"] = _makers["argmin.default"] = lambda: [
+    call(r(12, 24)),
+    call(r(12, 24), 0),
+    call(r(12, 24), -1, True),
+    call(r(12, 24), None, True),
+]
 _makers["aminmax.default"] = lambda: [call(r(12, 24)), call(r(12, 24), dim=0), call(r(12, 24), dim=-1, keepdim=True)]
 
 
@@ -509,7 +724,12 @@ def _() -> list[Any]:
 
 @samples("std.correction", "var.correction", "std_mean.correction", "var_mean.correction")
 def _() -> list[Any]:
-    return [call(r(12, 24), [0], correction=0), call(r(12, 24), [-1], correction=1, keepdim=True), call(r(12, 24), correction=1), call(r(4, 12, 6), [0, 1])]
+    return [
+        call(r(12, 24), [0], correction=0),
+        call(r(12, 24), [-1], correction=1, keepdim=True),
+        call(r(12, 24), correction=1),
+        call(r(4, 12, 6), [0, 1]),
+    ]
 
 
 @samples("var_mean.dim", "std_mean.dim")
@@ -547,26 +767,49 @@ def _() -> list[Any]:
 
 @samples("group_norm.default")
 def _() -> list[Any]:
-    out = [call(r(4, 24, 5), 12, w, b) for w in (None, r(24)) for b in (None, r(24))]
-    return [*out, call(r(12, 24, 2, 2), 4, r(24), r(24)), call(r(12, 6), 1), call(r(4, 24), 24), call(num_groups=12, input=r(2, 24, 3))]
+    out = [call(r(4, 24, 5), 12, w, b) for w, b in ((None, None), (r(24), None), (r(24), r(24)))]
+    return [
+        *out,
+        call(r(12, 24, 2, 2), 4, r(24), r(24)),
+        call(r(12, 6), 1),
+        call(r(4, 24), 24),
+        call(num_groups=12, input=r(2, 24, 3)),
+    ]
 
 
 @samples("batch_norm.default")
 def _() -> list[Any]:
     rest = (0.1, 1e-5, False)
-    out = [call(r(12, 24), w, b, r(24), pos(24), False, *rest, constants=(1, 2, 3, 4)) for w, b in ((None, None), (r(24), r(24)), (None, r(24)), (r(24), None))]
+    out = [
+        call(r(12, 24), w, b, r(24), pos(24), False, *rest, constants=(1, 2, 3, 4))
+        for w, b in ((None, None), (r(24), r(24)), (None, r(24)), (r(24), None))
+    ]
     out += [call(r(4, 12, 3, 3), r(12), r(12), r(12), pos(12), False, *rest, constants=(3, 4))]
-    return [*out, call(r(12, 24, 2), r(24), r(24), None, None, True, *rest), call(r(12, 24), None, None, None, None, True, *rest)]
+    return [
+        *out,
+        call(r(12, 24, 2), r(24), r(24), None, None, True, *rest),
+        call(r(12, 24), None, None, None, None, True, *rest),
+    ]
 
 
 @samples("instance_norm.default")
 def _() -> list[Any]:
-    return [call(r(4, 12, 6), r(12), r(12), None, None, True, 0.1, 1e-5, False), call(r(4, 12, 3, 3), None, None, None, None, True, 0.1, 1e-5, False), call(r(4, 12, 6), None, None, r(12), pos(12), False, 0.1, 1e-5, False, constants=(1, 2))]
+    return [
+        call(r(4, 12, 6), r(12), r(12), None, None, True, 0.1, 1e-5, False),
+        call(r(4, 12, 3, 3), None, None, None, None, True, 0.1, 1e-5, False),
+        call(r(4, 12, 6), None, None, r(12), pos(12), False, 0.1, 1e-5, False, constants=(1, 2)),
+    ]
 
 
 @samples("_weight_norm.default")
 def _() -> list[Any]:
-    return [call(r(12, 24), pos(12, 1)), call(r(12, 24, 3), pos(12, 1, 1), 0), call(r(4, 12, 3), pos(1, 12, 1), 1), call(r(4, 12), pos(), -1), call(r(4, 3, 12), pos(1, 1, 12), 2)]
+    return [
+        call(r(12, 24), pos(12, 1)),
+        call(r(12, 24, 3), pos(12, 1, 1), 0),
+        call(r(4, 12, 3), pos(1, 12, 1), 1),
+        call(r(4, 12), pos(), -1),
+        call(r(4, 3, 12), pos(1, 1, 12), 2),
+    ]
 
 
 def _targets(classes: int, *shape: int, ignore: int = -100) -> torch.Tensor:
@@ -577,26 +820,47 @@ def _targets(classes: int, *shape: int, ignore: int = -100) -> torch.Tensor:
 def _() -> list[Any]:
     out = []
     for reduction, weight, smoothing in itertools.product((0, 1, 2), (None, pos(24)), (0.0, 0.1)):
-        out.append(call(r(12, 24), _targets(24, 12), weight, reduction, -100, smoothing))
-        out.append(call(r(12, 24, 4), _targets(24, 12, 4, ignore=3), weight, reduction, 3, smoothing))
-    out += [call(r(12, 24), torch.softmax(r(12, 24), 1)), call(r(12, 24), torch.softmax(r(12, 24), 1), None, 2), call(r(24), ints(24))]
-    return [*out, call(reduction=1, target=_targets(24, 12), self=r(12, 24)), call(r(12, 24, 2, 2), _targets(24, 12, 2, 2))]
+        out.append(call(r(12, 24), _targets(24, 12), weight, reduction, -100, smoothing, constants=(2,)))
+        out.append(call(r(12, 24, 4), _targets(24, 12, 4, ignore=3), weight, reduction, 3, smoothing, constants=(2,)))
+    out += [
+        call(r(12, 24), torch.softmax(r(12, 24), 1)),
+        call(r(12, 24), torch.softmax(r(12, 24), 1), None, 2),
+        call(r(24), ints(24)),
+    ]
+    return [
+        *out,
+        call(reduction=1, target=_targets(24, 12), self=r(12, 24)),
+        call(r(12, 24, 2, 2), _targets(24, 12, 2, 2)),
+    ]
 
 
 @samples("nll_loss.default", "nll_loss_nd.default")
 def _() -> list[Any]:
-    out = [call(r(12, 24), _targets(24, 12), w, n) for n in (0, 1, 2) for w in (None, pos(24))]
-    return [*out, call(r(12, 24), _targets(24, 12, ignore=5), pos(24), 1, 5)]
+    out = [call(r(12, 24), _targets(24, 12), w, n, constants=(2,)) for n in (0, 1, 2) for w in (None, pos(24))]
+    return [*out, call(r(12, 24), _targets(24, 12, ignore=5), pos(24), 1, 5, constants=(2,))]
 
 
 @samples("linear.default")
 def _() -> list[Any]:
-    return [call(r(12, 24), r(6, 24)), call(r(4, 12, 24), r(12, 24)), call(r(24), r(12, 24)), call(r(12, 24), r(6, 24), r(6)), call(weight=r(6, 24), input=r(12, 24)), call(r(12, 24), r(6, 24), bias=r(6)), call(r(12, 24), r(24))]
+    return [
+        call(r(12, 24), r(6, 24)),
+        call(r(4, 12, 24), r(12, 24)),
+        call(r(24), r(12, 24)),
+        call(r(12, 24), r(6, 24), r(6)),
+        call(weight=r(6, 24), input=r(12, 24)),
+        call(r(12, 24), r(6, 24), bias=r(6)),
+        call(r(12, 24), r(24)),
+    ]
 
 
 @samples("mm.default")
 def _() -> list[Any]:
-    return [call(r(12, 24), r(24, 6)), call(r(1, 24), r(24, 6)), call(r(12, 1), r(1, 6)), call(ints(9, 12, 24), ints(9, 24, 6))]
+    return [
+        call(r(12, 24), r(24, 6)),
+        call(r(1, 24), r(24, 6)),
+        call(r(12, 1), r(1, 6)),
+        call(ints(9, 12, 24), ints(9, 24, 6)),
+    ]
 
 
 @samples("bmm.default")
@@ -640,7 +904,11 @@ def _() -> list[Any]:
 @samples("baddbmm.default")
 def _() -> list[Any]:
     out = [call(r(*s), r(4, 12, 24), r(4, 24, 6)) for s in ((4, 12, 6), (12, 6), (6,), (1, 12, 1), (4, 1, 6), ())]
-    return [*out, call(r(4, 12, 6), r(4, 12, 24), r(4, 24, 6), beta=0.5, alpha=2), call(r(4, 12, 6), r(4, 12, 24), r(4, 24, 6), beta=0)]
+    return [
+        *out,
+        call(r(4, 12, 6), r(4, 12, 24), r(4, 24, 6), beta=0.5, alpha=2),
+        call(r(4, 12, 6), r(4, 12, 24), r(4, 24, 6), beta=0),
+    ]
 
 
 @samples("einsum.default")
@@ -671,14 +939,27 @@ def _convolutions(rank: int, transposed: bool) -> list[Any]:
         return call(r(*batch, c, *space), weight(c, o, groups), r(o) if bias else None, groups=groups, **more)
 
     one = [1] * rank
-    out = [build(12, 24, 1, False), build(12, 24, 1, True), build(12, 24, 12, True), build(12, 24, 4, False), build(12, 12, 12, False)]
-    return [*out, build(12, 24, 1, True, ()), build(12, 24, 12, True, ()), build(4, 12, 1, False, stride=[2] * rank, padding=one, dilation=one)]
+    out = [
+        build(12, 24, 1, False),
+        build(12, 24, 1, True),
+        build(12, 24, 12, True),
+        build(12, 24, 4, False),
+        build(12, 12, 12, False),
+    ]
+    return [
+        *out,
+        build(12, 24, 1, True, ()),
+        build(12, 24, 12, True, ()),
+        build(4, 12, 1, False, stride=[2] * rank, padding=one, dilation=one),
+    ]
 
 
 for _rank in (1, 2, 3):
     _makers[f"conv{_rank}d.default"] = lambda rank=_rank: _convolutions(rank, False)  # type: ignore[misc]
     _makers[f"conv{_rank}d.padding"] = lambda rank=_rank: [  # type: ignore[misc]
-        call(r(4, 12, *[5] * rank), r(24, 12, *[3] * rank), b, padding=p) for p in ("same", "valid") for b in (None, r(24))
+        call(r(4, 12, *[5] * rank), r(24, 12, *[3] * rank), b, padding=p)
+        for p in ("same", "valid")
+        for b in (None, r(24))
     ]
 _makers["conv_transpose1d.default"] = lambda: _convolutions(1, True)
 _makers["conv_transpose2d.input"] = lambda: _convolutions(2, True)
@@ -689,13 +970,22 @@ _makers["conv_transpose3d.input"] = lambda: _convolutions(3, True)
 def _() -> list[Any]:
     b, h, q, s, d = 4, 12, 6, 8, 4
     base = lambda: (r(b, h, q, d), r(b, h, s, d), r(b, h, s, d))  # noqa: E731
-    masks = [r(q, s), r(b, 1, q, s), r(b, h, q, s), r(1, 1, q, s), r(h, q, s), bools(b, 1, q, s) | (torch.arange(s) == 0), r(b, 1, 1, s), r(s)]
+    masks = [
+        r(q, s),
+        r(b, 1, q, s),
+        r(b, h, q, s),
+        r(1, 1, q, s),
+        r(h, q, s),
+        bools(b, 1, q, s) | (torch.arange(s) == 0),
+        r(b, 1, 1, s),
+    ]
     gqa = lambda k: (r(b, h, q, d), r(b, k, s, d), r(b, k, s, d))  # noqa: E731
     return [
         call(*base()), call(*base(), is_causal=True), call(*base(), scale=0.3), *(call(*base(), m) for m in masks),
         call(r(b, h, q, d), r(b, h, s, d), r(b, h, s, 12)), call(*gqa(4), enable_gqa=True), call(*gqa(1), enable_gqa=True), call(*gqa(6), r(b, 1, q, s), enable_gqa=True),
         call(*gqa(4), is_causal=True, enable_gqa=True), call(*gqa(4), r(b, h, q, s), enable_gqa=True), call(r(b, q, d), r(b, s, d), r(b, s, d)), call(r(12, d), r(s, d), r(s, d)),
-        call(*base(), None, 0.5), call(*gqa(4), None, 0.5, enable_gqa=True), call(*base(), None, 0.25, True), call(*base(), r(b, 1, q, s), 0.25),
+        call(*base(), None, 0.5), call(*gqa(4), None, 0.5, enable_gqa=True),
+        call(*gqa(1), None, 0.5, enable_gqa=True), call(*base(), None, 0.25, True), call(*base(), r(b, 1, q, s), 0.25),
         call(r(b, h, q, d), r(b, h, s, d), r(b, h, s, d), attn_mask=r(q, s)), call(value=r(b, h, s, d), key=r(b, h, s, d), query=r(b, h, q, d)),
     ]  # fmt: skip
 
@@ -707,7 +997,11 @@ def _() -> list[Any]:
 
 @samples("max_pool2d.default", "avg_pool2d.default", "max_pool2d_with_indices.default")
 def _() -> list[Any]:
-    return [call(r(4, 12, 8, 8), [2, 2]), call(r(12, 8, 8), [2, 2]), call(r(4, 12, 9, 8), [3, 2], [2, 2], [1, 1], ceil_mode=True)]
+    return [
+        call(r(4, 12, 8, 8), [2, 2]),
+        call(r(12, 8, 8), [2, 2]),
+        call(r(4, 12, 9, 8), [3, 2], [2, 2], [1, 1], ceil_mode=True),
+    ]
 
 
 @samples("max_pool3d.default", "avg_pool3d.default")
@@ -755,7 +1049,12 @@ _makers["upsample_nearest2d.vec"] = lambda: [call(r(4, 12, 5, 5), None, [2.0, 2.
 _makers["upsample_nearest3d.vec"] = lambda: [call(r(4, 12, 3, 3, 3), None, [2.0, 2.0, 2.0])]
 
 
-@samples("upsample_bilinear2d.default", "upsample_bicubic2d.default", "_upsample_bilinear2d_aa.default", "_upsample_bicubic2d_aa.default")
+@samples(
+    "upsample_bilinear2d.default",
+    "upsample_bicubic2d.default",
+    "_upsample_bilinear2d_aa.default",
+    "_upsample_bicubic2d_aa.default",
+)
 def _() -> list[Any]:
     return [call(r(4, 12, 5, 5), [10, 9], False), call(r(4, 12, 5, 5), [10, 9], True)]
 
@@ -802,7 +1101,10 @@ def _() -> list[Any]:
 
 @samples("col2im.default")
 def _() -> list[Any]:
-    return [call(r(4, 48, 9), [6, 6], [2, 2], [1, 1], [0, 0], [2, 2]), call(r(48, 9), [6, 6], [2, 2], [1, 1], [0, 0], [2, 2])]
+    return [
+        call(r(4, 48, 9), [6, 6], [2, 2], [1, 1], [0, 0], [2, 2]),
+        call(r(48, 9), [6, 6], [2, 2], [1, 1], [0, 0], [2, 2]),
+    ]
 
 
 @samples("grid_sampler.default", "grid_sampler_2d.default")
@@ -810,7 +1112,10 @@ def _() -> list[Any]:
     return [call(r(4, 12, 5, 5), pos(4, 6, 12, 2), 0, 0, False)]
 
 
-_makers["grid_sampler.default"] = lambda: [call(r(4, 12, 5, 5), pos(4, 6, 12, 2), 0, 0, False), call(r(4, 12, 3, 3, 3), pos(4, 2, 2, 2, 3), 0, 0, False)]
+_makers["grid_sampler.default"] = lambda: [
+    call(r(4, 12, 5, 5), pos(4, 6, 12, 2), 0, 0, False),
+    call(r(4, 12, 3, 3, 3), pos(4, 2, 2, 2, 3), 0, 0, False),
+]
 
 
 @samples("pad.default")
@@ -831,7 +1136,7 @@ def _() -> list[Any]:
     return [call(r(12, 24)), call(r(4, 12, 6), 1), call(r(2, 4, 6, 6), -1)]
 
 
-@samples("view.default", "reshape.default", "_unsafe_view.default", "view_copy.default")
+@samples("view.default", "reshape.default", "_unsafe_view.default")
 def _() -> list[Any]:
     shapes: list[tuple[tuple[int, ...], list[int]]] = [
         ((12, 24), [12, 4, 6]), ((12, 24), [288]), ((4, 12, 24), [48, 24]), ((48, 24), [4, 12, 24]), ((12, 24), [-1]), ((12, 24), [24, 12]), ((6, 4), [8, 3]),
@@ -849,7 +1154,15 @@ def _() -> list[Any]:
 
 @samples("flatten.using_ints")
 def _() -> list[Any]:
-    return [call(r(4, 12, 6)), call(r(4, 12, 6), 1), call(r(4, 12, 6), 0, 1), call(r(4, 12, 6), -2), call(r(12)), call(r(12, 4), 1, 1), call(r())]
+    return [
+        call(r(4, 12, 6)),
+        call(r(4, 12, 6), 1),
+        call(r(4, 12, 6), 0, 1),
+        call(r(4, 12, 6), -2),
+        call(r(12)),
+        call(r(12, 4), 1, 1),
+        call(r()),
+    ]
 
 
 @samples("ravel.default")
@@ -859,7 +1172,12 @@ def _() -> list[Any]:
 
 @samples("unflatten.int")
 def _() -> list[Any]:
-    return [call(r(12, 24), 1, [4, 6]), call(r(12, 24), 0, [3, 4]), call(r(12, 24), -1, [-1, 12]), call(r(24), 0, [2, 3, 4])]
+    return [
+        call(r(12, 24), 1, [4, 6]),
+        call(r(12, 24), 0, [3, 4]),
+        call(r(12, 24), -1, [-1, 12]),
+        call(r(24), 0, [2, 3, 4]),
+    ]
 
 
 @samples("unsqueeze.default")
@@ -884,7 +1202,13 @@ def _() -> list[Any]:
 
 @samples("transpose.int", "swapaxes.default", "swapdims.default", "transpose_copy.int")
 def _() -> list[Any]:
-    return [call(r(12, 24), 0, 1), call(r(4, 12, 6), -1, 1), call(r(4, 12, 6), 0, 0), call(r(), 0, 0), call(r(2, 4, 12, 6), 1, 2)]
+    return [
+        call(r(12, 24), 0, 1),
+        call(r(4, 12, 6), -1, 1),
+        call(r(4, 12, 6), 0, 0),
+        call(r(), 0, 0),
+        call(r(2, 4, 12, 6), 1, 2),
+    ]
 
 
 @samples("t.default", "numpy_T.default")
@@ -892,7 +1216,7 @@ def _() -> list[Any]:
     return [call(r(12, 24)), call(r(12))]
 
 
-@samples("mT.default")
+@samples("mT.default", "mH.default", "adjoint.default")
 def _() -> list[Any]:
     return [call(r(12, 24)), call(r(4, 12, 6))]
 
@@ -914,7 +1238,14 @@ def _() -> list[Any]:
 
 @samples("expand.default", "broadcast_to.default")
 def _() -> list[Any]:
-    return [call(r(12, 1), [12, 24]), call(r(24), [12, 24]), call(r(1, 24), [6, 24]), call(r(12, 1, 6), [2, 12, 4, 6]), call(r(), [12]), call(r(12, 24), [12, 24])]
+    return [
+        call(r(12, 1), [12, 24]),
+        call(r(24), [12, 24]),
+        call(r(1, 24), [6, 24]),
+        call(r(12, 1, 6), [2, 12, 4, 6]),
+        call(r(), [12]),
+        call(r(12, 24), [12, 24]),
+    ]
 
 
 _EXPAND = _makers["expand.default"]
@@ -923,7 +1254,14 @@ _makers["expand.default"] = lambda: [*_EXPAND(), call(r(12, 1), [-1, 24]), call(
 
 @samples("repeat.default", "tile.default")
 def _() -> list[Any]:
-    return [call(r(12, 24), [2, 1]), call(r(12, 24), [1, 3]), call(r(12), [4, 2]), call(r(12, 24), [1, 1]), call(r(12, 1), [1, 6]), call(r(4, 12), [3, 1, 2])]
+    return [
+        call(r(12, 24), [2, 1]),
+        call(r(12, 24), [1, 3]),
+        call(r(12), [4, 2]),
+        call(r(12, 24), [1, 1]),
+        call(r(12, 1), [1, 6]),
+        call(r(4, 12), [3, 1, 2]),
+    ]
 
 
 _TILE = _makers["tile.default"]
@@ -932,7 +1270,15 @@ _makers["tile.default"] = lambda: [*_TILE(), call(r(4, 12), [2])]
 
 @samples("repeat_interleave.self_int")
 def _() -> list[Any]:
-    return [call(r(12, 24), 2, 0), call(r(12, 24), 3, -1), call(r(12, 24), 2), call(r(12), 4), call(r(12, 24), 2, 0, output_size=24), call(r(12, 24), 1, 1), call(r(2, 4, 12, 6), 3, 1)]
+    return [
+        call(r(12, 24), 2, 0),
+        call(r(12, 24), 3, -1),
+        call(r(12, 24), 2),
+        call(r(12), 4),
+        call(r(12, 24), 2, 0, output_size=24),
+        call(r(12, 24), 1, 1),
+        call(r(2, 4, 12, 6), 3, 1),
+    ]
 
 
 @samples("select.int", "select_copy.int")
@@ -945,6 +1291,16 @@ def _() -> list[Any]:
     return [call(r(3, 12, 24)), call(r(12, 3), -1), call(r(12, 2, 6), 1), call(r(4), 0)]
 
 
+@samples("meshgrid.default")
+def _() -> list[Any]:
+    return [call([r(12), r(24)]), call([r(12), r(), r(24)]), call([r(12)])]
+
+
+@samples("meshgrid.indexing")
+def _() -> list[Any]:
+    return [call([r(12), r(24)], indexing=i) for i in ("ij", "xy")] + [call([r(12), r(4), r(24)], indexing="xy")]
+
+
 @samples("diagonal.default")
 def _() -> list[Any]:
     return [call(r(12, 24)), call(r(12, 6, 6), 0, 1, 2), call(r(6, 12, 4), 1, 0, -1), call(r(4, 6, 12, 6), 0, -1, 1)]
@@ -952,17 +1308,39 @@ def _() -> list[Any]:
 
 @samples("split.Tensor")
 def _() -> list[Any]:
-    return [call(r(12, 24), 12, 1), call(r(12, 24), 5, -1), call(r(36, 12), 12), call(r(12, 24), 24, 1), call(r(12, 24), 30, 1), call(r(12, 48), 24, -1), call(r(2, 72), 24, 1)]
+    return [
+        call(r(12, 24), 12, 1),
+        call(r(12, 24), 5, -1),
+        call(r(36, 12), 12),
+        call(r(12, 24), 24, 1),
+        call(r(12, 24), 30, 1),
+        call(r(12, 48), 24, -1),
+        call(r(2, 72), 24, 1),
+    ]
 
 
 @samples("split_with_sizes.default", "split.sizes")
 def _() -> list[Any]:
-    return [call(r(12, 48), [24, 12, 12], -1), call(r(36, 4), [12, 24]), call(r(12, 24), [24], 1), call(r(12, 72), [24, 24, 24], 1), call(r(12, 24), [5, 19], 1), call(r(12, 24), [0, 24], 1)]
+    return [
+        call(r(12, 48), [24, 12, 12], -1),
+        call(r(36, 4), [12, 24]),
+        call(r(12, 24), [24], 1),
+        call(r(12, 72), [24, 24, 24], 1),
+        call(r(12, 24), [5, 19], 1),
+        call(r(12, 24), [0, 24], 1),
+    ]
 
 
 @samples("chunk.default")
 def _() -> list[Any]:
-    return [call(r(12, 24), 2, -1), call(r(36, 4), 3), call(r(12, 24), 5, 1), call(r(12, 24), 1, 1), call(r(12, 72), 3, 1), call(r(48, 24), 2)]
+    return [
+        call(r(12, 24), 2, -1),
+        call(r(36, 4), 3),
+        call(r(12, 24), 5, 1),
+        call(r(12, 24), 1, 1),
+        call(r(12, 72), 3, 1),
+        call(r(48, 24), 2),
+    ]
 
 
 @samples("tensor_split.sections")
@@ -991,7 +1369,13 @@ def _() -> list[Any]:
 
 @samples("narrow.default")
 def _() -> list[Any]:
-    return [call(r(12, 24), 1, 0, 12), call(r(12, 24), -1, 12, 12), call(r(12, 24), 0, 0, 12), call(r(36, 4), 0, -12, 12), call(r(72, 2), 0, 24, 24)]
+    return [
+        call(r(12, 24), 1, 0, 12),
+        call(r(12, 24), -1, 12, 12),
+        call(r(12, 24), 0, 0, 12),
+        call(r(36, 4), 0, -12, 12),
+        call(r(72, 2), 0, 24, 24),
+    ]
 
 
 @samples("narrow.Tensor")
@@ -1013,7 +1397,12 @@ _makers["cat.default"] = lambda: [*_CAT(), call([torch.zeros(0, dtype=D), r(12, 
 
 @samples("stack.default")
 def _() -> list[Any]:
-    return [call([r(12, 24), r(12, 24)]), call([r(12, 24), r(12, 24)], -1), call([r(12), r(12), r(12)], 1), call([r(), r()])]
+    return [
+        call([r(12, 24), r(12, 24)]),
+        call([r(12, 24), r(12, 24)], -1),
+        call([r(12), r(12), r(12)], 1),
+        call([r(), r()]),
+    ]
 
 
 @samples("view_as_complex.default")
@@ -1057,12 +1446,23 @@ _makers["_unsafe_index_put.default"] = lambda: _PUT()[:5]
 
 @samples("index_select.default")
 def _() -> list[Any]:
-    return [call(r(12, 24), 0, ints(12, 12)), call(r(12, 24), -1, ints(24, 6)), call(r(12, 24), 1, ints(24, 24)), call(r(12), 0, torch.tensor(3)), call(r(12, 24), 0, ints(12, 1))]
+    return [
+        call(r(12, 24), 0, ints(12, 12)),
+        call(r(12, 24), -1, ints(24, 6)),
+        call(r(12, 24), 1, ints(24, 24)),
+        call(r(12), 0, torch.tensor(3)),
+        call(r(12, 24), 0, ints(12, 1)),
+    ]
 
 
 @samples("index_add.default")
 def _() -> list[Any]:
-    return [call(r(12, 24), 0, ints(12, 6), r(6, 24)), call(r(12, 24), -1, ints(24, 12), r(12, 12)), call(r(12, 24), 0, ints(12, 12), r(12, 24), alpha=2), call(r(12), 0, ints(12, 4), r(4))]
+    return [
+        call(r(12, 24), 0, ints(12, 6), r(6, 24)),
+        call(r(12, 24), -1, ints(24, 12), r(12, 12)),
+        call(r(12, 24), 0, ints(12, 12), r(12, 24), alpha=2),
+        call(r(12), 0, ints(12, 4), r(4)),
+    ]
 
 
 @samples("index_copy.default")
@@ -1085,8 +1485,22 @@ def _() -> list[Any]:
     return []
 
 
-_makers["gather.default"] = lambda: [call(r(12, 24), 1, ints(24, 12, 6)), call(r(12, 24), 0, ints(12, 6, 24)), call(r(12, 24), -1, ints(24, 12, 24)), call(r(12, 24), 1, ints(24, 6, 4)), call(r(12), 0, ints(12, 24)), call(r(12, 24), 0, ints(12, 12, 1)), call(r(4, 12, 6), 2, ints(6, 4, 12, 1)), call(r(), 0, ints(1))]
-_makers["take_along_dim.default"] = lambda: [call(r(12, 24), ints(24, 12, 6), 1), call(r(12, 24), ints(24, 1, 6), 1), call(r(12, 24), ints(12 * 24, 12)), call(r(1, 24), ints(24, 12, 6), 1)]
+_makers["gather.default"] = lambda: [
+    call(r(12, 24), 1, ints(24, 12, 6)),
+    call(r(12, 24), 0, ints(12, 6, 24)),
+    call(r(12, 24), -1, ints(24, 12, 24)),
+    call(r(12, 24), 1, ints(24, 6, 4)),
+    call(r(12), 0, ints(12, 24)),
+    call(r(12, 24), 0, ints(12, 12, 1)),
+    call(r(4, 12, 6), 2, ints(6, 4, 12, 1)),
+    call(r(), 0, ints(1)),
+]
+_makers["take_along_dim.default"] = lambda: [
+    call(r(12, 24), ints(24, 12, 6), 1),
+    call(r(12, 24), ints(24, 1, 6), 1),
+    call(r(12, 24), ints(12 * 24, 12)),
+    call(r(1, 24), ints(24, 12, 6), 1),
+]
 
 
 def _permuted(dim: int, *shape: int) -> torch.Tensor:
@@ -1096,12 +1510,22 @@ def _permuted(dim: int, *shape: int) -> torch.Tensor:
 
 @samples("scatter.src")
 def _() -> list[Any]:
-    return [call(r(12, 24), 1, _permuted(1, 12, 24), r(12, 24)), call(r(12, 24), 0, _permuted(0, 12, 24), r(12, 24)), call(r(12, 24), 1, _permuted(1, 12, 6), r(12, 6)), call(r(12, 24), -1, _permuted(1, 6, 6), r(12, 12), constants=(2,)), call(r(12), 0, _permuted(0, 12), r(12))]
+    return [
+        call(r(12, 24), 1, _permuted(1, 12, 24), r(12, 24)),
+        call(r(12, 24), 0, _permuted(0, 12, 24), r(12, 24)),
+        call(r(12, 24), 1, _permuted(1, 12, 6), r(12, 6)),
+        call(r(12, 24), -1, _permuted(1, 6, 6), r(12, 12), constants=(2,)),
+        call(r(12), 0, _permuted(0, 12), r(12)),
+    ]
 
 
 @samples("scatter.value")
 def _() -> list[Any]:
-    return [call(r(12, 24), 1, ints(24, 12, 6), 2.0), call(r(12, 24), 0, ints(12, 4, 24), 2.0), call(r(12, 24), 1, ints(24, 6, 6), 1)]
+    return [
+        call(r(12, 24), 1, ints(24, 12, 6), 2.0),
+        call(r(12, 24), 0, ints(12, 4, 24), 2.0),
+        call(r(12, 24), 1, ints(24, 6, 6), 1),
+    ]
 
 
 @samples("scatter.reduce", "scatter.value_reduce")
@@ -1109,23 +1533,39 @@ def _() -> list[Any]:
     return []
 
 
-_makers["scatter.reduce"] = lambda: [call(r(12, 24), 1, ints(24, 12, 24), r(12, 24), reduce="add", gradients=False), call(r(12, 24), 1, ints(24, 12, 6), r(12, 6), reduce="multiply", gradients=False)]
+_makers["scatter.reduce"] = lambda: [
+    call(r(12, 24), 1, ints(24, 12, 24), r(12, 24), reduce="add", gradients=False),
+    call(r(12, 24), 1, ints(24, 12, 6), r(12, 6), reduce="multiply", gradients=False),
+]
 _makers["scatter.value_reduce"] = lambda: [call(r(12, 24), 1, ints(24, 12, 24), 2.0, reduce="add", gradients=False)]
 
 
 @samples("scatter_add.default")
 def _() -> list[Any]:
-    return [call(r(12, 24), 1, ints(24, 12, 24), r(12, 24)), call(r(12, 24), 0, ints(12, 6, 24), r(6, 24)), call(r(12, 24), 0, ints(12, 12, 6), r(12, 12), constants=(2,)), call(r(12), 0, ints(12, 24), r(24))]
+    return [
+        call(r(12, 24), 1, ints(24, 12, 24), r(12, 24)),
+        call(r(12, 24), 0, ints(12, 6, 24), r(6, 24)),
+        call(r(12, 24), 0, ints(12, 12, 6), r(12, 12), constants=(2,)),
+        call(r(12), 0, ints(12, 24), r(24)),
+    ]
 
 
 @samples("scatter_reduce.two")
 def _() -> list[Any]:
-    return [call(r(12, 24), 1, ints(24, 12, 24), r(12, 24), reduce) for reduce in ("sum", "amax", "mean")] + [call(r(12, 24), 0, ints(12, 6, 24), r(6, 24), "sum", include_self=False)]
+    return [call(r(12, 24), 1, ints(24, 12, 24), r(12, 24), reduce) for reduce in ("sum", "amax", "mean")] + [
+        call(r(12, 24), 0, ints(12, 6, 24), r(6, 24), "sum", include_self=False)
+    ]
 
 
 @samples("slice_scatter.default")
 def _() -> list[Any]:
-    return [call(r(12, 24), r(12, 12), 1, 0, 12), call(r(12, 24), r(4, 24), 0, 4, 8), call(r(12, 24), r(12, 24)), call(r(12, 24), r(12, 12), -1, 0, 24, 2), call(r(12, 24), r(12, 24), 1, 0, 2**63 - 1)]
+    return [
+        call(r(12, 24), r(12, 12), 1, 0, 12),
+        call(r(12, 24), r(4, 24), 0, 4, 8),
+        call(r(12, 24), r(12, 24)),
+        call(r(12, 24), r(12, 12), -1, 0, 24, 2),
+        call(r(12, 24), r(12, 24), 1, 0, 2**63 - 1),
+    ]
 
 
 @samples("select_scatter.default")
@@ -1136,7 +1576,14 @@ def _() -> list[Any]:
 @samples("searchsorted.Tensor")
 def _() -> list[Any]:
     rows = lambda *s: r(*s).sort(-1).values  # noqa: E731
-    return [call(rows(12), r(12)), call(rows(12), r(4, 12)), call(rows(12, 6), r(12, 4)), call(rows(4, 12, 6), r(4, 12, 6), right=True), call(rows(12), r()), call(r(12, 6), r(12, 4), sorter=r(12, 6).argsort(-1))]
+    return [
+        call(rows(12), r(12)),
+        call(rows(12), r(4, 12)),
+        call(rows(12, 6), r(12, 4)),
+        call(rows(4, 12, 6), r(4, 12, 6), right=True),
+        call(rows(12), r()),
+        call(r(12, 6), r(12, 4), sorter=r(12, 6).argsort(-1)),
+    ]
 
 
 @samples("searchsorted.Scalar")
@@ -1146,7 +1593,11 @@ def _() -> list[Any]:
 
 @samples("bucketize.Tensor")
 def _() -> list[Any]:
-    return [call(r(12, 24), r(6).sort().values), call(r(12), r(12).sort().values), call(boundaries=r(4).sort().values, self=r(12))]
+    return [
+        call(r(12, 24), r(6).sort().values),
+        call(r(12), r(12).sort().values),
+        call(boundaries=r(4).sort().values, self=r(12)),
+    ]
 
 
 @samples("bucketize.Scalar")

@@ -1,0 +1,67 @@
+"""Which values a function lets go before it ends: large ones that nothing reads any more.
+
+Most values are let go by themselves: their name is given to the next value, or the function returns. What is left, and
+is large, gets a ``del``. A view shares the memory of its base, so memory is free only when all its values are dead.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import fx
+
+from fxshard.codegen.regions import Region
+from fxshard.mesh import Mesh
+from fxshard.passes.typing import has_info, info_of
+from fxshard.placement import is_shard
+from fxshard.runtime import collectives
+
+LARGE = 2**20
+"""Bytes from which on a dead value is worth a line."""
+
+
+def deaths(region: Region, last_use: Mapping[fx.Node, int], mesh: Mesh) -> dict[int, list[fx.Node]]:
+    """Statement -> the values, made in this call, whose memory nothing reads after it."""
+    groups: dict[fx.Node, list[fx.Node]] = {}
+    base: dict[fx.Node, fx.Node] = {}
+    for item in region.items:
+        for node in item.outputs if isinstance(item, Region) else [item]:
+            source = node.args[0] if isinstance(item, fx.Node) and node.args and _is_view(node) else None
+            if source is None or not isinstance(source, fx.Node):
+                base[node] = node
+            elif source in base:
+                base[node] = base[source]
+            else:
+                continue  # a view of what the caller, or the module, holds
+            groups.setdefault(base[node], []).append(node)
+    out: dict[int, list[fx.Node]] = {}
+    for nodes in groups.values():
+        if max(_num_bytes(node, mesh) for node in nodes) >= LARGE:
+            out.setdefault(max(last_use.get(n, -1) for n in nodes), []).extend(nodes)
+    return out
+
+
+def _is_view(node: fx.Node) -> bool:
+    if isinstance(node.target, torch._ops.OpOverload):
+        return any(r.alias_info is not None for r in node.target._schema.returns) or not _is_tensor(node)
+    return node.target in (operator.getitem, collectives.vary, collectives.chunk)
+
+
+def _is_tensor(node: fx.Node) -> bool:
+    return isinstance(node.meta.get("val"), torch.Tensor)
+
+
+def _num_bytes(node: fx.Node, mesh: Mesh) -> int:
+    value: Any = node.meta.get("val")
+    if not isinstance(value, torch.Tensor):
+        return 0
+    size = int(value.element_size())
+    for dim in value.shape:
+        size *= dim if isinstance(dim, int) else int(dim.node.hint or 1)
+    if has_info(node) and info_of(node).outputs:
+        for placement, count in zip(info_of(node).placements, mesh.sizes, strict=True):
+            size //= count if is_shard(placement) else 1
+    return size

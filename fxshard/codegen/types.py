@@ -1,0 +1,36 @@
+"""Types as people write them: ``f32[4, 16, 32]  tp: Shard(2)``."""
+
+from __future__ import annotations
+
+import torch
+from torch import fx
+
+from fxshard.mesh import Mesh
+from fxshard.passes.typing import has_info, info_of
+from fxshard.placement import describe_all, local_shape
+
+DTYPES = {
+    torch.float32: "f32", torch.float64: "f64", torch.float16: "f16", torch.bfloat16: "bf16", torch.int64: "i64",
+    torch.int32: "i32", torch.bool: "b8", torch.int16: "i16", torch.int8: "i8", torch.uint8: "u8",
+    torch.complex64: "c64", torch.complex128: "c128",
+}  # fmt: skip
+
+
+def describe_value(node: fx.Node, mesh: Mesh) -> str:
+    """The local type of a node's result, e.g. ``f32[4, 16, 32]``."""
+    value = node.meta.get("val")
+    if not isinstance(value, torch.Tensor):
+        return ""
+    shape = tuple(value.shape)
+    if has_info(node) and info_of(node).outputs:
+        shape = local_shape(shape, info_of(node).placements, mesh.sizes)
+    return f"{DTYPES.get(value.dtype, str(value.dtype))}[{', '.join(map(str, shape))}]"
+
+
+def describe_local(node: fx.Node, mesh: Mesh) -> str:
+    """The local type of a node's result, and its placements where it is not replicated."""
+    text = describe_value(node, mesh)
+    if text and has_info(node) and info_of(node).outputs:
+        placed = describe_all(info_of(node).placements, mesh.names)
+        text += f"  {placed}" if placed != "Replicate" else ""
+    return text

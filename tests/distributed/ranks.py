@@ -1,0 +1,162 @@
+"""What the spawned processes run: each function is one rank's whole job, and fails by an ``AssertionError``."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import tempfile
+from collections.abc import Callable
+from datetime import timedelta
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+import fxshard
+from fxshard import Plan, Shard, data_parallel, sequence_parallel, tensor_parallel
+from fxshard.errors import MeshError
+from fxshard.runtime import collectives
+from tests.helpers import TOLERANCES, Result, problems_of, run_original, tensors_of, weighted_loss
+from tests.models.zoo import build, ids
+
+PLANS: dict[str, Plan] = {
+    "tp2": tensor_parallel(2),
+    "sp2": sequence_parallel(2),
+    "dp2": data_parallel(2),
+    "tp4": tensor_parallel(4),
+    "sp4": sequence_parallel(4),
+    "dp4": data_parallel(4),
+    "dp2_tp2": data_parallel(2) | tensor_parallel(2),
+    "tp2_dp2": tensor_parallel(2) | data_parallel(2),
+    "dp2_sp2": data_parallel(2) | sequence_parallel(2),
+}
+
+
+# The ranks are forked from a server that has imported these already; imported anew they would take most of the time.
+PRELOADED = [
+    "torch.distributed.tensor",
+    "torch.distributed.device_mesh",
+    "torch.export",
+    "sympy",
+    "transformers.models.gpt2.modeling_gpt2",
+    "transformers.models.llama.modeling_llama",
+]
+
+
+def launch(world: int, job: Callable[..., None], *args: Any) -> None:
+    """Runs ``job(*args)`` in ``world`` gloo ranks; raises what the first failing rank raised."""
+    with tempfile.TemporaryDirectory() as folder:  # no port that another test could want, too
+        arguments = (world, f"file://{folder}/rendezvous", job, args)
+        multiprocessing.set_forkserver_preload(PRELOADED)
+        mp.start_processes(_start, arguments, nprocs=world, start_method="forkserver")
+
+
+def _start(rank: int, world: int, where: str, job: Callable[..., None], args: tuple[Any, ...]) -> None:
+    torch.set_num_threads(1)
+    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    dist.init_process_group("gloo", init_method=where, rank=rank, world_size=world, timeout=timedelta(seconds=120))
+    torch.manual_seed(0)
+    try:
+        job(*args)
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def run_rank(program: fxshard.ParallelModule, inputs: dict[str, Any]) -> Result:
+    """One forward and backward pass of this rank, as a user's script does it."""
+    program.zero_grad(set_to_none=True)
+    output = program(**inputs)
+    loss = weighted_loss(output)
+    loss.backward()
+    outputs = {path: tensor.detach().clone() for path, tensor in tensors_of(output)}
+    return Result([outputs], program.full_grads(), [type(output)], loss=loss.item())
+
+
+def equal_the_original(cases: list[tuple[str, str]], dtype: torch.dtype, training: bool = False) -> None:
+    """Outputs, whole gradients and whole weights of (model, plan) pairs."""
+    found = []
+    for name, plan in cases:
+        model, inputs = build(name, dtype, training)
+        program = fxshard.parallelize(model, PLANS[plan], (), inputs)
+        torch.manual_seed(7)
+        expected = run_original(model, (), inputs, seed=7)
+        torch.manual_seed(7 + dist.get_rank())  # rank 0's random state goes for all
+        problems = problems_of(run_rank(program, inputs), expected, TOLERANCES[dtype])
+        whole, state = model.state_dict(), program.full_state_dict()
+        if list(state) != list(whole) or not all(torch.equal(state[key], whole[key]) for key in whole):
+            problems.append("the whole state dict differs")
+        held = sum(p.numel() for p in program.parameters()) / sum(p.numel() for p in model.parameters())
+        if held > (0.7 if program.plan.params else 1):
+            problems.append(f"this rank holds {held:.0%} of the weights")
+        found += [f"{name} under {plan}, rank {dist.get_rank()}: {problem}" for problem in problems]
+    assert not found, "\n".join(found)
+
+
+def train_gpt2(plan: str, steps: int = 20) -> None:
+    """AdamW, a new batch a step: the losses and the final weights are those of one device."""
+    changes = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
+    model, _ = build("gpt2", torch.float32, True, **changes)
+    batches = [ids(seed=100 + step) for step in range(steps)]
+    first = {"input_ids": batches[0], "labels": batches[0]}
+    program = fxshard.parallelize(model, PLANS[plan], (), first)
+    start = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    losses: list[list[float]] = []
+    for trained in (program, model):
+        optimizer = torch.optim.AdamW(trained.parameters(), lr=1e-3)
+        losses.append([])
+        for batch in batches:
+            optimizer.zero_grad()
+            loss = trained(input_ids=batch, labels=batch).loss
+            loss.backward()
+            optimizer.step()
+            losses[-1].append(loss.item())
+    torch.testing.assert_close(torch.tensor(losses[0]), torch.tensor(losses[1]), rtol=1e-5, atol=0)
+    assert losses[0][-1] != losses[0][0]
+    state = program.full_state_dict()
+    for name, want in model.state_dict().items():
+        torch.testing.assert_close(state[name], want, rtol=0, atol=1e-4, msg=lambda text, name=name: f"{name}: {text}")
+    moved = [name for name, want in start.items() if (state[name] - want).abs().max() > 1e-3]
+    assert len(moved) > len(start) / 2, moved
+
+
+def verify_and_refuse() -> None:
+    """What fxshard says on two real ranks: of a right program, of a wrong collective, of a mesh that does not fit."""
+    model, inputs = build("llama", torch.float32)
+    program = fxshard.parallelize(model, tensor_parallel(2), (), inputs)
+    report = fxshard.verify(program, **inputs)
+    assert report.ok, str(report)
+    assert report.first_divergence is None
+    assert report.max_output_error < 1e-5
+    assert all(p.grad is None for p in program.parameters()), "verify left gradients behind"
+
+    kept = collectives._RAW["all_reduce"]
+    collectives._RAW["all_reduce"] = lambda group, x: 2 * kept(group, x)
+    try:
+        report = fxshard.verify(program, **inputs)
+    finally:
+        collectives._RAW["all_reduce"] = kept
+    assert not report.ok
+    assert report.first_divergence
+
+    for plan, said in ((tensor_parallel(4), "4 ranks"), (data_parallel(2) | tensor_parallel(2), "4 ranks")):
+        with pytest.raises(MeshError, match=f"has {said}, but 2 processes run") as caught:
+            fxshard.parallelize(model, plan, (), inputs)
+        assert caught.value.fix
+        assert "torchrun --nproc-per-node 4" in caught.value.fix
+
+    # Split outputs: every rank returns its own rows, and whole gradients come from the ranks' own losses.
+    split = data_parallel(2) | Plan({"dp": 2}, outputs={"0": {"dp": Shard(0)}})
+    inputs["use_cache"] = False
+    program = fxshard.parallelize(model, split, (), inputs)
+    logits = program(**inputs).logits
+    rank = dist.get_rank()
+    want = model(**inputs).logits
+    torch.testing.assert_close(logits, want.chunk(2)[rank], rtol=1e-5, atol=1e-5)
+    logits.square().sum().backward()
+    names, parameters = zip(*model.named_parameters(), strict=True)
+    grads = dict(zip(names, torch.autograd.grad(want.square().sum(), parameters), strict=True))
+    for name, grad in program.full_grads().items():
+        torch.testing.assert_close(grad, grads[name], rtol=1e-4, atol=1e-4 * grads[name].abs().max().item())

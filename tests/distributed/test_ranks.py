@@ -1,0 +1,73 @@
+"""The programs on real processes, over gloo: what one device computes, trains, and stores."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.distributed as dist
+
+import fxshard
+from fxshard import data_parallel, tensor_parallel
+from fxshard.errors import DistributedError, FxshardError
+from tests.distributed import ranks
+from tests.models.zoo import build
+
+pytestmark = pytest.mark.skipif(not dist.is_gloo_available(), reason="this torch has no gloo")
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_two_ranks_equal_one_device(name: str) -> None:
+    ranks.launch(2, ranks.equal_the_original, [(name, plan) for plan in ("tp2", "sp2", "dp2")], torch.float32)
+
+
+def test_four_ranks_equal_one_device() -> None:
+    ranks.launch(4, ranks.equal_the_original, [("llama", "dp2_tp2"), ("gpt2", "dp2_tp2")], torch.float32)
+
+
+def test_training_follows_one_device() -> None:
+    ranks.launch(2, ranks.train_gpt2, "tp2")
+
+
+def test_verify_and_what_is_refused() -> None:
+    ranks.launch(2, ranks.verify_and_refuse)
+
+
+def test_without_a_process_group_nothing_runs() -> None:
+    model, inputs = build("llama", torch.float32)
+    program = fxshard.parallelize(model, data_parallel(2) | tensor_parallel(2), (), inputs)
+    with pytest.raises(DistributedError, match=r"4 processes, but torch\.distributed is not initialised") as caught:
+        program(**inputs)
+    assert isinstance(caught.value, FxshardError)
+    assert isinstance(caught.value, RuntimeError)
+    assert "torchrun" in str(caught.value)
+    assert "fxshard.simulate" in str(caught.value)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("plan", ["tp4", "sp4", "dp4", "tp2_dp2", "dp2_sp2"])
+def test_more_plans_on_four_ranks(plan: str) -> None:
+    ranks.launch(4, ranks.equal_the_original, [("llama", plan), ("gpt2", plan)], torch.float32)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["bert", "vit", "t5"])
+def test_other_models_on_two_ranks(name: str) -> None:
+    ranks.launch(2, ranks.equal_the_original, [(name, plan) for plan in ("tp2", "sp2", "dp2")], torch.float32)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_double_precision(name: str) -> None:
+    ranks.launch(2, ranks.equal_the_original, [(name, plan) for plan in ("tp2", "sp2", "dp2")], torch.float64)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_dropout_draws_the_masks_of_one_device(name: str) -> None:
+    ranks.launch(2, ranks.equal_the_original, [(name, plan) for plan in ("tp2", "sp2", "dp2")], torch.float64, True)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("world", "plan"), [(2, "sp2"), (2, "dp2"), (4, "dp2_tp2")])
+def test_training_under_other_plans(world: int, plan: str) -> None:
+    ranks.launch(world, ranks.train_gpt2, plan)

@@ -1,0 +1,48 @@
+"""What compiling costs beside capturing, and how it grows with the layers."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from tabulate import tabulate
+
+import fxshard
+from fxshard import tensor_parallel
+from tests.models.zoo import llama
+
+LAYERS = (2, 8, 32)
+
+
+def measure(layers: int) -> tuple[float, float, int]:
+    """Seconds of the capture, seconds of all passes, and the nodes of the program."""
+    model, inputs = llama(num_hidden_layers=layers)
+    call: dict[str, Any] = {**inputs, "use_cache": False}
+    compiled = fxshard.parallelize(model.eval(), tensor_parallel(2), (), call).compiled
+    capture = compiled.times_s["capture"]
+    return capture, sum(compiled.times_s.values()) - capture, len(compiled.graph.nodes)
+
+
+@pytest.mark.slow
+def test_the_passes_cost_a_tenth_of_the_capture_and_grow_linearly() -> None:
+    best: dict[int, tuple[float, float]] = {}
+    nodes: dict[int, int] = {}
+    for attempt in range(9):  # the best of 3; of more where the machine was busy
+        for layers in LAYERS:
+            *took, nodes[layers] = measure(layers)
+            capture, passes = best.get(layers, took)
+            best[layers] = min(capture, took[0]), min(passes, took[1])
+        per_node = {layers: best[layers][1] / nodes[layers] for layers in LAYERS}
+        cheap = all(passes < 0.1 * capture for capture, passes in best.values())
+        linear = per_node[32] < 1.6 * per_node[8]
+        if attempt >= 2 and cheap and linear:
+            break
+    rows = [
+        (layers, nodes[layers], f"{c:.2f} s", f"{p:.3f} s", f"{p / c:.1%}", f"{per_node[layers] * 1e6:.0f} us")
+        for layers, (c, p) in best.items()
+    ]
+    table = tabulate(rows, headers=("layers", "nodes", "capture", "all passes", "of the capture", "a node"))
+    print(table)
+    assert nodes[32] > 3.5 * nodes[8]
+    assert cheap, table
+    assert linear, table
