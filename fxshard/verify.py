@@ -1,8 +1,8 @@
 """Is the sharded program the model? Outputs, and all gradients, against the original on one device.
 
 The reference is the original module itself, run eagerly with the program's weights: nothing of the compiler is in it.
-Where something differs, the captured graph and every rank's graph are interpreted side by side, and the first node whose
-value (or, going backward, whose gradient) differs is named with its module and source line.
+Where something differs, the captured graph and every rank's graph are interpreted side by side, and the first node
+whose value (or, going backward, whose gradient) differs is named with its module and source line.
 """
 
 from __future__ import annotations
@@ -324,7 +324,7 @@ class _Trace:
         if local is None or want is None or any(p is None for p in parts) or not has_info(local):
             return False
         if grad:
-            want, parts = want.grad, [p.grad for p in parts]  # type: ignore[union-attr]
+            want, parts = want.grad, [p.grad for p in parts]
             if want is None or any(p is None for p in parts):
                 return False
         placed = info_of(local).placements

@@ -41,7 +41,7 @@ def annotate(graph: fx.Graph, resolved: Resolved, mesh: Mesh) -> fx.Graph:
             copies[node] = _constrain(new, copy, tuple(asked.get(name) for name in mesh.names))
     last = next(iter(reversed(graph.nodes)))
     leaves = []
-    for leaf, asked in zip(last.args[0], resolved.outputs, strict=True):  # type: ignore[arg-type]
+    for leaf, asked in zip(last.args[0], resolved.outputs, strict=True):
         if isinstance(leaf, fx.Node):
             is_tensor = isinstance(leaf.meta.get("val"), torch.Tensor)
             leaves.append(_constrain(new, copies[leaf], placements(asked, mesh)) if is_tensor else copies[leaf])

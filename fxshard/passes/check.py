@@ -29,7 +29,7 @@ from fxshard.passes.propagate import METADATA
 from fxshard.passes.typing import Info, info_of, values_of
 from fxshard.placement import Placement, Varying, blocks_of, describe, is_partial, is_shard, local_shape, same, shard
 from fxshard.rules.lookup import recipe_for
-from fxshard.rules.recipe import Factor, bind, combine, operands_of, shape_of, uncombine, units
+from fxshard.rules.recipe import Factor, combine, operands_of, shape_of, uncombine, units, written
 from fxshard.runtime import collectives as run
 
 
@@ -59,15 +59,8 @@ def check(graph: fx.Graph, mesh: Mesh) -> None:
 
 def _check_updates(node: fx.Node, mesh: Mesh) -> None:
     """What a call writes must be the buffer (or input) itself, not a converted copy of it."""
-    if not isinstance(node.target, torch._ops.OpOverload):
-        return
-    arguments = bind(node)
-    written = [a.name for a in node.target._schema.arguments if a.alias_info is not None and a.alias_info.is_write]
-    if node.target is torch.ops.aten.batch_norm.default and arguments["training"]:
-        written += ["running_mean", "running_var"]
-    for name in written:
-        value = arguments[name]
-        if isinstance(value, fx.Node) and value.op not in ("get_attr", "placeholder"):
+    for name, value in written(node).items():
+        if value.op not in ("get_attr", "placeholder"):
             raise SoundnessError(
                 f"%{node.name} would update a copy (%{value.name}) of its argument {name!r}, and lose the update",
                 op=str(node.target),

@@ -145,7 +145,7 @@ def insert_collectives(graph: fx.Graph, mesh: Mesh) -> fx.Graph:
                 for o, w in zip(operands_of(node), wanted, strict=True)
             ]
             args, kwargs = with_operands(node, made, copies)
-            copy = new.create_node(node.op, node.target, args, kwargs, node.name)  # type: ignore[arg-type]
+            copy = new.create_node(node.op, node.target, args, kwargs, node.name)
             copy.meta = dict(node.meta)
         else:
             copy = new.node_copy(node, copies.__getitem__)

@@ -333,14 +333,12 @@ def _attention(new: fx.Graph, node: fx.Node, info: Info, mesh: Mesh, axes: list[
 def _global_layout(
     new: fx.Graph, source: fx.Node, value: torch.Tensor, info: Info, mesh: Mesh
 ) -> tuple[list[Any], list[int] | None]:
-    shape: list[Any] = []
-    for dim, size in enumerate(value.shape):
-        if isinstance(size, int):
-            shape.append(size)
-            continue
-        local = new.call_function(aten.sym_size.int, (source, dim))
-        parts = parts_along(info, 0, dim, mesh)
-        shape.append(local if parts == 1 else new.call_function(operator.mul, (local, parts)))
+    shape: list[Any] = list(value.shape)
+    for dim, size in enumerate(shape):
+        if not isinstance(size, int):
+            local = new.call_function(aten.sym_size.int, (source, dim))
+            parts = parts_along(info, 0, dim, mesh)
+            shape[dim] = local if parts == 1 else new.call_function(operator.mul, (local, parts))
     contiguous = all(isinstance(s, int) for s in value.shape) and not value.is_contiguous()
     return shape, list(value.stride()) if contiguous else None
 

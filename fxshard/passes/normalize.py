@@ -229,7 +229,7 @@ def _split_bias(graph: fx.Graph, node: fx.Node) -> None:
 
 
 def _name_sizes(graph: fx.Graph, node: fx.Node) -> None:
-    """Rewrite ``expand_as(x, other)`` and the like with sizes, ``type_as`` with a dtype: they read no value of other."""
+    """Rewrite ``expand_as(x, other)`` and the like with sizes, ``type_as`` with a dtype: no value is read of other."""
     source, other = node.args[:2]
     value = node.meta["val"]
     if node.target is _aten.type_as.default:

@@ -37,7 +37,7 @@ from fxshard.placement import (
     shard,
 )
 from fxshard.rules.lookup import recipe_for
-from fxshard.rules.recipe import At, Factor, Recipe, combine, operands_of, uncombine, units
+from fxshard.rules.recipe import At, Factor, Recipe, combine, operands_of, uncombine, units, written
 
 WEIGHT_STAYS = 1000.0
 """How much dearer it is to move a weight than an activation of its size: weights stay where they are stored."""
@@ -152,7 +152,7 @@ def _choose(fact: Facts, size: int, sizes: Sequence[int], axis: int) -> Choice:
             continue
         for i, at in enumerate(factor.inputs):
             found = carried(current[i], at, factor, size)
-            if found is None or i in recipe.unread:
+            if found is None or i in recipe.unread or _would_lose_update(fact, factor, found, current):
                 continue
             cost = _cost(fact, factor, found, current)
             if best is None or cost < best[0]:
@@ -173,6 +173,17 @@ def _may_lower(fact: Facts, factor: Factor) -> bool:
     if factor.lowering == "embedding":
         return not earlier
     return not earlier or factor.lowering in earlier or (factor.lowering is None and earlier != {"attention"})
+
+
+def _would_lose_update(fact: Facts, factor: Factor, blocks: tuple[int, ...], current: Sequence[Placement]) -> bool:
+    """Whether a tensor that the call updates in place would have to be converted: the update would go to the copy."""
+    updated = set(written(fact.node).values())
+    for operand, at, now in zip(fact.operands, factor.inputs, current, strict=True):
+        if operand.node in updated:
+            wanted = REPLICATE if at is None else shard(at.dim, combine(at.blocks, blocks))
+            if not same(now, wanted):
+                return True
+    return False
 
 
 def _scatter_ahead(

@@ -191,7 +191,7 @@ class _Walk:
             heapq.heappush(self.queue, (-order, order))
         demands = self.asked.setdefault(node, {}).setdefault((result, dim), {})
         key = (start, end)
-        if demands.setdefault(key, blocks) != blocks:  # type: ignore[index]
+        if demands.setdefault(key, blocks) != blocks:
             self.sound = False
 
     def run(self) -> None:

@@ -157,7 +157,8 @@ class _Work:
             return
         have = self.nodes.setdefault(node, {})
         if axis in have and repr(have[axis]) != repr(checked):
-            if isinstance(have[axis], BlockShard) and have[axis].dim == getattr(checked, "dim", None):
+            earlier = have[axis]
+            if isinstance(earlier, BlockShard) and earlier.dim == getattr(checked, "dim", None):
                 return
             text = f"{name} is asked to be both {describe(have[axis])} and {describe(checked)} on axis {axis!r}"
             self.problems.append(PlanError(f"{text} (by {asked_by})", fix="let one entry of the plan match it"))

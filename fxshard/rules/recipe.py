@@ -221,6 +221,20 @@ def bind(node: fx.Node) -> dict[str, Any]:
     return out
 
 
+def written(node: fx.Node) -> dict[str, fx.Node]:
+    """The tensors that a call updates in place, by argument: a buffer, the running statistics of a batch_norm."""
+    if not isinstance(node.target, torch._ops.OpOverload):
+        return {}
+    names = [a.name for a in node.target._schema.arguments if a.alias_info is not None and a.alias_info.is_write]
+    training = node.target is torch.ops.aten.batch_norm.default and bind(node)["training"]
+    if training:
+        names += ["running_mean", "running_var"]
+    if not names:
+        return {}
+    arguments = bind(node)
+    return {name: arguments[name] for name in names if isinstance(arguments[name], fx.Node)}
+
+
 def is_tensor(node: Any) -> bool:
     """Whether a node of the graph is one tensor."""
     return isinstance(node, fx.Node) and isinstance(node.meta.get("val"), torch.Tensor)

@@ -91,7 +91,8 @@ class LockstepGroup:
         if len(self.slots) == len(self.ranks):
             brought = [self.slots[r] for r in self.ranks]
             if len({(n, b, tuple(t.shape), t.dtype) for n, b, t in brought}) > 1:
-                what = "; ".join(f"rank {r}: {n} of {list(t.shape)}" for r, (n, _, t) in zip(self.ranks, brought, strict=True))
+                pairs = zip(self.ranks, brought, strict=True)
+                what = "; ".join(f"rank {r}: {n} of {list(t.shape)}" for r, (n, _, t) in pairs)
                 raise FxshardError(f"the ranks issued different collectives: {what}")
             outs = _Lockstep.apply(name, backward, *(t for _, _, t in brought))  # type: ignore[no-untyped-call]
             self.results = dict(zip(self.ranks, outs, strict=True))
