@@ -249,6 +249,10 @@ class ParallelModule(nn.Module):
         parts = [read(_get(self.rank_module(r), name)) for r in range(self.mesh.world_size)]
         return None if any(p is None for p in parts) else join_all(parts, placed, self.mesh.sizes).clone()
 
+    def placements_of(self, name: str) -> Placements:
+        """How a parameter or buffer lies on the mesh: a placement an axis."""
+        return self._placements[name]
+
     def gather_output(self, output: torch.Tensor, index: int) -> torch.Tensor:
         """The ``index``-th flat output of the last call, whole; collective where the plan left it split."""
         return gather_whole(output, self.compiled.output_placements(index), self.mesh, self.axes)

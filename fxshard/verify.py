@@ -21,7 +21,7 @@ from torch.func import functional_call
 from fxshard.passes.capture import module_of, source_of
 from fxshard.passes.pipeline import Compiled
 from fxshard.passes.typing import has_info, info_of
-from fxshard.placement import Replicate, Varying, cut_all, is_partial, join_all
+from fxshard.placement import Placements, Replicate, Varying, cut_all, is_partial, join_all
 from fxshard.program import ParallelModule
 from fxshard.runtime.collectives import Axis
 from fxshard.runtime.lockstep import Turns, lockstep_axes, run_ranks
@@ -97,9 +97,11 @@ def verify(program: ParallelModule, *args: Any, **kwargs: Any) -> VerifyReport:
         else:
             trace = _Trace(program, compiled, args, kwargs, state)
             got, got_grads = trace.outputs, trace.grads
+        differing = trace.disagreements() if trace is not None else []
     rows = [_row(f"output {i}", a, b) for i, (a, b) in enumerate(zip(got, want, strict=True)) if _compares(b)]
-    outputs = len(rows)
+    outputs = len(rows)  # the rows before are outputs, those behind are gradients
     rows += [_row(f"grad of {n}", got_grads.get(n), g) for n, g in want_grads.items()]
+    rows += differing
     ok = all(row[3] for row in rows)
     where = None
     if not ok:
@@ -249,6 +251,7 @@ class _Trace:
             program.function(compiled, rank, axes[rank])
         self.ranks = [_Recorder(compiled.root, compiled.graph, self._reader(rank), axes[rank]) for rank in range(world)]
         outs = run_ranks(world, turns, lambda rank: self.ranks[rank].run(*(_own(x) for x in leaves)))
+        self.outs = outs
         self.outputs = [self._join_output(i, [out[i] for out in outs]) for i in range(len(outs[0]))]
         for index, value in compiled.captured.output_constants.items():
             self.outputs[index] = value
@@ -272,6 +275,30 @@ class _Trace:
         if not isinstance(parts[0], torch.Tensor):
             return parts[0]
         return join_all(parts, self.compiled.output_placements(index), self.mesh.sizes)
+
+    def disagreements(self) -> list[tuple[str, str, float, bool]]:
+        """Where a rank holds something else than its part of the whole: what all hold alike must be alike."""
+        rows = []
+        for index, whole in enumerate(self.outputs):
+            parts = [out[index] for out in self.outs]
+            if isinstance(whole, torch.Tensor) and isinstance(parts[0], torch.Tensor):
+                placed = self.compiled.output_placements(index)
+                rows += self._differing(f"output {index}", whole, parts, placed)
+        modules = [dict(self.program.rank_module(r).named_parameters()) for r in range(self.mesh.world_size)]
+        for name, whole in self.grads.items():
+            grads = [module[name].grad for module in modules]
+            rows += self._differing(f"grad of {name}", whole, grads, self.program.placements_of(name))
+        return rows
+
+    def _differing(
+        self, name: str, whole: torch.Tensor, parts: list[Any], placed: Placements
+    ) -> list[tuple[str, str, float, bool]]:
+        rows = []
+        for rank, part in enumerate(parts):
+            own = cut_all(whole.detach(), placed, self.mesh.sizes, self.mesh.coordinate(rank))
+            row = _row(f"{name} on rank {rank}", part, own)
+            rows += [] if row[3] else [row]
+        return rows
 
     def _backward(self, outs: list[Any]) -> None:
         """Every rank back-propagates its share of the loss, as ``loss_fn`` of a real run would."""

@@ -6,6 +6,8 @@ Outputs, gradients of every parameter and of the input, in float64, in training 
 from __future__ import annotations
 
 import copy
+import re
+from dataclasses import replace
 
 import pytest
 import torch
@@ -45,17 +47,19 @@ def check(example: Example) -> None:
     torch.manual_seed(7)
     expected = model(x, example.ids)
     scalar = loss_of(expected)
-    assume(all(t.isfinite().all() for t in expected) and max(t.abs().max().item() for t in expected) < 1e6)
+    assume(all(t.isfinite().all() and t.abs().max() < 1e6 for t in expected))
     if scalar.requires_grad:
         scalar.backward()
 
     mine = example.x.detach().clone().requires_grad_(example.x.requires_grad)
     try:
         program = fxshard.parallelize(example.model, plan, (mine, example.ids))
-    except PlanError as error:
-        # a step's result that nobody reads, or that is its operand itself, is no module's result
-        assume(not all("activations 'steps." in line for line in str(error).splitlines() if "matches no" in line))
-        raise
+    except PlanError as error:  # a step whose result is its operand itself returns nothing of its own
+        unknown = re.findall(r"activations '(steps\.\d+)' matches no module", str(error))
+        known = {name: entry for name, entry in plan.activations.items() if name not in unknown}
+        if not unknown:
+            raise
+        program = fxshard.parallelize(example.model, replace(plan, activations=known), (mine, example.ids))
     torch.manual_seed(7)
     run = fxshard.simulate(program, mine, example.ids)
     for rank, outputs in enumerate(run.outputs):

@@ -132,6 +132,7 @@ def _check_conversion(node: fx.Node, mesh: Mesh) -> None:
     source = node.args[0]
     assert isinstance(source, fx.Node)
     if node.target is run.concat:
+        _check_concat(node, source, mesh)
         return
     before, after = info_of(source).placements, info_of(node).placements
     changed = [a for a in range(mesh.ndim) if not same(before[a], after[a])]
@@ -140,10 +141,25 @@ def _check_conversion(node: fx.Node, mesh: Mesh) -> None:
     have, want = before[changed[0]], after[changed[0]]
     if not ALLOWED[node.target](have, want, node.args):
         raise _unsound(node, [source], [have], [want], mesh.names[changed[0]])
+    stacked = node.target is run.all_gather and not same(have, shard(0))
+    if stacked and any(user.target is not run.concat for user in node.users):
+        raise _unsound(node, [source], [have], [want], mesh.names[changed[0]])
     dims = {p.dim for p in (have, want) if is_shard(p)}  # type: ignore[attr-defined]
     inner = before[changed[0] + 1 :]
     if any(is_shard(p) and p.dim in dims for p in inner):  # type: ignore[attr-defined]
         raise _unsound(node, [source], before, after, mesh.names[changed[0]])
+
+
+def _check_concat(node: fx.Node, source: fx.Node, mesh: Mesh) -> None:
+    """A concat puts together what an all_gather of the same axis stacked, along the dim that was split."""
+    axis = mesh.index(str(node.args[1]))
+    after = info_of(node).placements
+    if source.target is not run.all_gather or source.args[1] != node.args[1]:
+        raise _unsound(node, [source], info_of(source).placements[axis:], after[axis:], mesh.names[axis])
+    have = info_of(source.args[0]).placements[axis]  # type: ignore[arg-type]
+    blocks = node.args[3] if len(node.args) > 3 else (1,)
+    if not is_shard(have) or have.dim != node.args[2] or blocks_of(have) != blocks:  # type: ignore[attr-defined]
+        raise _unsound(node, [source], [have], after[axis:], mesh.names[axis])
 
 
 def _replicated(placement: Placement) -> bool:
