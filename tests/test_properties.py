@@ -11,10 +11,10 @@ from dataclasses import replace
 
 import pytest
 import torch
-from hypothesis import assume, given, settings
+from hypothesis import assume, given, reject, settings
 
 import fxshard
-from fxshard.errors import PlanError
+from fxshard.errors import CaptureError, PlanError
 from tests.random_models import Example, examples
 
 TOLERANCE = 1e-9
@@ -54,7 +54,9 @@ def check(example: Example) -> None:
     mine = example.x.detach().clone().requires_grad_(example.x.requires_grad)
     try:
         program = fxshard.parallelize(example.model, plan, (mine, example.ids))
-    except PlanError as error:  # a step whose result is its operand itself returns nothing of its own
+    except PlanError as error:  # a batch that data_parallel cannot divide; or a step whose result is its operand itself returns nothing of its own
+        if "data_parallel: Shard(0)" in str(error):
+            reject()
         unknown = re.findall(r"activations '(steps\.\d+)' matches no module", str(error))
         known = {name: entry for name, entry in plan.activations.items() if name not in unknown}
         if not unknown:
@@ -78,6 +80,28 @@ def check(example: Example) -> None:
         assert_close(mine.grad, x.grad, "gradient of x")
 
 
+def check_dynamic(example: Example) -> None:
+    """One capture with a dynamic batch serves a batch twice as large."""
+    model, x, ids = example.model.eval(), example.x.detach(), example.ids
+    auto = {0: torch.export.Dim.AUTO}
+    example.plan = replace(example.plan, activations={})
+    try:
+        program = fxshard.parallelize(model, example.plan, (x, ids), dynamic_shapes={"x": auto, "ids": auto})
+    except CaptureError:
+        reject()  # some step needs this very batch
+    shapes = {leaf.path: leaf.shape for leaf in program.compiled.captured.example_inputs}
+    assume(not isinstance(shapes["x"][0], int) and not isinstance(shapes["ids"][0], int))
+    larger = (torch.cat([x.cos(), x]), torch.cat([ids.flip(0), ids]))
+    for inputs in ((x, ids), larger):
+        with torch.no_grad():
+            expected = model(*inputs)
+            outputs = fxshard.simulate(program, *inputs).outputs
+        for rank, actual in enumerate(outputs):
+            for k, whole in enumerate(expected):
+                part = part_of(whole, example.output_splits[k], program.mesh, rank)
+                assert_close(actual[k], part, f"output {k} of rank {rank} at batch {len(inputs[0])}")
+
+
 @settings(max_examples=40)
 @given(examples(max_steps=6))
 def test_random_models_under_random_plans(example: Example) -> None:
@@ -89,3 +113,16 @@ def test_random_models_under_random_plans(example: Example) -> None:
 @given(examples(max_steps=10))
 def test_many_random_models_under_random_plans(example: Example) -> None:
     check(example)
+
+
+@settings(max_examples=15)
+@given(examples(max_steps=5))
+def test_random_models_with_a_dynamic_batch(example: Example) -> None:
+    check_dynamic(example)
+
+
+@pytest.mark.slow
+@settings(max_examples=150)
+@given(examples(max_steps=6))
+def test_many_random_models_with_a_dynamic_batch(example: Example) -> None:
+    check_dynamic(example)

@@ -236,15 +236,17 @@ class _Walk:
         recipe = self.facts.recipe(node)
         shapes = self.facts.shapes[node]
         found = None
-        if recipe is not None and len(asked) == 1:
-            (result, _), demand = next(iter(asked.items()))
-            blocks = _merge(demand, shapes[result][dim])
+        merged = {_merge(demand, shapes[result][dim]) for (result, _), demand in asked.items()}
+        if recipe is not None and len(merged) == 1:
+            (blocks,) = merged
+            results = [result for result, _ in asked]
             found = blocks and next(
                 (
                     (factor, inner)
                     for factor in recipe.factors
-                    if (at := factor.outputs[result]) is not None
+                    if (at := factor.outputs[results[0]]) is not None
                     and at.dim == dim
+                    and all(factor.outputs[result] == at for result in results)
                     and (inner := uncombine(blocks, at.blocks)) is not None
                     and units(factor.size, inner, self.size)
                 ),
