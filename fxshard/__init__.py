@@ -3,6 +3,8 @@
 from torch.distributed.tensor import Partial, Replicate, Shard
 
 from fxshard.api import parallelize
+from fxshard.errors import FxshardError
+from fxshard.inspect.prove import check_rule
 from fxshard.mesh import Mesh
 from fxshard.plan.plan import Plan, data_parallel, sequence_parallel, tensor_parallel
 from fxshard.program import ParallelModule
@@ -11,6 +13,7 @@ from fxshard.simulate import Simulation, simulate
 from fxshard.verify import VerifyReport, verify
 
 __all__ = [
+    "FxshardError",
     "Mesh",
     "ParallelModule",
     "Partial",
@@ -19,6 +22,7 @@ __all__ = [
     "Shard",
     "Simulation",
     "VerifyReport",
+    "check_rule",
     "data_parallel",
     "parallelize",
     "register_rule",

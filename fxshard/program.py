@@ -24,7 +24,7 @@ from fxshard.placement import REPLICATE, Placements, is_shard, join, join_all
 from fxshard.plan.plan import Plan
 from fxshard.runtime.collectives import Axis
 from fxshard.runtime.module import RankModule, load, local_part, place, share
-from fxshard.runtime.process import process_axes, share_random_state
+from fxshard.runtime.process import check_same_weights, checksum, process_axes, share_random_state
 
 logger = logging.getLogger("fxshard")
 
@@ -54,6 +54,7 @@ class ParallelModule(nn.Module):
         self._eager = False
         self._ranks: dict[int, RankModule] = {}
         self._functions: dict[Any, Any] = {}
+        self._checksums: dict[str, int] = {}
         self._axes: dict[str, Axis] | None = None
         self._placements: dict[str, Placements] = {}
         self.training = model.training
@@ -104,6 +105,8 @@ class ParallelModule(nn.Module):
         if not (dist.is_available() and dist.is_initialized()) and "RANK" not in os.environ:
             for rank in range(self.mesh.world_size):  # all ranks hold the weights of this moment
                 self.rank_module(rank)
+        elif dist.is_initialized() and self.mesh.world_size > 1:
+            self._checksums = {name: checksum(tensor) for name, tensor in self._tensors()}
         share(self.rank_module(self.rank), self)
 
     def _tensors(self) -> list[tuple[str, torch.Tensor]]:
@@ -217,6 +220,9 @@ class ParallelModule(nn.Module):
         key = (id(compiled), "process")
         if key not in self._functions:
             self._functions[key] = self.function(compiled, self.rank, self._axes)
+        if self._checksums:
+            check_same_weights(self._checksums)
+            self._checksums = {}
         if compiled.draws:
             share_random_state(self.mesh)
         device = self._device()

@@ -54,7 +54,8 @@ def check(example: Example) -> None:
     mine = example.x.detach().clone().requires_grad_(example.x.requires_grad)
     try:
         program = fxshard.parallelize(example.model, plan, (mine, example.ids))
-    except PlanError as error:  # a batch that data_parallel cannot divide; or a step whose result is its operand itself returns nothing of its own
+    # A batch that data_parallel cannot divide; or a step whose result is its operand itself: nothing of its own.
+    except PlanError as error:
         if "data_parallel: Shard(0)" in str(error):
             reject()
         unknown = re.findall(r"activations '(steps\.\d+)' matches no module", str(error))

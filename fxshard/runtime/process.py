@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -51,6 +52,37 @@ def process_axes(mesh: Mesh, device_mesh: Any, device_type: str) -> dict[str, Ax
         group = ProcessAxisGroup(device_mesh.get_group(name))
         out[name] = Axis(name, size, group.index, group)
     return out
+
+
+def checksum(tensor: torch.Tensor) -> int:
+    """A number that depends on every bit of a tensor, whatever the order in which they are added up."""
+    if tensor.is_meta or tensor.numel() == 0:
+        return 0
+    flat = tensor.detach().contiguous().view(-1)
+    if flat.dtype is torch.bool:
+        return int(flat.sum())
+    bits = torch.view_as_real(flat).view(-1) if flat.is_complex() else flat
+    words = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[bits.element_size()]
+    return int(bits.view(words).sum(dtype=torch.int64))
+
+
+def check_same_weights(checksums: Mapping[str, int]) -> None:
+    """Raises ``DistributedError`` where the ranks started from different weights; collective.
+
+    Every rank cuts its part from the model that it built itself: a forgotten seed would train a mixture of models.
+    """
+    device = "cuda" if "nccl" in dist.get_backend() else "cpu"
+    mine = torch.tensor(list(checksums.values()), dtype=torch.int64, device=device)
+    first = mine.clone()
+    dist.broadcast(first, 0)
+    differs = (mine != first).to(torch.int64)
+    dist.all_reduce(differs, dist.ReduceOp.MAX)
+    wrong = [name for name, bad in zip(checksums, differs.tolist(), strict=True) if bad]
+    if wrong:
+        raise DistributedError(
+            f"the ranks were given models with different weights: {len(wrong)} tensors differ, first {wrong[0]!r}",
+            fix="seed every rank alike (torch.manual_seed) before the model is made, or load one checkpoint on all",
+        )
 
 
 def share_random_state(mesh: Mesh) -> None:

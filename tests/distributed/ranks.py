@@ -16,7 +16,7 @@ import torch.multiprocessing as mp
 
 import fxshard
 from fxshard import Plan, Shard, data_parallel, sequence_parallel, tensor_parallel
-from fxshard.errors import MeshError
+from fxshard.errors import DistributedError, MeshError
 from fxshard.runtime import collectives
 from tests.helpers import TOLERANCES, Result, problems_of, run_original, tensors_of, weighted_loss
 from tests.models.zoo import build, ids
@@ -160,3 +160,13 @@ def verify_and_refuse() -> None:
     grads = dict(zip(names, torch.autograd.grad(want.square().sum(), parameters), strict=True))
     for name, grad in program.full_grads().items():
         torch.testing.assert_close(grad, grads[name], rtol=1e-4, atol=1e-4 * grads[name].abs().max().item())
+
+
+def different_weights() -> None:
+    """Every rank seeds for itself: nothing may run."""
+    torch.manual_seed(dist.get_rank())
+    model = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.ReLU(), torch.nn.Linear(8, 8))
+    x = torch.ones(4, 8)
+    program = fxshard.parallelize(model, tensor_parallel(2), (x,))
+    with pytest.raises(DistributedError, match=r"different weights: 4 tensors differ, first '0\.weight'"):
+        program(x)

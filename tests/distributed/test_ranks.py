@@ -32,6 +32,10 @@ def test_verify_and_what_is_refused() -> None:
     ranks.launch(2, ranks.verify_and_refuse)
 
 
+def test_ranks_with_different_weights_are_refused() -> None:
+    ranks.launch(2, ranks.different_weights)
+
+
 def test_without_a_process_group_nothing_runs() -> None:
     model, inputs = build("llama", torch.float32)
     program = fxshard.parallelize(model, data_parallel(2) | tensor_parallel(2), (), inputs)
