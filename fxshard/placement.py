@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import cache
 from typing import Any, TypeAlias
 
 import torch
@@ -93,23 +94,30 @@ def shard(dim: int, blocks: Sequence[int] = (1,)) -> Shard:
 
 def blocks_of(placement: Placement) -> tuple[int, ...]:
     """The relative sizes of the blocks that a shard cuts alike; ``(1,)`` for a plain one."""
-    return placement.blocks if isinstance(placement, BlockShard) else (1,)
+    return placement.blocks if type(placement) is BlockShard else (1,)
 
 
-def is_shard(placement: Placement) -> bool:
+@cache
+def _is_a(kind: type, base: type) -> bool:
+    return issubclass(kind, base)  # once a type: the metaclass of torch's placements makes isinstance slow
+
+
+def is_shard(placement: Placement | None) -> bool:
     """Whether the placement cuts a dim."""
-    return isinstance(placement, Shard)
+    return _is_a(type(placement), Shard)  # type: ignore[arg-type]
 
 
-def is_partial(placement: Placement) -> bool:
+def is_partial(placement: Placement | None) -> bool:
     """Whether the ranks hold summands."""
-    return isinstance(placement, Partial)
+    return _is_a(type(placement), Partial)  # type: ignore[arg-type]
 
 
 def same(a: Placement, b: Placement) -> bool:
     """Whether two placements are one (PyTorch's ``Shard`` does not see blocks)."""
-    if isinstance(a, Shard) and isinstance(b, Shard):
-        return a.dim == b.dim and blocks_of(a) == blocks_of(b)
+    if a is b:
+        return True
+    if is_shard(a) and is_shard(b):
+        return a.dim == b.dim and blocks_of(a) == blocks_of(b)  # type: ignore[attr-defined]
     return type(a) is type(b) and a == b
 
 

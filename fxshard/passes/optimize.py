@@ -22,7 +22,9 @@ aten = torch.ops.aten
 
 
 def optimize(graph: fx.Graph) -> fx.Graph:
-    """Applies the rewrites of the module's text to a copy."""
+    """Applies the rewrites of the module's text to a copy; a graph with nothing to do comes back as it is."""
+    if not any(n.meta.get("split_bias") or _is_dead(n) for n in graph.nodes):
+        return graph
     graph = copy_graph(graph)
     for node in graph.nodes:
         if node.meta.get("split_bias") and node.target is aten.add.Tensor:
@@ -47,10 +49,14 @@ def _fuse_bias(graph: fx.Graph, node: fx.Node) -> None:
 
 def _remove_dead(graph: fx.Graph) -> None:
     for node in reversed(graph.nodes):
-        if node.users or node.op not in ("call_function", "get_attr"):
-            continue
-        if node.op == "get_attr" or not _impure(node):
+        if _is_dead(node):
             graph.erase_node(node)
+
+
+def _is_dead(node: fx.Node) -> bool:
+    if node.users or node.op not in ("call_function", "get_attr"):
+        return False
+    return node.op == "get_attr" or not _impure(node)
 
 
 def _impure(node: fx.Node) -> bool:
