@@ -21,7 +21,7 @@ from fxshard.mesh import Mesh
 from fxshard.placement import BlockShard, Placement, Shard, blocks_of, describe
 from fxshard.plan.detect import Graph, Pair, find_pairs, is_parameter, residuals, shapes_of, vocabulary
 from fxshard.plan.plan import Plan
-from fxshard.rules.recipe import divides, units
+from fxshard.rules.recipe import units
 
 
 @dataclass(frozen=True)
@@ -188,11 +188,7 @@ class _Work:
                 )
             )
             return None
-        others = [
-            self.mesh.size(a)
-            for a, p in (self.nodes.get(node, {}) if node is not None else {}).items()
-            if a != axis and isinstance(p, Shard) and p.dim == dim
-        ]
+        others = self._beside(node, axis, dim)
         parts = size * math.prod(others)
         if not units(shape[dim], blocks_of(placement), parts):
             over = f"mesh axis {axis!r} (size {size})" + (f" beside axes of sizes {others}" if others else "")
@@ -206,6 +202,23 @@ class _Work:
             )
             return None
         return placement if dim == placement.dim else Shard(dim)
+
+    def _beside(self, node: fx.Node | None, axis: str, dim: int) -> list[int]:
+        """The sizes of the other axes that split the same dim."""
+        asked = self.nodes.get(node, {}) if node is not None else {}
+        return [self.mesh.size(a) for a, p in asked.items() if a != axis and isinstance(p, Shard) and p.dim == dim]
+
+    def offer(self, part: str, name: str, node: fx.Node, axis: str, placement: Shard, preset: str) -> None:
+        """What a preset would split: left whole, with a note, where other axes leave too little of that dim."""
+        if not self.free(node, axis):
+            return
+        size = shapes_of(node)[0][placement.dim]
+        parts = math.prod([self.mesh.size(axis), *self._beside(node, axis, placement.dim)])
+        if units(size, blocks_of(placement), parts):
+            self.put(part, name, node, axis, placement, preset)
+        else:
+            what = f"dim {placement.dim} (size {size}) does not divide by {parts}"
+            self.notes.append(f"{preset} leaves {name} whole on axis {axis!r}: {what}")
 
     def match_blocks(self) -> None:
         """A packed weight that the user splits by its dim is split block by block, as its readers cut it."""
@@ -303,8 +316,8 @@ def _tensor_parallel(work: _Work, axis: str) -> None:
     if not any(work.free(n, axis) for n in found) and not any(axis in e for e in work.nodes.values()):
         work.notes.append(f"tensor_parallel found no weight that axis {axis!r} (size {size}) could split")
     for name, node in work.names.params.items():
-        if node in found and by_node[node] == name and work.free(node, axis):
-            work.put("params", name, node, axis, found[node], "tensor_parallel")
+        if node in found and by_node[node] == name:
+            work.offer("params", name, node, axis, found[node], "tensor_parallel")
 
 
 def _sequence_parallel(work: _Work, axis: str) -> None:
@@ -314,13 +327,8 @@ def _sequence_parallel(work: _Work, axis: str) -> None:
     rows = [pair.row for pair in work.pairs(size)]
     for node in residuals(work.facts, rows):
         shape = shapes_of(node)[0]
-        if len(shape) < 3 or not work.free(node, axis):
-            continue
-        if not divides(shape[1], size):
-            note = f"sequence_parallel leaves %{node.name} whole: its sequence of {shape[1]} does not divide by {size}"
-            work.notes.append(note)
-            continue
-        work.put("activations", f"%{node.name}", node, axis, Shard(1), "sequence_parallel")
+        if len(shape) >= 3:
+            work.offer("activations", f"%{node.name}", node, axis, Shard(1), "sequence_parallel")
 
 
 PRESETS = {
