@@ -19,6 +19,7 @@ from fxshard.inspect.report import Collective, collectives_of, explain, table
 from fxshard.mesh import Mesh
 from fxshard.passes.annotate import placements
 from fxshard.passes.capture import capture, signature_key
+from fxshard.passes.fidelity import check_fidelity
 from fxshard.passes.pipeline import STAGES, Compiled, compile_graph
 from fxshard.placement import REPLICATE, Placements, is_shard, join, join_all
 from fxshard.plan.plan import Plan
@@ -71,6 +72,7 @@ class ParallelModule(nn.Module):
             start = time.perf_counter()
             captured = capture(model, args, kwargs, dynamic_shapes=self._dynamic_shapes)
             seconds = time.perf_counter() - start
+            check_fidelity(model, captured, args, kwargs)
             compiled = compile_graph(captured, self._pinned(), model, seconds)
             self._captures[key] = self._latest = compiled
             if len(self._captures) == 1:

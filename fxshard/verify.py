@@ -19,18 +19,13 @@ from torch import fx, nn
 from torch.func import functional_call
 
 from fxshard.passes.capture import module_of, source_of
+from fxshard.passes.fidelity import difference
 from fxshard.passes.pipeline import Compiled
 from fxshard.passes.typing import has_info, info_of
 from fxshard.placement import Placements, Replicate, Varying, cut_all, is_partial, join_all
 from fxshard.program import ParallelModule
 from fxshard.runtime.collectives import Axis
 from fxshard.runtime.lockstep import Turns, lockstep_axes, run_ranks
-
-TOLERANCE = {
-    torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 5e-2,
-    torch.complex128: 1e-9, torch.complex64: 1e-4,
-}  # fmt: skip
-"""Largest difference that counts as equal, relative to the largest magnitude of the tensor (or to 1)."""
 
 
 @dataclass(frozen=True)
@@ -130,20 +125,6 @@ def _row(name: str, got: Any, want: torch.Tensor) -> tuple[str, str, float, bool
         return name, shape, float("inf"), False
     error, equal = difference(got, want)
     return name, shape, error, equal
-
-
-def difference(got: torch.Tensor, want: torch.Tensor) -> tuple[float, bool]:
-    """The largest absolute difference, and whether it is within the tolerance of the dtype."""
-    if want.numel() == 0 or want.is_meta:
-        return 0.0, got.shape == want.shape
-    if not (want.dtype.is_floating_point or want.dtype.is_complex):
-        return float((got != want).sum()), bool(torch.equal(got, want))
-    got, want = got.detach(), want.detach()
-    same = (got == want) | (got.isnan() & want.isnan())
-    error = torch.where(same, torch.zeros_like(want), got - want).abs().max().item()
-    finite = want[want.isfinite()]
-    scale = max(1.0, finite.abs().max().item()) if finite.numel() else 1.0
-    return error, error <= TOLERANCE[want.dtype] * scale
 
 
 def loss_of(leaves: list[Any]) -> torch.Tensor | None:

@@ -72,7 +72,7 @@ def _bytes(node: fx.Node) -> int:
     value = values_of(node)[0]
     size = int(value.element_size())
     for dim in value.shape:
-        size *= int(dim) if isinstance(dim, int) else int(dim.node.hint)
+        size *= int(dim) if isinstance(dim, int) else int(dim.node.hint or 1)
     return size
 
 

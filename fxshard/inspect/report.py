@@ -95,7 +95,7 @@ def full_bytes(node: fx.Node, compiled: Compiled) -> int:
     axis = compiled.mesh.index(str(node.args[1]))
     size = int(value.element_size())
     for dim in value.shape:
-        size *= int(dim) if isinstance(dim, int) else int(dim.node.hint)
+        size *= int(dim) if isinstance(dim, int) else int(dim.node.hint or 1)
     for a, placement in enumerate(info_of(node).placements):
         if a != axis and is_shard(placement):
             size //= compiled.mesh.sizes[a]

@@ -789,6 +789,14 @@ def _flat_graph(
         elif node.op == "output":
             node.args = (outputs.merge(node.args[0]),)
         node.meta = {key: node.meta[key] for key in _KEPT_META if key in node.meta}
+        if _is_vmapped(node.meta.get("val")):
+            raise CaptureError(
+                "the model calls torch.vmap, and export records its values without the mapped dims",
+                op=str(node.target),
+                module=module_of(node),
+                source=source_of(node),
+                fix="write the mapped dims out with broadcasting",
+            )
     placeholders = graph.find_nodes(op="placeholder")
     for node in reversed(placeholders):
         next(iter(graph.nodes)).prepend(node)
@@ -796,6 +804,10 @@ def _flat_graph(
     _mark_non_persistent(graph_module, _non_persistent(model))
     graph_module.train(model.training)
     return graph_module, tuple(node.name for node in placeholders), aliases
+
+
+def _is_vmapped(value: Any) -> bool:
+    return isinstance(value, torch.Tensor) and torch._C._functorch.is_batchedtensor(value)
 
 
 def _canonical_names(model: nn.Module) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
