@@ -6,6 +6,7 @@ import logging
 import os
 import time
 from collections.abc import Hashable, Mapping
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -24,7 +25,7 @@ from fxshard.passes.pipeline import STAGES, Compiled, compile_graph
 from fxshard.placement import REPLICATE, Placements, is_shard, join, join_all
 from fxshard.plan.plan import Plan
 from fxshard.runtime.collectives import Axis
-from fxshard.runtime.module import RankModule, load, local_part, place, share
+from fxshard.runtime.module import RankModule, find, load, local_part, place, share
 from fxshard.runtime.process import check_same_weights, checksum, process_axes, share_random_state
 
 logger = logging.getLogger("fxshard")
@@ -54,7 +55,8 @@ class ParallelModule(nn.Module):
         self._latest: Compiled | None = None
         self._eager = False
         self._ranks: dict[int, RankModule] = {}
-        self._functions: dict[Any, Any] = {}
+        self._sources: dict[int, str] = {}
+        self._functions: dict[int, Any] = {}
         self._checksums: dict[str, int] = {}
         self._axes: dict[str, Axis] | None = None
         self._placements: dict[str, Placements] = {}
@@ -66,7 +68,8 @@ class ParallelModule(nn.Module):
         """Captures and compiles the model for these inputs, once per signature and training mode."""
         kwargs = dict(kwargs or {})
         model = self._model[0]
-        model.train(self.training) if model.training != self.training else None
+        if model.training != self.training:
+            model.train(self.training)
         key = signature_key(model, args, kwargs)
         if key not in self._captures:
             start = time.perf_counter()
@@ -147,10 +150,9 @@ class ParallelModule(nn.Module):
             module = RankModule(rank, self.mesh)
             made: dict[int, Any] = {}
             persistent = compiled.captured.non_persistent
-            device = self._device()
             for name, tensor in self._tensors():
                 if id(tensor) not in made:
-                    part = local_part(tensor, self._placements[name], self.mesh, rank).to(device)
+                    part = local_part(tensor, self._placements[name], self.mesh, rank).to(self._device)
                     is_parameter = isinstance(tensor, nn.Parameter)
                     made[id(tensor)] = nn.Parameter(part, tensor.requires_grad) if is_parameter else part
                 place(module, name, made[id(tensor)], name not in persistent)
@@ -158,7 +160,9 @@ class ParallelModule(nn.Module):
             self._ranks[rank] = module
         return self._ranks[rank]
 
+    @cached_property
     def _device(self) -> torch.device:
+        """Where this process computes, as it was when the weights were placed."""
         tensors = [t for _, t in self._tensors()]
         if any(t.is_meta for t in tensors):
             return torch.device("meta")
@@ -176,25 +180,20 @@ class ParallelModule(nn.Module):
 
     def function(self, compiled: Compiled, rank: int, axes: Mapping[str, Axis]) -> Any:
         """The generated forward of a rank, over the given axes."""
-        source = emit(compiled.graph, self.mesh, type(self._model[0]).__name__)
-        module = self.rank_module(rank)
-        for node in compiled.graph.nodes:
-            if node.op == "get_attr":
-                self._constant(module, compiled, str(node.target))
-        return load(source, axes, self._device(), f"<fxshard {type(self._model[0]).__name__} {id(compiled)}>")
+        title = type(self._model[0]).__name__
+        if id(compiled) not in self._sources:
+            self._sources[id(compiled)] = emit(compiled.graph, self.mesh, title)
+        self.place_constants(compiled, rank)
+        return load(self._sources[id(compiled)], axes, self._device, f"<fxshard {title} {id(compiled)}>")
 
-    def _constant(self, module: RankModule, compiled: Compiled, name: str) -> None:
-        """Tensors and subgraphs that export lifted out of the code exist on every rank."""
-        value: Any = compiled.captured.graph_module
-        normalized = compiled.root
-        for part in name.split("."):
-            value = getattr(normalized, part) if value is compiled.captured.graph_module else getattr(value, part)
-        found: Any = module
-        for part in name.split("."):
-            found = getattr(found, part, None)
-        if found is None:
-            tensor = isinstance(value, torch.Tensor)
-            place(module, name, value.detach().to(self._device()) if tensor else value, persistent=False)
+    def place_constants(self, compiled: Compiled, rank: int) -> None:
+        """Puts the tensors and subgraphs that export lifted out of the code into a rank's module."""
+        module = self.rank_module(rank)
+        for name in compiled.attributes:
+            if find(module, name) is None:
+                value = find(compiled.root, name)
+                local = value.detach().to(self._device) if isinstance(value, torch.Tensor) else value
+                place(module, name, local, persistent=False)
 
     # --- running ---------------------------------------------------------------------------------------------------
 
@@ -204,10 +203,8 @@ class ParallelModule(nn.Module):
         Raises:
             InputError: when the inputs do not fit what was captured with example inputs.
         """
-        if self._eager:
+        if self._eager and self.compiled.captured.training == self.training:
             compiled = self.compiled
-            if compiled.captured.training != self.training:
-                compiled = self.capture(args, kwargs)
         else:
             compiled = self.capture(args, kwargs)
         leaves = compiled.captured.flatten_inputs(args, kwargs)
@@ -217,19 +214,15 @@ class ParallelModule(nn.Module):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Runs this rank's part; collective. Give every rank the same whole inputs."""
         compiled, leaves = self.compile_call(args, kwargs)
-        if self._axes is None:
-            self._axes = process_axes(self.mesh, self._device_mesh, self._device().type)
-        key = (id(compiled), "process")
-        if key not in self._functions:
-            self._functions[key] = self.function(compiled, self.rank, self._axes)
+        if id(compiled) not in self._functions:
+            self._functions[id(compiled)] = self.function(compiled, self.rank, self.axes)
         if self._checksums:
             check_same_weights(self._checksums)
             self._checksums = {}
         if compiled.draws:
             share_random_state(self.mesh)
-        device = self._device()
-        leaves = [x.to(device) if isinstance(x, torch.Tensor) else x for x in leaves]
-        out = self._functions[key](self.rank_module(self.rank), *leaves)
+        leaves = [x.to(self._device) if isinstance(x, torch.Tensor) else x for x in leaves]
+        out = self._functions[id(compiled)](self.rank_module(self.rank), *leaves)
         return compiled.captured.unflatten_outputs(out)
 
     # --- whole tensors ---------------------------------------------------------------------------------------------
@@ -252,9 +245,9 @@ class ParallelModule(nn.Module):
         if placed is None:
             return read(dict(self._tensors())[name])  # type: ignore[no-any-return]
         if dist.is_available() and dist.is_initialized() and self.mesh.world_size > 1:
-            part = read(_get(self.rank_module(self.rank), name))
+            part = read(find(self.rank_module(self.rank), name))
             return None if part is None else gather_whole(part.detach(), placed, self.mesh, self.axes).clone()
-        parts = [read(_get(self.rank_module(r), name)) for r in range(self.mesh.world_size)]
+        parts = [read(find(self.rank_module(r), name)) for r in range(self.mesh.world_size)]
         return None if any(p is None for p in parts) else join_all(parts, placed, self.mesh.sizes).clone()
 
     def placements_of(self, name: str) -> Placements:
@@ -269,7 +262,7 @@ class ParallelModule(nn.Module):
     def axes(self) -> dict[str, Axis]:
         """This process's axes; ``DistributedError`` without a process group."""
         if self._axes is None:
-            self._axes = process_axes(self.mesh, self._device_mesh, self._device().type)
+            self._axes = process_axes(self.mesh, self._device_mesh, self._device.type)
         return self._axes
 
     # --- seeing ----------------------------------------------------------------------------------------------------
@@ -300,14 +293,6 @@ class ParallelModule(nn.Module):
     def explain(self) -> str:
         """Every collective, its size, where it comes from, and why it is there."""
         return explain(self.compiled)
-
-
-def _get(module: nn.Module, name: str) -> torch.Tensor:
-    *path, last = name.split(".")
-    found: Any = module
-    for part in path:
-        found = found._modules[part]
-    return getattr(found, last)  # type: ignore[no-any-return]
 
 
 def gather_whole(part: torch.Tensor, placed: Placements, mesh: Mesh, axes: Mapping[str, Axis]) -> torch.Tensor:

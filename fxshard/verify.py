@@ -26,6 +26,7 @@ from fxshard.placement import Placements, Replicate, Varying, cut_all, is_partia
 from fxshard.program import ParallelModule
 from fxshard.runtime.collectives import Axis
 from fxshard.runtime.lockstep import Turns, lockstep_axes, run_ranks
+from fxshard.runtime.module import find
 
 
 @dataclass(frozen=True)
@@ -93,7 +94,9 @@ def verify(program: ParallelModule, *args: Any, **kwargs: Any) -> VerifyReport:
             trace = _Trace(program, compiled, args, kwargs, state)
             got, got_grads = trace.outputs, trace.grads
         differing = trace.disagreements() if trace is not None else []
-    rows = [_row(f"output {i}", a, b) for i, (a, b) in enumerate(zip(got, want, strict=True)) if _compares(b)]
+    rows = [
+        _row(f"output {i}", a, b) for i, (a, b) in enumerate(zip(got, want, strict=True)) if isinstance(b, torch.Tensor)
+    ]
     outputs = len(rows)  # the rows before are outputs, those behind are gradients
     rows += [_row(f"grad of {n}", got_grads.get(n), g) for n, g in want_grads.items()]
     rows += differing
@@ -115,28 +118,27 @@ def verify(program: ParallelModule, *args: Any, **kwargs: Any) -> VerifyReport:
     return report
 
 
-def _compares(value: Any) -> bool:
-    return isinstance(value, torch.Tensor)
-
-
 def _row(name: str, got: Any, want: torch.Tensor) -> tuple[str, str, float, bool]:
-    shape = str(list(want.shape))
-    if not isinstance(got, torch.Tensor) or got.shape != want.shape:
-        return name, shape, float("inf"), False
-    error, equal = difference(got, want)
-    return name, shape, error, equal
+    return name, str(list(want.shape)), *difference(got, want)
 
 
 def loss_of(leaves: list[Any]) -> torch.Tensor | None:
     """A fixed random weighting of all outputs that carry a gradient, so that no gradient is there by symmetry."""
     total: torch.Tensor | None = None
     for index, leaf in enumerate(leaves):
-        if isinstance(leaf, torch.Tensor) and leaf.requires_grad and not leaf.dtype.is_complex:
-            generator = torch.Generator().manual_seed(index)
-            weight = torch.randn(leaf.shape, generator=generator, dtype=torch.float32).to(leaf.device, leaf.dtype)
-            part = (leaf * weight).sum()
+        if _counts(leaf):
+            part = (leaf * _weight(index, leaf)).sum()
             total = part if total is None else total + part
     return total
+
+
+def _counts(leaf: Any) -> bool:
+    return isinstance(leaf, torch.Tensor) and leaf.requires_grad and not leaf.dtype.is_complex
+
+
+def _weight(index: int, leaf: torch.Tensor) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(index)
+    return torch.randn(leaf.shape, generator=generator, dtype=torch.float32).to(leaf.device, leaf.dtype)
 
 
 def _reference(
@@ -228,29 +230,20 @@ class _Trace:
         self.final = {n.name: n for n in compiled.graph.nodes}
         turns = Turns(world)
         axes = lockstep_axes(program.mesh, turns)
-        for rank in range(world):
-            program.function(compiled, rank, axes[rank])
-        self.ranks = [_Recorder(compiled.root, compiled.graph, self._reader(rank), axes[rank]) for rank in range(world)]
-        outs = run_ranks(world, turns, lambda rank: self.ranks[rank].run(*(_own(x) for x in leaves)))
-        self.outs = outs
-        self.outputs = [self._join_output(i, [out[i] for out in outs]) for i in range(len(outs[0]))]
+        self.ranks = [self._recorder(rank, axes[rank]) for rank in range(world)]
+        self.outs = run_ranks(world, turns, lambda rank: self.ranks[rank].run(*(_own(x) for x in leaves)))
+        self.outputs = [self._join_output(i, [out[i] for out in self.outs]) for i in range(len(self.outs[0]))]
         for index, value in compiled.captured.output_constants.items():
             self.outputs[index] = value
         loss = loss_of(self.outputs)
         if loss is not None:
-            self._backward(outs)
+            self._backward()
         self.grads = program.full_grads()
 
-    def _reader(self, rank: int) -> Callable[[str], Any]:
+    def _recorder(self, rank: int, axes: Mapping[str, Axis]) -> _Recorder:
+        self.program.place_constants(self.compiled, rank)
         module = self.program.rank_module(rank)
-
-        def read(name: str) -> Any:
-            found: Any = module
-            for part in name.split("."):
-                found = getattr(found, part)
-            return found
-
-        return read
+        return _Recorder(self.compiled.root, self.compiled.graph, lambda name: find(module, name), axes)
 
     def _join_output(self, index: int, parts: list[Any]) -> Any:
         if not isinstance(parts[0], torch.Tensor):
@@ -281,17 +274,15 @@ class _Trace:
             rows += [] if row[3] else [row]
         return rows
 
-    def _backward(self, outs: list[Any]) -> None:
+    def _backward(self) -> None:
         """Every rank back-propagates its share of the loss, as ``loss_fn`` of a real run would."""
         total = torch.zeros(())
-        for index in range(len(outs[0])):
-            parts = [out[index] for out in outs]
-            if not isinstance(parts[0], torch.Tensor) or not parts[0].requires_grad or parts[0].dtype.is_complex:
+        for index, whole in enumerate(self.outputs):
+            if not _counts(whole):
                 continue
+            parts = [out[index] for out in self.outs]
             placed = self.compiled.output_placements(index)
-            whole = self.outputs[index]
-            generator = torch.Generator().manual_seed(index)
-            weight = torch.randn(whole.shape, generator=generator, dtype=torch.float32).to(whole.device, whole.dtype)
+            weight = _weight(index, whole)
             for rank, part in enumerate(parts):
                 local = cut_all(weight, placed, self.mesh.sizes, self.mesh.coordinate(rank))
                 total = total + (part * local).sum()
@@ -307,10 +298,7 @@ class _Trace:
         def read(name: str) -> Any:
             if name in weights:
                 return weights[name].clone().requires_grad_(weights[name].is_floating_point())
-            found: Any = root
-            for part in name.split("."):
-                found = getattr(found, part)
-            return found
+            return find(root, name)
 
         single = _Recorder(root, graph, read, {})
         out = single.run(*(_own(x) for x in captured.flatten_inputs(*self.call)))
@@ -339,7 +327,7 @@ class _Trace:
         if grad:  # the gradient of a Partial value is whole on every rank
             placed = tuple(Replicate() if is_partial(p) or isinstance(p, Varying) else p for p in placed)
         got = join_all(parts, placed, self.mesh.sizes)
-        return got.shape != want.shape or not difference(got, want)[1]
+        return not difference(got, want)[1]
 
     def _name(self, node: fx.Node, what: str) -> str:
         place = ", ".join(x for x in (module_of(node), source_of(node)) if x)

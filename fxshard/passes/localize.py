@@ -160,8 +160,7 @@ def _local_cut(node: fx.Node, info: Info, mesh: Mesh) -> None:
     if parts == 1:
         return
     if all(v.shape[dim] == value.shape[dim] for v in values_of(node)) and node.target is aten.slice.Tensor:
-        if True:
-            node.args, node.kwargs = (source, dim, 0, torch.iinfo(torch.int64).max), {}
+        node.args, node.kwargs = (source, dim, 0, torch.iinfo(torch.int64).max), {}
         return
     if node.target in (aten.slice.Tensor, aten.narrow.default):
         start = arguments.get("start") or 0

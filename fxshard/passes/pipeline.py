@@ -8,6 +8,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -29,6 +30,7 @@ from fxshard.plan.plan import Plan
 from fxshard.plan.resolve import Names, Resolved, resolve
 from fxshard.rules.recipe import bind
 from fxshard.runtime.collectives import dropout_mask
+from fxshard.runtime.module import find
 
 STAGES = ("capture", "normalize", "annotate", "propagate", "insert_collectives", "localize", "optimize")
 
@@ -61,31 +63,39 @@ class Compiled:
         leaves: Any = next(iter(reversed(self.graph.nodes))).args[0]
         return info_of(leaves[index]).placements
 
+    @cached_property
+    def attributes(self) -> tuple[str, ...]:
+        """The names of the weights and constants that the program reads."""
+        return tuple(str(n.target) for n in self.graph.find_nodes(op="get_attr"))
+
+    @cached_property
+    def _dynamic_splits(self) -> tuple[tuple[str, int, int, tuple[str, ...]], ...]:
+        """The dynamic dims of inputs that the plan splits: (input, its position, the dim, the axes)."""
+        position = {name: i for i, name in enumerate(self.captured.placeholders)}
+        axes: dict[tuple[str, int, int], tuple[str, ...]] = {}
+        for node, asked in self.resolved.nodes.items():
+            for axis, placement in asked.items() if node.op == "placeholder" else ():
+                if is_shard(placement) and not isinstance(node.meta["val"].shape[placement.dim], int):  # type: ignore[attr-defined]
+                    key = (node.name, position[node.name], placement.dim)  # type: ignore[attr-defined]
+                    axes[key] = (*axes.get(key, ()), axis)
+        return tuple((*key, names) for key, names in axes.items())
+
     def check_divides(self, leaves: list[Any]) -> None:
         """Dynamic sizes are known only at a call: those that the plan splits must divide.
 
         Raises:
             DivisibilityError: naming the input, its dim, and the axes.
         """
-        order = {name: i for i, name in enumerate(self.captured.placeholders)}
-        for node, asked in self.resolved.nodes.items():
-            if node.op != "placeholder":
-                continue
-            shape = leaves[order[node.name]].shape
-            axes: dict[int, list[str]] = {}
-            for axis, placement in asked.items():
-                if is_shard(placement):
-                    axes.setdefault(placement.dim, []).append(axis)  # type: ignore[attr-defined]
-            for dim, names in axes.items():
-                parts = math.prod(map(self.mesh.size, names))
-                if shape[dim] % parts:
-                    over = " and ".join(f"{n!r} (size {self.mesh.size(n)})" for n in names)
-                    raise DivisibilityError(
-                        f"dim {dim} (size {shape[dim]}) of input {node.name} cannot be split over mesh axis {over}",
-                        fix=f"give a size that {parts} divides; uneven shards are not supported yet",
-                    )
+        for name, position, dim, axes in self._dynamic_splits:
+            size, parts = leaves[position].shape[dim], math.prod(map(self.mesh.size, axes))
+            if size % parts:
+                over = " and ".join(f"{a!r} (size {self.mesh.size(a)})" for a in axes)
+                raise DivisibilityError(
+                    f"dim {dim} (size {size}) of input {name} cannot be split over mesh axis {over}",
+                    fix=f"give a size that {parts} divides; uneven shards are not supported yet",
+                )
 
-    @property
+    @cached_property
     def draws(self) -> bool:
         """Whether the program draws random numbers."""
         return any(_draws(node) for node in self.graph.nodes)
@@ -139,9 +149,7 @@ def mark_parameters(graph: fx.Graph, root: torch.nn.Module) -> None:
     """Notes on every attribute whether it is a parameter, and whether it requires a gradient."""
     for node in graph.nodes:
         if node.op == "get_attr":
-            value: Any = root
-            for part in str(node.target).split("."):
-                value = getattr(value, part)
+            value = find(root, str(node.target))
             node.meta["is_parameter"] = isinstance(value, torch.nn.Parameter)
             node.meta["requires_grad"] = isinstance(value, torch.Tensor) and value.requires_grad
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import linecache
 from collections.abc import Callable, Mapping
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -61,6 +62,23 @@ def place(module: nn.Module, name: str, tensor: Any, persistent: bool = True) ->
         module._modules[last] = tensor
 
 
+def find(module: nn.Module, name: str) -> Any:
+    """What ``place`` put under a dotted name; None where nothing is.
+
+    It looks where torch keeps what modules hold: an attribute of the class may have the same name.
+    """
+    *path, last = name.split(".")
+    for part in path:
+        child = module._modules.get(part)
+        if child is None:
+            return None
+        module = child
+    for held in (module._parameters, module._buffers, module._modules):
+        if last in held:
+            return held[last]
+    return module.__dict__.get(last)
+
+
 def share(source: nn.Module, target: nn.Module) -> None:
     """Gives ``target`` what ``source`` holds, under the same names."""
     target._modules.update(source._modules)
@@ -96,11 +114,6 @@ def load(source: str, axes: Mapping[str, Axis], device: torch.device, filename: 
     return forward
 
 
-_code: dict[tuple[str, str], Any] = {}
-
-
+@lru_cache(maxsize=64)
 def _compiled(source: str, filename: str) -> Any:
-    key = (source, filename)
-    if key not in _code:
-        _code[key] = compile(source, filename, "exec")
-    return _code[key]
+    return compile(source, filename, "exec")
