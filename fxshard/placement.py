@@ -26,7 +26,6 @@ from torch.distributed.tensor.placement_types import Placement
 __all__ = ["BlockShard", "Partial", "Placement", "Placements", "Replicate", "Shard", "Varying"]
 
 Placements: TypeAlias = tuple[Placement, ...]
-Size: TypeAlias = "int | torch.SymInt"
 
 
 class BlockShard(Shard):

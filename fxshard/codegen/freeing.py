@@ -8,15 +8,14 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Mapping
-from typing import Any
 
 import torch
 from torch import fx
 
 from fxshard.codegen.regions import Region
 from fxshard.mesh import Mesh
-from fxshard.passes.typing import has_info, info_of
-from fxshard.placement import is_shard
+from fxshard.passes.typing import local_bytes
+from fxshard.rules.recipe import is_tensor
 from fxshard.runtime import collectives
 
 LARGE = 2**20
@@ -39,29 +38,12 @@ def deaths(region: Region, last_use: Mapping[fx.Node, int], mesh: Mesh) -> dict[
             groups.setdefault(base[node], []).append(node)
     out: dict[int, list[fx.Node]] = {}
     for nodes in groups.values():
-        if max(_num_bytes(node, mesh) for node in nodes) >= LARGE:
+        if any(is_tensor(node) and local_bytes(node, mesh.sizes) >= LARGE for node in nodes):
             out.setdefault(max(last_use.get(n, -1) for n in nodes), []).extend(nodes)
     return out
 
 
 def _is_view(node: fx.Node) -> bool:
     if isinstance(node.target, torch._ops.OpOverload):
-        return any(r.alias_info is not None for r in node.target._schema.returns) or not _is_tensor(node)
+        return any(r.alias_info is not None for r in node.target._schema.returns) or not is_tensor(node)
     return node.target in (operator.getitem, collectives.vary, collectives.chunk)
-
-
-def _is_tensor(node: fx.Node) -> bool:
-    return isinstance(node.meta.get("val"), torch.Tensor)
-
-
-def _num_bytes(node: fx.Node, mesh: Mesh) -> int:
-    value: Any = node.meta.get("val")
-    if not isinstance(value, torch.Tensor):
-        return 0
-    size = int(value.element_size())
-    for dim in value.shape:
-        size *= dim if isinstance(dim, int) else int(dim.node.hint or 1)
-    if has_info(node) and info_of(node).outputs:
-        for placement, count in zip(info_of(node).placements, mesh.sizes, strict=True):
-            size //= count if is_shard(placement) else 1
-    return size

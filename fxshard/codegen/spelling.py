@@ -14,6 +14,7 @@ import torch
 from torch import fx
 
 from fxshard.passes.insert_collectives import CONVERSIONS
+from fxshard.rules.recipe import is_tensor
 from fxshard.runtime import collectives
 
 aten = torch.ops.aten
@@ -134,10 +135,6 @@ def _long(target: torch._ops.OpOverload, args: Sequence[Any], kwargs: Mapping[st
     return _called(name if target.namespace == "aten" else f"torch.ops.{name}", args, kwargs, text)
 
 
-def _is_tensor(value: Any) -> bool:
-    return isinstance(value, fx.Node) and isinstance(value.meta.get("val"), torch.Tensor)
-
-
 def _infix(args: Sequence[Any], sign: str, text: Text) -> str:
     return f"{text(args[0])} {sign} {text(args[1])}"
 
@@ -146,7 +143,7 @@ def _short(target: Any, args: Sequence[Any], kwargs: Mapping[str, Any], text: Te
     """The short form; ``""`` where there is none for these arguments."""
     if target in FUNCTIONS:
         return "" if len(args) > LIMITS.get(target, 99) else _called(FUNCTIONS[target], args, kwargs, text)
-    if not args or not _is_tensor(args[0]):
+    if not args or not is_tensor(args[0]):
         return ""
     first = text(args[0])
     if target in METHODS and len(args) <= LIMITS.get(target, 99):

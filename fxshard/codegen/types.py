@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import fx
 
@@ -16,20 +18,20 @@ DTYPES = {
 }  # fmt: skip
 
 
-def describe_value(node: fx.Node, mesh: Mesh) -> str:
-    """The local type of a node's result, e.g. ``f32[4, 16, 32]``."""
+def describe_value(node: fx.Node, sizes: Sequence[int]) -> str:
+    """The local type of a node's result on a mesh of ``sizes``, e.g. ``f32[4, 16, 32]``."""
     value = node.meta.get("val")
     if not isinstance(value, torch.Tensor):
         return ""
     shape = tuple(value.shape)
     if has_info(node) and info_of(node).outputs:
-        shape = local_shape(shape, info_of(node).placements, mesh.sizes)
+        shape = local_shape(shape, info_of(node).placements, sizes)
     return f"{DTYPES.get(value.dtype, str(value.dtype))}[{', '.join(map(str, shape))}]"
 
 
 def describe_local(node: fx.Node, mesh: Mesh) -> str:
     """The local type of a node's result, and its placements where it is not replicated."""
-    text = describe_value(node, mesh)
+    text = describe_value(node, mesh.sizes)
     if text and has_info(node) and info_of(node).outputs:
         placed = describe_all(info_of(node).placements, mesh.names)
         text += f"  {placed}" if placed != "Replicate" else ""

@@ -9,7 +9,7 @@ from torch import fx
 
 from fxshard.passes.capture import module_of, source_of
 from fxshard.passes.pipeline import Compiled
-from fxshard.passes.typing import info_of, values_of
+from fxshard.passes.typing import info_of, num_bytes, values_of
 from fxshard.placement import is_partial, is_shard
 from fxshard.rules.recipe import operands_of
 from fxshard.rules.table import find_rule, name_of
@@ -53,8 +53,8 @@ def fallbacks_of(compiled: Compiled) -> list[Fallback]:
             call = ", ".join(_dims(values_of(o)[0].dim()) for o in operands_of(node) if hasattr(values_of(o)[0], "dim"))
             result = ", ".join(_dims(v.dim()) for v in values_of(node) if hasattr(v, "dim"))
             fix = f'register_rule("{operator.replace(".", "::", 1)}", "{call} -> {result}") with a factor a dim'
-            num_bytes = sum(_bytes(o) for o in gathered)
-            out.append(Fallback(operator, module_of(node), source_of(node), num_bytes, fix))
+            total = sum(num_bytes(values_of(o)[0]) for o in gathered)
+            out.append(Fallback(operator, module_of(node), source_of(node), total, fix))
     return out
 
 
@@ -66,14 +66,6 @@ def _operands(node: fx.Node) -> list[tuple[fx.Node, bool]]:
         asked = [c is not None and c.inputs[i] is not None for c in choices]
         out.append((operand, any(a and (is_shard(p) or is_partial(p)) for a, p in zip(asked, known, strict=True))))
     return out
-
-
-def _bytes(node: fx.Node) -> int:
-    value = values_of(node)[0]
-    size = int(value.element_size())
-    for dim in value.shape:
-        size *= int(dim) if isinstance(dim, int) else int(dim.node.hint or 1)
-    return size
 
 
 def _dims(count: int) -> str:

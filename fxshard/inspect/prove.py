@@ -30,7 +30,6 @@ from fxshard.errors import RuleError
 from fxshard.mesh import Mesh
 from fxshard.passes.facts import split_choice
 from fxshard.passes.localize import localize
-from fxshard.passes.propagate import carried
 from fxshard.passes.typing import Choice, Info, set_info, values_of
 from fxshard.placement import (
     PARTIAL,
@@ -47,7 +46,7 @@ from fxshard.placement import (
     shard,
 )
 from fxshard.rules.lookup import recipe_for
-from fxshard.rules.recipe import Recipe, RuleFunction, operands_of, shape_of, units
+from fxshard.rules.recipe import At, Recipe, RuleFunction, operands_of, shape_of, units
 from fxshard.rules.table import find_rule, temporary_rule
 from fxshard.runtime import collectives as run
 from fxshard.runtime.lockstep import Turns, lockstep_axes, run_ranks
@@ -209,7 +208,7 @@ class _Trial:
             recipe = self.recipe(current, outer, sizes[: len(outer)])
             for factor in recipe.factors:
                 for i, at in enumerate(factor.inputs):
-                    blocks = carried(current[i], at, factor, size)
+                    blocks = factor.blocks_for(at, At.of(current[i]), size)
                     if blocks is None or i in recipe.unread:
                         continue
                     differentiable = [_is_float(x) for x in self.operands]

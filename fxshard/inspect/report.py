@@ -10,15 +10,15 @@ from tabulate import tabulate
 from torch import fx
 
 from fxshard.codegen.text import span
-from fxshard.codegen.types import DTYPES, describe_local, describe_value
+from fxshard.codegen.types import describe_local, describe_value
 from fxshard.inspect.fallbacks import fallbacks_of
 from fxshard.inspect.reasons import home_of, op_name, reason, source_of_value, without_layers
 from fxshard.mesh import Mesh
 from fxshard.passes.capture import module_of, source_of
 from fxshard.passes.insert_collectives import CONVERSIONS
 from fxshard.passes.pipeline import Compiled
-from fxshard.passes.typing import has_info, info_of
-from fxshard.placement import Placement, Varying, blocks_of, is_partial, is_shard, local_shape
+from fxshard.passes.typing import has_info, info_of, is_float, local_bytes, values_of
+from fxshard.placement import Placement, Varying, blocks_of, is_partial, is_shard
 from fxshard.runtime import collectives as run
 
 
@@ -84,22 +84,17 @@ def needs_grad(compiled: Compiled) -> dict[fx.Node, bool]:
 
 
 def _is_float(node: fx.Node) -> bool:
-    value = node.meta.get("val")
-    values = value if isinstance(value, (list, tuple)) else [value]
-    return any(isinstance(v, torch.Tensor) and v.dtype.is_floating_point for v in values)
+    return any(map(is_float, values_of(node)))
+
+
+def _whole_along(axis: int, mesh: Mesh) -> list[int]:
+    """The mesh's sizes, with one axis as if it had one rank: what is whole along it is counted whole."""
+    return [1 if a == axis else size for a, size in enumerate(mesh.sizes)]
 
 
 def full_bytes(node: fx.Node, compiled: Compiled) -> int:
     """The bytes of the value that a conversion gives, whole along its own axis, local along the others."""
-    value = node.meta["val"]
-    axis = compiled.mesh.index(str(node.args[1]))
-    size = int(value.element_size())
-    for dim in value.shape:
-        size *= int(dim) if isinstance(dim, int) else int(dim.node.hint or 1)
-    for a, placement in enumerate(info_of(node).placements):
-        if a != axis and is_shard(placement):
-            size //= compiled.mesh.sizes[a]
-    return size
+    return local_bytes(node, _whole_along(compiled.mesh.index(str(node.args[1])), compiled.mesh))
 
 
 def _conversions(compiled: Compiled) -> Iterator[fx.Node]:
@@ -125,17 +120,8 @@ def _record(node: fx.Node, kind: str, phase: str, compiled: Compiled) -> Collect
     module = home_of(source) if source.op == "get_attr" else module_of(node)
     why = reason(node, phase, index, axis)
     num_bytes = full_bytes(node, compiled)
-    return Collective(
-        kind, axis, phase, num_bytes, module, source_of(node), why, _full_type(node, compiled.mesh, index)
-    )
-
-
-def _full_type(node: fx.Node, mesh: Mesh, axis: int) -> str:
-    """The type of the value that a conversion gives, whole along its own axis."""
-    value = node.meta["val"]
-    sizes = [1 if a == axis else size for a, size in enumerate(mesh.sizes)]
-    shape = local_shape(tuple(value.shape), info_of(node).placements, sizes)
-    return f"{DTYPES.get(value.dtype, str(value.dtype))}[{', '.join(map(str, shape))}]"
+    value = describe_value(node, _whole_along(index, compiled.mesh))
+    return Collective(kind, axis, phase, num_bytes, module, source_of(node), why, value)
 
 
 # --- the table -------------------------------------------------------------------------------------------------------
@@ -184,7 +170,7 @@ def table(compiled: Compiled) -> str:
                 _shortened(module_of(node), MODULE_WIDTH),
                 placed_in,
                 _short_all(node),
-                describe_value(node, compiled.mesh)[:SHAPE_WIDTH],
+                describe_value(node, compiled.mesh.sizes)[:SHAPE_WIDTH],
                 forward,
                 back,
                 num_bytes,
@@ -229,16 +215,9 @@ def format_graph(graph: fx.Graph, mesh: Mesh) -> str:
     """
     rows = []
     for node in graph.nodes:
-        operator = (
-            node.op
-            if node.op == "output"
-            else op_name(node)
-            if node.op == "call_function"
-            else f"{node.op} {node.target}"
-        )
-        arguments = (
-            "" if node.op in ("placeholder", "get_attr") else ", ".join(f"%{n.name}" for n in node.all_input_nodes)
-        )
+        operator = f"{node.op} {node.target}" if node.op in ("placeholder", "get_attr") else node.op
+        operator = op_name(node) if node.op == "call_function" else operator
+        arguments = ", ".join(f"%{n.name}" for n in node.all_input_nodes)
         rows.append((f"%{node.name}" if node.op != "output" else "", operator, arguments, describe_local(node, mesh)))
     return tabulate(rows, headers=("node", "op", "operands", "local type"), disable_numparse=True)
 

@@ -29,7 +29,7 @@ from fxshard.passes.propagate import METADATA
 from fxshard.passes.typing import Info, info_of, values_of
 from fxshard.placement import Placement, Varying, blocks_of, describe, is_partial, is_shard, local_shape, same, shard
 from fxshard.rules.lookup import recipe_for
-from fxshard.rules.recipe import Factor, combine, operands_of, shape_of, uncombine, units, written
+from fxshard.rules.recipe import At, Factor, operands_of, shape_of, written
 from fxshard.runtime import collectives as run
 
 
@@ -61,13 +61,8 @@ def _check_updates(node: fx.Node, mesh: Mesh) -> None:
     """What a call writes must be the buffer (or input) itself, not a converted copy of it."""
     for name, value in written(node).items():
         if value.op not in ("get_attr", "placeholder"):
-            raise SoundnessError(
-                f"%{node.name} would update a copy (%{value.name}) of its argument {name!r}, and lose the update",
-                op=str(node.target),
-                module=module_of(node),
-                source=source_of(node),
-                fix="replicate that buffer in the plan",
-            )
+            what = f"%{node.name} would update a copy (%{value.name}) of its argument {name!r}, and lose the update"
+            raise _refused(node, what, "replicate that buffer in the plan")
 
 
 def _interesting(placement: Placement) -> bool:
@@ -109,22 +104,18 @@ def _follows(
 def _fits(
     factor: Factor, facts: Sequence[Info], now: Sequence[Placement], after: Sequence[Placement], read: list[int], n: int
 ) -> bool:
-    blocks: tuple[int, ...] | None = None
-    for i in read:
-        at = factor.inputs[i]
-        if at is not None and is_shard(now[i]) and now[i].dim == at.dim:  # type: ignore[attr-defined]
-            blocks = uncombine(blocks_of(now[i]), at.blocks)
-            break
-    if blocks is None or not units(factor.size, blocks, n):
+    found = (factor.blocks_for(factor.inputs[i], At.of(now[i]), n) for i in read)
+    blocks = next((b for b in found if b is not None), None)
+    if blocks is None:
         return False
     for i in read:
         at = factor.inputs[i]
         if at is not None:
-            if not same(now[i], shard(at.dim, combine(at.blocks, blocks))):
+            if not same(now[i], at.placement(blocks)):
                 return False
         elif _interesting(now[i]) != facts[i].differentiable or is_shard(now[i]):
             return False
-    expected = (None if at is None else shard(at.dim, combine(at.blocks, blocks)) for at in factor.outputs)
+    expected = (None if at is None else at.placement(blocks) for at in factor.outputs)
     return all(is_partial(p) if e is None else same(p, e) for p, e in zip(after, expected, strict=True))
 
 
@@ -190,10 +181,12 @@ def _unsound(
 ) -> SoundnessError:
     given = ", ".join(f"%{o.name}: {describe(p)}" for o, p in zip(operands, now, strict=False))
     result = ", ".join(map(describe, after))
-    return SoundnessError(
+    return _refused(
+        node,
         f"%{node.name} does not follow from its operands on mesh axis {axis!r}: ({given}) -> {result}",
-        op=str(node.target),
-        module=module_of(node),
-        source=source_of(node),
-        fix="this is a bug of fxshard, or of a rule registered for this operator: please report the model and the plan",
+        "this is a bug of fxshard, or of a rule registered for this operator: please report the model and the plan",
     )
+
+
+def _refused(node: fx.Node, what: str, fix: str) -> SoundnessError:
+    return SoundnessError(what, op=str(node.target), module=module_of(node), source=source_of(node), fix=fix)

@@ -9,8 +9,8 @@ import torch
 from torch import fx
 
 from fxshard.passes.typing import Choice, has_info, info_of, is_float, values_of
-from fxshard.placement import PARTIAL, REPLICATE, VARYING, Placement, local_shape, shard
-from fxshard.rules.recipe import Factor, Shape, combine, shape_of
+from fxshard.placement import PARTIAL, REPLICATE, VARYING, Placement, local_shape
+from fxshard.rules.recipe import Factor, Shape, shape_of
 
 
 @dataclass(eq=False)
@@ -96,8 +96,8 @@ def split_choice(
         if i in unread and at is None:
             inputs.append(None)
         elif at is not None:
-            inputs.append(shard(at.dim, combine(at.blocks, blocks)))
+            inputs.append(at.placement(blocks))
         else:
             inputs.append(VARYING if differentiable[i] else REPLICATE)
-    outputs = tuple(PARTIAL if at is None else shard(at.dim, combine(at.blocks, blocks)) for at in factor.outputs)
+    outputs = tuple(PARTIAL if at is None else at.placement(blocks) for at in factor.outputs)
     return Choice("split", tuple(inputs), outputs, factor.name, factor.lowering, f"operand {leader}")

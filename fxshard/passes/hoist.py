@@ -17,9 +17,9 @@ from collections.abc import Sequence
 
 from fxshard.passes.facts import Facts, input_shapes, output_shapes, split_choice
 from fxshard.passes.typing import Choice
-from fxshard.placement import REPLICATE, Placement, Varying, blocks_of, is_shard, same
+from fxshard.placement import REPLICATE, Placement, Varying, is_shard, same
 from fxshard.rules.lookup import recipe_for
-from fxshard.rules.recipe import Factor, uncombine, units
+from fxshard.rules.recipe import At
 
 
 def hoist_cuts(facts: Sequence[Facts], size: int, sizes: Sequence[int]) -> None:
@@ -60,19 +60,11 @@ def _split(fact: Facts, wanted: Placement, size: int, sizes: Sequence[int]) -> C
     current = [REPLICATE] * len(fact.operands)
     recipe = recipe_for(fact.node, input_shapes(fact, sizes), output_shapes(fact, sizes), current)
     for factor in recipe.factors if recipe is not None else ():
-        blocks = _blocks(factor, wanted, size)
+        blocks = factor.blocks_for(factor.outputs[0], At.of(wanted), size)
         if blocks is not None and factor.lowering is None:
             flows = [o.differentiable for o in fact.operands]
             return split_choice(factor, blocks, flows, recipe.unread, 0)  # type: ignore[union-attr]
     return None
-
-
-def _blocks(factor: Factor, wanted: Placement, size: int) -> tuple[int, ...] | None:
-    at = factor.outputs[0]
-    if at is None or at.dim != wanted.dim:  # type: ignore[attr-defined]
-        return None
-    blocks = uncombine(blocks_of(wanted), at.blocks)
-    return blocks if blocks is not None and units(factor.size, blocks, size) else None
 
 
 def _moves(fact: Facts, choice: Choice) -> int:

@@ -20,15 +20,14 @@ from torch import fx
 
 from fxshard.mesh import Mesh
 from fxshard.passes.facts import split_choice
-from fxshard.passes.propagate import carried
 from fxshard.passes.typing import Info, info_of, is_float, set_info, values_of
 from fxshard.placement import PARTIAL, REPLICATE, VARYING, Placement, is_partial, local_shape
 from fxshard.rules.lookup import recipe_for
-from fxshard.rules.recipe import bind, operands_of, shape_of, signature_of
+from fxshard.rules.recipe import At, bind, operands_of, shape_of, signature_of
 from fxshard.runtime import collectives as run
 
 aten = torch.ops.aten
-NONE, MEAN, SUM = 0, 1, 2
+NONE, SUM = 0, 2  # 1 is the mean
 
 
 class _Writer:
@@ -61,7 +60,7 @@ class _Writer:
             found: Placement = PARTIAL if any(map(is_partial, now)) else REPLICATE
             for factor in recipe.factors if recipe is not None else ():
                 for placement, at in zip(now, factor.inputs, strict=True):
-                    blocks = carried(placement, at, factor, size)
+                    blocks = factor.blocks_for(at, At.of(placement), size)
                     if blocks is not None:
                         found = split_choice(factor, blocks, [False] * len(now), frozenset(), 0).outputs[0]
             out.append(found)

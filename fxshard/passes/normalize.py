@@ -96,7 +96,7 @@ def _kind(target: Any) -> str:
 
 
 @functools.cache
-def _is_effect(target: Any) -> bool:
+def is_effect(target: Any) -> bool:
     """Say whether a node must stay though nobody reads it: it writes, draws random numbers, or returns nothing."""
     if not isinstance(target, torch._ops.OpOverload):
         return False
@@ -251,7 +251,7 @@ def _has_effect(node: fx.Node, root: fx.GraphModule) -> bool:
     if node.target is _aten.batch_norm.default:
         return node.args[5] is True and node.args[3] is not None  # it updates its running statistics
     inner = nested_graphs(node, root)
-    return _is_effect(node.target) or any(_has_effect(item, owner) for owner in inner for item in owner.graph.nodes)
+    return is_effect(node.target) or any(_has_effect(item, owner) for owner in inner for item in owner.graph.nodes)
 
 
 def _keep_non_persistent(gm: fx.GraphModule, result: fx.GraphModule) -> None:

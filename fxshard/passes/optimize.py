@@ -15,6 +15,7 @@ from __future__ import annotations
 import torch
 from torch import fx
 
+from fxshard.passes.normalize import is_effect
 from fxshard.passes.typing import copy_graph
 from fxshard.runtime.collectives import dropout_mask
 
@@ -29,7 +30,9 @@ def optimize(graph: fx.Graph) -> fx.Graph:
     for node in graph.nodes:
         if node.meta.get("split_bias") and node.target is aten.add.Tensor:
             _fuse_bias(graph, node)
-    _remove_dead(graph)
+    for node in reversed(graph.nodes):
+        if _is_dead(node):
+            graph.erase_node(node)
     return graph
 
 
@@ -47,19 +50,7 @@ def _fuse_bias(graph: fx.Graph, node: fx.Node) -> None:
     graph.erase_node(product)
 
 
-def _remove_dead(graph: fx.Graph) -> None:
-    for node in reversed(graph.nodes):
-        if _is_dead(node):
-            graph.erase_node(node)
-
-
 def _is_dead(node: fx.Node) -> bool:
     if node.users or node.op not in ("call_function", "get_attr"):
         return False
-    return node.op == "get_attr" or not _impure(node)
-
-
-def _impure(node: fx.Node) -> bool:
-    if not isinstance(node.target, torch._ops.OpOverload):
-        return node.target is dropout_mask
-    return node.target._schema.is_mutable or torch.Tag.nondeterministic_seeded in node.target.tags
+    return not (node.target is dropout_mask or is_effect(node.target))

@@ -28,7 +28,7 @@ from fxshard.passes.typing import info_of
 from fxshard.placement import Placements, is_shard
 from fxshard.plan.plan import Plan
 from fxshard.plan.resolve import Names, Resolved, resolve
-from fxshard.rules.recipe import bind
+from fxshard.rules.lookup import draws
 from fxshard.runtime.collectives import dropout_mask
 from fxshard.runtime.module import find
 
@@ -98,7 +98,7 @@ class Compiled:
     @cached_property
     def draws(self) -> bool:
         """Whether the program draws random numbers."""
-        return any(_draws(node) for node in self.graph.nodes)
+        return any(node.target is dropout_mask or draws(node) for node in self.graph.nodes)
 
 
 def compile_graph(captured: Captured, plan: Plan, model: torch.nn.Module, capture_s: float) -> Compiled:
@@ -152,14 +152,6 @@ def mark_parameters(graph: fx.Graph, root: torch.nn.Module) -> None:
             value = find(root, str(node.target))
             node.meta["is_parameter"] = isinstance(value, torch.nn.Parameter)
             node.meta["requires_grad"] = isinstance(value, torch.Tensor) and value.requires_grad
-
-
-def _draws(node: fx.Node) -> bool:
-    if node.target is dropout_mask:
-        return True
-    if node.target is torch.ops.aten.scaled_dot_product_attention.default:
-        return bool(bind(node)["dropout_p"])
-    return torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ())
 
 
 def names_of(graph: fx.Graph, captured: Captured, model: torch.nn.Module) -> Names:

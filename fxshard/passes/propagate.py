@@ -26,18 +26,10 @@ from fxshard.mesh import Mesh
 from fxshard.passes.facts import Facts, input_shapes, output_shapes, split_choice
 from fxshard.passes.hoist import hoist_cuts
 from fxshard.passes.typing import Choice, Info, copy_graph, set_info
-from fxshard.placement import (
-    PARTIAL,
-    REPLICATE,
-    Placement,
-    blocks_of,
-    is_partial,
-    is_shard,
-    same,
-    shard,
-)
-from fxshard.rules.lookup import recipe_for
-from fxshard.rules.recipe import At, Factor, Recipe, combine, operands_of, uncombine, units, written
+from fxshard.placement import PARTIAL, REPLICATE, Placement, is_partial, is_shard, same
+from fxshard.rules.lookup import WEIGHT_VIEWS, recipe_for
+from fxshard.rules.recipe import At, Factor, Recipe, operands_of, written
+from fxshard.rules.table import name_of
 
 WEIGHT_STAYS = 1000.0
 """How much dearer it is to move a weight than an activation of its size: weights stay where they are stored."""
@@ -52,16 +44,6 @@ METADATA = {
     torch.ops.aten.sym_storage_offset.default,
 }
 """Operators that read sizes only. Whatever the operand's placement, they give the whole tensor's."""
-
-VIEWS_OF_WEIGHTS = {
-    torch.ops.aten.t.default,
-    torch.ops.aten.transpose.int,
-    torch.ops.aten.permute.default,
-    torch.ops.aten.to.dtype,
-    torch.ops.aten.view.default,
-    torch.ops.aten.reshape.default,
-    torch.ops.aten.unsqueeze.default,
-}
 
 
 def constrain(value: torch.Tensor) -> torch.Tensor:
@@ -83,7 +65,7 @@ def propagate(graph: fx.Graph, mesh: Mesh) -> fx.Graph:
             operand.readers.append(fact)
         fact.differentiable = _differentiable(fact)
         fact.stored = fact.node.op == "get_attr" or (
-            fact.node.target in VIEWS_OF_WEIGHTS and bool(fact.operands) and fact.operands[0].stored
+            bool(fact.operands) and fact.operands[0].stored and name_of(fact.node.target)[1] in WEIGHT_VIEWS
         )
     for axis in range(mesh.ndim):
         if mesh.sizes[axis] > 1:
@@ -151,7 +133,7 @@ def _choose(fact: Facts, size: int, sizes: Sequence[int], axis: int) -> Choice:
         if not _may_lower(fact, factor):
             continue
         for i, at in enumerate(factor.inputs):
-            found = carried(current[i], at, factor, size)
+            found = factor.blocks_for(at, At.of(current[i]), size)
             if found is None or i in recipe.unread or _would_lose_update(fact, factor, found, current):
                 continue
             cost = _cost(fact, factor, found, current)
@@ -180,7 +162,7 @@ def _would_lose_update(fact: Facts, factor: Factor, blocks: tuple[int, ...], cur
     updated = set(written(fact.node).values())
     for operand, at, now in zip(fact.operands, factor.inputs, current, strict=True):
         if operand.node in updated:
-            wanted = REPLICATE if at is None else shard(at.dim, combine(at.blocks, blocks))
+            wanted = REPLICATE if at is None else at.placement(blocks)
             if not same(now, wanted):
                 return True
     return False
@@ -202,23 +184,20 @@ def _scatter_ahead(
             return None
         if reader.node.target is constrain:
             asked = (reader.given[axis] if reader.given else None) or REPLICATE
-            wanted = At(asked.dim, blocks_of(asked)) if is_shard(asked) else None  # type: ignore[attr-defined]
+            wanted = At.of(asked)
             return _back_through(chain, wanted, size) if wanted else None
-        inputs, current = (
-            input_shapes(reader, sizes),
-            [o.current[0] if o.current else REPLICATE for o in reader.operands],
-        )
         if any(len(o.shapes) > 1 for o in reader.operands):
             return None
-        found = recipe_for(reader.node, inputs, output_shapes(reader, sizes), current)
+        current = [o.current[0] if o.current else REPLICATE for o in reader.operands]
+        found = recipe_for(reader.node, input_shapes(reader, sizes), output_shapes(reader, sizes), current)
         if found is None:
             return None
         for factor in found.factors:
             mine = factor.inputs[position]
             for other, theirs in enumerate(factor.inputs):
-                blocks = carried(current[other], theirs, factor, size) if other != position else None
+                blocks = factor.blocks_for(theirs, At.of(current[other]), size) if other != position else None
                 if blocks is not None and mine is not None and not reader.operands[other].stored:
-                    return _back_through(chain, At(mine.dim, combine(mine.blocks, blocks)), size)
+                    return _back_through(chain, mine.cut(blocks), size)
         chain.append((found, position))
         at = reader
     return None
@@ -237,28 +216,16 @@ def _back_through(chain: Sequence[tuple[Recipe, int]], wanted: At, size: int) ->
     """From what is wanted of the last result of a chain to the factor of its first call; None where that breaks."""
     for index, (recipe, position) in reversed(list(enumerate(chain))):
         for factor in recipe.factors:
-            at = factor.outputs[0]
-            if at is None or at.dim != wanted.dim or factor.inputs[position] is None:
-                continue
-            blocks = uncombine(wanted.blocks, at.blocks)
-            if blocks is not None and units(factor.size, blocks, size):
+            source = factor.inputs[position]
+            blocks = factor.blocks_for(factor.outputs[0], wanted, size)
+            if source is not None and blocks is not None:
                 if index == 0:
                     return factor, blocks
-                source = factor.inputs[position]
-                assert source is not None
-                wanted = At(source.dim, combine(source.blocks, blocks))
+                wanted = source.cut(blocks)
                 break
         else:
             return None
     return None
-
-
-def carried(current: Placement, at: At | None, factor: Factor, size: int) -> tuple[int, ...] | None:
-    """The blocks of ``factor`` that an operand placed as ``current`` carries; None where it does not."""
-    if at is None or not is_shard(current) or current.dim != at.dim:  # type: ignore[attr-defined]
-        return None
-    blocks = uncombine(blocks_of(current), at.blocks)
-    return blocks if blocks is not None and units(factor.size, blocks, size) else None
 
 
 def _whole(fact: Facts, unread: frozenset[int], reason: str) -> Choice:
@@ -285,7 +252,7 @@ def _floats(fact: Facts, partial: frozenset[int]) -> bool:
 def _cost(fact: Facts, factor: Factor, blocks: tuple[int, ...], current: Sequence[Placement]) -> float:
     cost = 0.0
     for operand, at, now in zip(fact.operands, factor.inputs, current, strict=True):
-        target = REPLICATE if at is None else shard(at.dim, combine(at.blocks, blocks))
+        target = REPLICATE if at is None else at.placement(blocks)
         if same(now, target):
             continue
         if is_shard(now):

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import fx
 
-from fxshard.placement import Placement, Placements
+from fxshard.placement import Placement, Placements, is_shard
 
 _KEY = "fxshard"
 
@@ -83,6 +84,23 @@ def values_of(node: fx.Node) -> tuple[Any, ...]:
 def is_float(value: Any) -> bool:
     """Whether a gradient may flow through values of this dtype."""
     return isinstance(value, torch.Tensor) and (value.dtype.is_floating_point or value.dtype.is_complex)
+
+
+def num_bytes(value: torch.Tensor) -> int:
+    """The bytes of a whole value; a symbolic size counts with its hint, one that nothing is known of as 1."""
+    size = int(value.element_size())
+    for dim in value.shape:
+        size *= dim if isinstance(dim, int) else int(dim.node.hint or 1)
+    return size
+
+
+def local_bytes(node: fx.Node, sizes: Sequence[int]) -> int:
+    """The bytes that a rank holds of a node's result, on a mesh of ``sizes``; a size of 1 counts an axis as whole."""
+    size = num_bytes(values_of(node)[0])
+    if has_info(node) and info_of(node).outputs:
+        for placement, count in zip(info_of(node).placements, sizes, strict=True):
+            size //= count if is_shard(placement) else 1
+    return size
 
 
 def copy_graph(graph: fx.Graph) -> fx.Graph:

@@ -24,15 +24,14 @@ import torch
 from torch import fx
 
 from fxshard.placement import REPLICATE, Shard, normalize_blocks, shard
-from fxshard.rules.lookup import recipe_for
-from fxshard.rules.recipe import Dim, Factor, Recipe, Shape, combine, operands_of, shape_of, uncombine, units
+from fxshard.rules.lookup import WEIGHT_VIEWS, recipe_for
+from fxshard.rules.recipe import At, Dim, Factor, Recipe, Shape, operands_of, shape_of, units
 from fxshard.rules.table import name_of
 from fxshard.rules.views import segments_of
 
 Demand = dict[tuple[int, int], tuple[int, ...]]
 """What is asked of one value along one dim: [start, end) of a segment -> the blocks within it that are cut alike."""
 
-_VIEWS = {"aten.t", "aten.transpose", "aten.permute", "aten.numpy_T", "aten.view", "aten.reshape", "aten.to"}
 _CUTS = {"aten.split", "aten.split_with_sizes", "aten.chunk", "aten.slice", "aten.narrow"}
 _SIZES = {"aten.sym_size", "aten.sym_numel"}
 
@@ -61,7 +60,7 @@ class Graph:
             elif node.op == "call_function":
                 ops = facts.operands[node] = operands_of(node)
                 if any(o in learned or o in weights for o in ops):
-                    if name_of(node.target)[1] in _VIEWS and len(ops) == 1 and ops[0] in weights:
+                    if name_of(node.target)[1] in WEIGHT_VIEWS and len(ops) == 1 and ops[0] in weights:
                         weights[node] = weights[ops[0]]
                     else:
                         learned.add(node)
@@ -244,11 +243,8 @@ class _Walk:
                 (
                     (factor, inner)
                     for factor in recipe.factors
-                    if (at := factor.outputs[results[0]]) is not None
-                    and at.dim == dim
-                    and all(factor.outputs[result] == at for result in results)
-                    and (inner := uncombine(blocks, at.blocks)) is not None
-                    and units(factor.size, inner, self.size)
+                    if len({factor.outputs[result] for result in results}) == 1
+                    and (inner := factor.blocks_for(factor.outputs[results[0]], At(dim, blocks), self.size)) is not None
                 ),
                 None,
             )
@@ -259,7 +255,7 @@ class _Walk:
         self.region.add(node)
         for operand, at in zip(self.facts.operands[node], factor.inputs, strict=True):
             if at is not None:
-                self.ask(operand, 0, at.dim, combine(at.blocks, inner))
+                self.ask(operand, 0, *at.cut(inner))
 
     def _through_cut(self, node: fx.Node, asked: Mapping[tuple[int, int], Demand], dim: int) -> bool:
         (operand,) = self.facts.operands[node]
@@ -291,7 +287,7 @@ class _Walk:
         name = name_of(user.target)[1]
         if name in _SIZES:
             return True
-        handed_out = name in _VIEWS or name in _CUTS or name in ("aten.cat", "aten.clone", "aten.contiguous")
+        handed_out = name in WEIGHT_VIEWS or name in _CUTS or name in ("aten.cat", "aten.clone", "aten.contiguous")
         return (handed_out or user.target is operator.getitem) and all(self._inside(u) for u in user.users)
 
 

@@ -105,18 +105,20 @@ class _Work:
         """One entry of the user's plan."""
         matched = self._match(part, glob)
         for axis, placement in entry.items():
-            if axis not in self.mesh.names:
-                self.problems.append(
-                    PlanError(
-                        f"{part} {glob!r}: there is no mesh axis {axis!r}",
-                        fix=f"use one of {', '.join(map(repr, self.mesh.names))}, or add {axis!r} to the mesh",
-                    )
-                )
+            if not self._has_axis(axis, f"{part} {glob!r}"):
                 continue
             for name, node in matched:
                 is_tensor = name in self.names.params or name in self.names.all_params
                 kind = "params" if is_tensor else "activations" if part == "params" else part
                 self.put(kind, name, node, axis, placement, f"{part} {glob!r}")
+
+    def _has_axis(self, axis: str, asked_by: str) -> bool:
+        if axis in self.mesh.names:
+            return True
+        names = ", ".join(map(repr, self.mesh.names))
+        fix = f"use one of {names}, or add {axis!r} to the mesh"
+        self.problems.append(PlanError(f"{asked_by}: there is no mesh axis {axis!r}", fix=fix))
+        return False
 
     def _match(self, part: str, glob: str) -> list[tuple[str, fx.Node | None]]:
         if part == "params":
@@ -242,13 +244,7 @@ class _Work:
         out: list[dict[str, Placement]] = [{} for _ in self.names.outputs]
         for glob, entry in outputs.items():
             for axis, placement in entry.items():
-                if axis not in self.mesh.names:
-                    self.problems.append(
-                        PlanError(
-                            f"outputs: there is no mesh axis {axis!r}",
-                            fix=f"use one of {', '.join(map(repr, self.mesh.names))}",
-                        )
-                    )
+                if not self._has_axis(axis, "outputs"):
                     continue
                 matched = [i for i in range(len(out)) if fnmatch.fnmatchcase(str(i), glob)]
                 if not matched:

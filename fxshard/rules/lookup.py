@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from fxshard.placement import Placement, blocks_of, is_shard
+from fxshard.placement import Placement
 from fxshard.rules.recipe import At, Call, Operand, Recipe, Shape, bind, operands_of, shape_of, signature_of
 from fxshard.rules.table import find_rule, generation, name_of
 
@@ -19,6 +19,9 @@ _LITERAL |= {"aten.cross_entropy_loss", "aten.nll_loss", "aten.nll_loss_nd"}
 _LAYOUT = {"aten.cat", "aten.concat", "aten.concatenate", "aten.embedding"} | _CUTS
 _LAYOUT |= {"aten.cross_entropy_loss", "aten.nll_loss", "aten.nll_loss_nd"}
 """Operators whose rules look at how the operands are cut: their lowerings know plain shards only, or they follow."""
+WEIGHT_VIEWS = {"aten.t", "aten.transpose", "aten.permute", "aten.numpy_T", "aten.view", "aten.reshape", "aten.to"}
+WEIGHT_VIEWS |= {"aten.unsqueeze"}
+"""Operators whose result, given a weight, is that weight in another shape or dtype."""
 _cache: dict[Any, Recipe] = {}
 
 
@@ -39,7 +42,7 @@ def recipe_for(
     packet = name_of(node.target)[1]
     ats: tuple[At | None, ...] = ()
     if packet in _LAYOUT:
-        ats = tuple(At(p.dim, blocks_of(p)) if is_shard(p) else None for p in current)  # type: ignore[attr-defined]
+        ats = tuple(map(At.of, current))
     counter = [0]
     arguments = {name: _template(value, counter) for name, value in bind(node).items()}
     whole: tuple[Shape, ...] = ()
@@ -50,19 +53,17 @@ def recipe_for(
     if found is None:
         call = Call(packet, inputs, outputs, arguments, whole, ats, _affine(node))
         found = rule.function(call)
-        if _draws(node) and any(f.lowering is None for f in found.factors):
+        if draws(node) and any(f.lowering is None for f in found.factors):
             found = Recipe(unread=found.unread)  # a part of the draw is not a draw of the part
         _cache[key] = found
     return found
 
 
-def _draws(node: fx.Node) -> bool:
+def draws(node: fx.Node) -> bool:
     """Whether the call draws random numbers: then only a lowering may split it."""
-    tags = getattr(node.target, "tags", ())
-    return torch.Tag.nondeterministic_seeded in tags and node.target not in _NOT_RANDOM
-
-
-_NOT_RANDOM = {torch.ops.aten.scaled_dot_product_attention.default}
+    if node.target is torch.ops.aten.scaled_dot_product_attention.default:
+        return bool(bind(node)["dropout_p"])
+    return torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ())
 
 
 def _affine(node: fx.Node) -> bool:

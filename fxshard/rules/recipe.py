@@ -15,7 +15,6 @@ Reference: the sharding-propagation view of GSPMD (Xu et al., 2021) and of Shard
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
@@ -25,7 +24,7 @@ import sympy
 import torch
 from torch import fx
 
-from fxshard.placement import normalize_blocks
+from fxshard.placement import Placement, Shard, blocks_of, is_shard, normalize_blocks, shard
 
 Dim: TypeAlias = "int | sympy.Expr"
 Shape: TypeAlias = tuple[Dim, ...]
@@ -36,6 +35,19 @@ class At(NamedTuple):
 
     dim: int
     blocks: tuple[int, ...] = (1,)
+
+    def cut(self, blocks: tuple[int, ...]) -> At:
+        """Where the dim is cut when the factor here is cut in ``blocks``."""
+        return At(self.dim, combine(self.blocks, blocks))
+
+    def placement(self, blocks: tuple[int, ...]) -> Shard:
+        """How the tensor lies on an axis that cuts the factor here in ``blocks``."""
+        return shard(*self.cut(blocks))
+
+    @staticmethod
+    def of(placement: Placement) -> At | None:
+        """Where a placement cuts; None where it does not."""
+        return At(placement.dim, blocks_of(placement)) if is_shard(placement) else None  # type: ignore[attr-defined]
 
 
 @dataclass(frozen=True)
@@ -55,6 +67,16 @@ class Factor:
     inputs: tuple[At | None, ...]
     outputs: tuple[At | None, ...]
     lowering: str | None = None
+
+    def blocks_for(self, at: At | None, wanted: At | None, parts: int) -> tuple[int, ...] | None:
+        """The blocks in which to cut the factor so that the dim in which it sits at ``at`` is cut as ``wanted``.
+
+        None where that cannot be: another dim, other blocks, or a size that ``parts`` ranks do not divide.
+        """
+        if at is None or wanted is None or at.dim != wanted.dim:
+            return None
+        blocks = uncombine(wanted.blocks, at.blocks)
+        return blocks if blocks is not None and units(self.size, blocks, parts) else None
 
 
 @dataclass(frozen=True)
@@ -295,8 +317,3 @@ def units(size: Dim, blocks: Sequence[int], parts: int) -> bool:
         return False
     total = sum(blocks)
     return size % total == 0 and all((size // total * block) % parts == 0 for block in blocks)
-
-
-def product(sizes: Sequence[Dim]) -> Dim:
-    """The product of sizes."""
-    return math.prod(sizes)
