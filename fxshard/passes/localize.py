@@ -14,7 +14,6 @@ from __future__ import annotations
 import math
 import operator
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -24,6 +23,7 @@ from fxshard.mesh import Mesh
 from fxshard.passes import losses
 from fxshard.passes.propagate import METADATA
 from fxshard.passes.typing import Info, info_of, set_info, values_of
+from fxshard.passes.writer import Writer
 from fxshard.placement import REPLICATE, Placement, blocks_of, is_shard
 from fxshard.rules.recipe import bind, operands_of, signature_of
 from fxshard.runtime import collectives as run
@@ -231,34 +231,16 @@ def _embedding(new: fx.Graph, node: fx.Node, info: Info, mesh: Mesh, axes: list[
     axis, size = mesh.names[axes[0]], mesh.sizes[axes[0]]
     vocabulary = values_of(weight)[0].shape[0]
     with new.inserting_before(node):
-        start = new.call_function(run.offset, (axis, vocabulary))
-        start.meta = {"val": 0}
-        set_info(start, Info(((REPLICATE,) * mesh.ndim,)))
-        local = _plain(new, aten.sub.Tensor, (ids, start), ids, node)
-        low = _plain(new, aten.lt.Scalar, (local, 0), ids, node)
-        high = _plain(new, aten.ge.Scalar, (local, vocabulary // size), ids, node)
-        outside = _plain(new, aten.logical_or.default, (low, high), ids, node)
-        safe = _plain(new, aten.masked_fill.Scalar, (local, outside, 0), ids, node)
+        write = Writer(new, node, mesh)
+        local = write(aten.sub.Tensor, ids, write.number(run.offset, axis, vocabulary))
+        low, high = write(aten.lt.Scalar, local, 0), write(aten.ge.Scalar, local, vocabulary // size)
+        outside = write(aten.logical_or.default, low, high)
+        safe = write(aten.masked_fill.Scalar, local, outside, 0)
         if padding is not None and padding >= 0:
-            padding = new.call_function(run.local_index, (padding, axis, vocabulary))
-            padding.meta = {"val": 0}
-            set_info(padding, Info(((REPLICATE,) * mesh.ndim,)))
-        column = _plain(new, aten.unsqueeze.default, (outside, -1), ids, node)
+            padding = write.number(run.local_index, padding, axis, vocabulary)
+        column = write(aten.unsqueeze.default, outside, -1)
     node.args, node.kwargs = (weight, safe, *([padding] if padding is not None else [])), {}
     return _call(new, aten.masked_fill.Scalar, (node, column, 0), node)
-
-
-def _plain(new: fx.Graph, function: Any, args: tuple[Any, ...], shape_like: fx.Node, like: fx.Node) -> fx.Node:
-    made = new.call_function(function, args)
-    made.meta = {k: v for k, v in like.meta.items() if k in ("nn_module_stack", "stack_trace")}
-    value = shape_like.meta["val"]
-    if function is aten.unsqueeze.default:
-        value = value.unsqueeze(-1)
-    if function in (aten.lt.Scalar, aten.ge.Scalar, aten.logical_or.default) or function is aten.unsqueeze.default:
-        value = value.to(torch.bool)
-    made.meta["val"] = value
-    set_info(made, replace(info_of(shape_like), choices=(None,) * len(info_of(like).choices), differentiable=False))
-    return made
 
 
 def _dropout(new: fx.Graph, node: fx.Node, info: Info, mesh: Mesh, axes: list[int]) -> fx.Node:
@@ -296,7 +278,7 @@ def _attention(new: fx.Graph, node: fx.Node, info: Info, mesh: Mesh, axes: list[
     whole, keys = values_of(query)[0].shape, values_of(key)[0].shape
     root = (arguments["scale"] or whole[-1] ** -0.5) ** 0.5
 
-    def call(function: Any, *args: Any) -> fx.Node:
+    def write(function: Any, *args: Any) -> fx.Node:  # not a Writer: nothing reads their types, of which there are many
         made = new.call_function(function, args)
         made.meta = {k: v for k, v in node.meta.items() if k in ("nn_module_stack", "stack_trace")}
         return made
@@ -304,26 +286,26 @@ def _attention(new: fx.Graph, node: fx.Node, info: Info, mesh: Mesh, axes: list[
     with new.inserting_before(node):
         if arguments["enable_gqa"] and whole[-3] != keys[-3]:
             repeats = whole[-3] // keys[-3]
-            key, value = (call(aten.repeat_interleave.self_int, x, repeats, -3) for x in (key, value))
-        left = call(aten.mul.Tensor, query, root)
-        right = call(aten.mul.Tensor, call(aten.transpose.int, key, -2, -1), root)
-        scores = call(aten.matmul.default, left, right)
+            key, value = (write(aten.repeat_interleave.self_int, x, repeats, -3) for x in (key, value))
+        left = write(aten.mul.Tensor, query, root)
+        right = write(aten.mul.Tensor, write(aten.transpose.int, key, -2, -1), root)
+        scores = write(aten.matmul.default, left, right)
         masked = arguments["attn_mask"]
         if arguments["is_causal"]:
-            ones = call(aten.ones_like.default, scores)
-            masked = call(aten.to.dtype, call(aten.tril.default, ones), torch.bool)
+            ones = write(aten.ones_like.default, scores)
+            masked = write(aten.to.dtype, write(aten.tril.default, ones), torch.bool)
         if masked is not None:
             boolean = arguments["is_causal"] or values_of(masked)[0].dtype == torch.bool
             if boolean:
-                scores = call(aten.masked_fill.Scalar, scores, call(aten.logical_not.default, masked), float("-inf"))
+                scores = write(aten.masked_fill.Scalar, scores, write(aten.logical_not.default, masked), float("-inf"))
             else:
-                scores = call(aten.add.Tensor, scores, masked)
-        weights = call(aten._safe_softmax.default, scores, -1)
+                scores = write(aten.add.Tensor, scores, masked)
+        weights = write(aten._safe_softmax.default, scores, -1)
         shape, _ = _global_layout(new, query, values_of(node)[0], info, mesh)
-        shape[-1] = keys[-2] if isinstance(keys[-2], int) else call(aten.sym_size.int, key, -2)
+        shape[-1] = keys[-2] if isinstance(keys[-2], int) else write(aten.sym_size.int, key, -2)
         lead = values_of(node)[0].dim() - 1
         mask = _mask_part(new, node, (query, shape, None, arguments["dropout_p"]), info, mesh, lead)
-        kept = call(aten.mul.Tensor, weights, mask)
+        kept = write(aten.mul.Tensor, weights, mask)
     result = _call(new, aten.matmul.default, (kept, value), node)
     new.erase_node(node)
     return result

@@ -13,83 +13,18 @@ Reference: Megatron-LM (Shoeybi et al., 2019), vocabulary-parallel cross entropy
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import fx
 
 from fxshard.mesh import Mesh
-from fxshard.passes.facts import split_choice
-from fxshard.passes.typing import Info, info_of, is_float, set_info, values_of
-from fxshard.placement import PARTIAL, REPLICATE, VARYING, Placement, is_partial, local_shape
-from fxshard.rules.lookup import recipe_for
-from fxshard.rules.recipe import At, bind, operands_of, shape_of, signature_of
+from fxshard.passes.typing import Info, values_of
+from fxshard.passes.writer import Writer
+from fxshard.rules.recipe import bind, signature_of
 from fxshard.runtime import collectives as run
 
 aten = torch.ops.aten
 NONE, SUM = 0, 2  # 1 is the mean
-
-
-class _Writer:
-    """Writes nodes before the call that they replace; each knows its value when whole, and its placements."""
-
-    def __init__(self, new: fx.Graph, node: fx.Node, mesh: Mesh) -> None:
-        self.new, self.node, self.mesh = new, node, mesh
-
-    def __call__(self, function: Any, *args: Any, **kwargs: Any) -> fx.Node:
-        made = self.new.call_function(function, args, kwargs)
-        made.meta = {k: v for k, v in self.node.meta.items() if k in ("nn_module_stack", "stack_trace")}
-        if isinstance(function, torch._ops.OpOverload):
-            values, named = fx.map_arg((args, kwargs), lambda n: n.meta["val"])
-            with torch.no_grad():
-                made.meta["val"] = function(*values, **named)
-            operands = operands_of(made)
-            flows = function is not aten.detach.default and is_float(made.meta["val"])
-            differentiable = flows and any(info_of(o).differentiable for o in operands)
-            set_info(made, Info((self._placements(made, operands),), differentiable=differentiable))
-        return made
-
-    def _placements(self, made: fx.Node, operands: Sequence[fx.Node]) -> tuple[Placement, ...]:
-        """What a written node is along every axis, by its operator's rule."""
-        out: list[Placement] = []
-        for axis, size in enumerate(self.mesh.sizes):
-            now = [info_of(o).placements[axis] for o in operands]
-            outer = self.mesh.sizes[:axis]
-            inputs = tuple(local_shape(shape_of(o.meta["val"]), info_of(o).placements[:axis], outer) for o in operands)
-            recipe = recipe_for(made, inputs, (local_shape(shape_of(made.meta["val"]), tuple(out), outer),), now)
-            found: Placement = PARTIAL if any(map(is_partial, now)) else REPLICATE
-            for factor in recipe.factors if recipe is not None else ():
-                for placement, at in zip(now, factor.inputs, strict=True):
-                    blocks = factor.blocks_for(at, At.of(placement), size)
-                    if blocks is not None:
-                        found = split_choice(factor, blocks, [False] * len(now), frozenset(), 0).outputs[0]
-            out.append(found)
-        return tuple(out)
-
-    def offset(self, axis: int, size: Any) -> fx.Node:
-        made = self(run.offset, self.mesh.names[axis], size)
-        made.meta["val"] = 0
-        set_info(made, Info(((REPLICATE,) * self.mesh.ndim,)))
-        return made
-
-    def summand(self, x: fx.Node, axis: int) -> fx.Node:
-        """Says of ``x`` that the ranks' values sum, where no rule can tell: what is not a rank's is masked."""
-        info = info_of(x)
-        after = tuple(PARTIAL if a == axis else p for a, p in enumerate(info.placements))
-        set_info(x, Info((after,), differentiable=info.differentiable))
-        return x
-
-    def collective(self, function: Any, x: fx.Node, axis: int) -> fx.Node:
-        """A collective of ``x``, after which all ranks of the axis have the same."""
-        made = self(function, x, self.mesh.names[axis])
-        value = x.meta["val"]
-        made.meta["val"] = torch.cat([value] * self.mesh.sizes[axis]) if function is run.all_gather else value
-        made.meta["fxshard_reason"] = {"reader": self.node.name, "from": "Partial(sum)", "to": "Replicate"}
-        made.meta["fxshard_reader"] = {k: self.node.meta.get(k) for k in ("nn_module_stack", "stack_trace")}
-        equal = VARYING if function is run.vary else REPLICATE
-        after = tuple(equal if a == axis else p for a, p in enumerate(info_of(x).placements))
-        set_info(made, Info((after,), differentiable=info_of(x).differentiable))
-        return made
 
 
 def softmax(new: fx.Graph, node: fx.Node, info: Info, mesh: Mesh, axes: list[int]) -> fx.Node:
@@ -101,13 +36,13 @@ def softmax(new: fx.Graph, node: fx.Node, info: Info, mesh: Mesh, axes: list[int
     wanted = values_of(node)[0].dtype
     log = "log_softmax" in str(node.target)
     with new.inserting_before(node):
-        write = _Writer(new, node, mesh)
+        write = Writer(new, node, mesh)
         out = _normalized(write, source, value, dim, axes, log, wanted)
     return _replace(new, node, out)
 
 
 def _normalized(
-    write: _Writer,
+    write: Writer,
     source: fx.Node,
     value: torch.Tensor,
     dim: int,
@@ -138,7 +73,7 @@ def loss(new: fx.Graph, node: fx.Node, info: Info, mesh: Mesh, axes: list[int]) 
     """cross_entropy_loss and nll_loss whose rows or classes ``axes`` split."""
     classes = [a for a in axes if (choice := info.choices[a]) is not None and choice.factor == "v"]
     with new.inserting_before(node):
-        write = _Writer(new, node, mesh)
+        write = Writer(new, node, mesh)
         out = _split_classes(write, node, info, classes) if classes else _split_rows(write, node, info)
     return _replace(new, node, out)
 
@@ -153,7 +88,7 @@ def _rows(info: Info) -> list[int]:
     return [a for a, c in enumerate(info.choices) if c is not None and c.kind == "split" and c.factor != "v"]
 
 
-def _split_rows(write: _Writer, node: fx.Node, info: Info) -> fx.Node:
+def _split_rows(write: Writer, node: fx.Node, info: Info) -> fx.Node:
     """The mean: this rank's sum, over what all ranks' valid targets weigh."""
     arguments = bind(node)
     assert isinstance(node.target, torch._ops.OpOverload)
@@ -168,7 +103,7 @@ def _split_rows(write: _Writer, node: fx.Node, info: Info) -> fx.Node:
     return write(aten.div.Tensor, total, _valid(write, node, skipped, picked, _rows(info)))
 
 
-def _valid(write: _Writer, node: fx.Node, skipped: fx.Node, picked: fx.Node | None, axes: Sequence[int]) -> fx.Node:
+def _valid(write: Writer, node: fx.Node, skipped: fx.Node, picked: fx.Node | None, axes: Sequence[int]) -> fx.Node:
     """What the valid targets of all ranks weigh together; their number where there are no weights."""
     if picked is None:
         count = write(aten.sum.default, write(aten.logical_not.default, skipped))
@@ -179,7 +114,7 @@ def _valid(write: _Writer, node: fx.Node, skipped: fx.Node, picked: fx.Node | No
     return count
 
 
-def _split_classes(write: _Writer, node: fx.Node, info: Info, axes: Sequence[int]) -> fx.Node:
+def _split_classes(write: Writer, node: fx.Node, info: Info, axes: Sequence[int]) -> fx.Node:
     arguments = bind(node)
     source, target, weight = arguments["self"], arguments["target"], arguments["weight"]
     value = values_of(source)[0]
@@ -188,7 +123,7 @@ def _split_classes(write: _Writer, node: fx.Node, info: Info, axes: Sequence[int
     logs = source
     if node.target is aten.cross_entropy_loss.default:
         logs = _normalized(write, source, value, 1, axes, True, value.dtype)
-    local = write(aten.sub.Tensor, target, write.offset(axis, count))
+    local = write(aten.sub.Tensor, target, write.number(run.offset, write.mesh.names[axis], count))
     low, high = write(aten.lt.Scalar, local, 0), write(aten.ge.Scalar, local, count // write.mesh.sizes[axis])
     skipped = write(aten.eq.Scalar, target, arguments["ignore_index"])
     absent = write(aten.logical_or.default, write(aten.logical_or.default, low, high), skipped)

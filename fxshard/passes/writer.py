@@ -1,0 +1,83 @@
+"""Writes the nodes of a lowering: each knows its value when whole, and its placements, as every other node does."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import fx
+
+from fxshard.mesh import Mesh
+from fxshard.passes.facts import split_choice
+from fxshard.passes.typing import Info, info_of, is_float, set_info
+from fxshard.placement import PARTIAL, REPLICATE, VARYING, Placement, is_partial, local_shape
+from fxshard.rules.lookup import recipe_for
+from fxshard.rules.recipe import At, operands_of, shape_of
+from fxshard.runtime import collectives as run
+
+aten = torch.ops.aten
+
+
+class Writer:
+    """Writes nodes before the call that they replace; each knows its value when whole, and its placements."""
+
+    def __init__(self, new: fx.Graph, node: fx.Node, mesh: Mesh) -> None:
+        self.new, self.node, self.mesh = new, node, mesh
+
+    def __call__(self, function: Any, *args: Any, **kwargs: Any) -> fx.Node:
+        """Writes a call."""
+        made = self.new.call_function(function, args, kwargs)
+        made.meta = {k: v for k, v in self.node.meta.items() if k in ("nn_module_stack", "stack_trace")}
+        if isinstance(function, torch._ops.OpOverload):
+            values, named = fx.map_arg((args, kwargs), lambda n: n.meta["val"])
+            with torch.no_grad():
+                made.meta["val"] = function(*values, **named)
+            operands = operands_of(made)
+            flows = function is not aten.detach.default and is_float(made.meta["val"])
+            differentiable = flows and any(info_of(o).differentiable for o in operands)
+            set_info(made, Info((self._placements(made, operands),), differentiable=differentiable))
+        return made
+
+    def _placements(self, made: fx.Node, operands: Sequence[fx.Node]) -> tuple[Placement, ...]:
+        """What a written node is along every axis, by its operator's rule."""
+        out: list[Placement] = []
+        for axis, size in enumerate(self.mesh.sizes):
+            now = [info_of(o).placements[axis] for o in operands]
+            outer = self.mesh.sizes[:axis]
+            inputs = tuple(local_shape(shape_of(o.meta["val"]), info_of(o).placements[:axis], outer) for o in operands)
+            recipe = recipe_for(made, inputs, (local_shape(shape_of(made.meta["val"]), tuple(out), outer),), now)
+            found: Placement = PARTIAL if any(map(is_partial, now)) else REPLICATE
+            for factor in recipe.factors if recipe is not None else ():
+                for placement, at in zip(now, factor.inputs, strict=True):
+                    blocks = factor.blocks_for(at, At.of(placement), size)
+                    if blocks is not None:
+                        found = split_choice(factor, blocks, [False] * len(now), frozenset(), 0).outputs[0]
+            out.append(found)
+        return tuple(out)
+
+    def number(self, function: Any, *args: Any) -> fx.Node:
+        """A number that depends on the rank: an offset, a local index."""
+        made = self(function, *args)
+        made.meta["val"] = 0
+        set_info(made, Info(((REPLICATE,) * self.mesh.ndim,)))
+        return made
+
+    def summand(self, x: fx.Node, axis: int) -> fx.Node:
+        """Says of ``x`` that the ranks' values sum, where no rule can tell: what is not a rank's is masked."""
+        info = info_of(x)
+        after = tuple(PARTIAL if a == axis else p for a, p in enumerate(info.placements))
+        set_info(x, Info((after,), differentiable=info.differentiable))
+        return x
+
+    def collective(self, function: Any, x: fx.Node, axis: int) -> fx.Node:
+        """A collective of ``x``, after which all ranks of the axis have the same."""
+        made = self(function, x, self.mesh.names[axis])
+        value = x.meta["val"]
+        made.meta["val"] = torch.cat([value] * self.mesh.sizes[axis]) if function is run.all_gather else value
+        made.meta["fxshard_reason"] = {"reader": self.node.name, "from": "Partial(sum)", "to": "Replicate"}
+        made.meta["fxshard_reader"] = {k: self.node.meta.get(k) for k in ("nn_module_stack", "stack_trace")}
+        equal = VARYING if function is run.vary else REPLICATE
+        after = tuple(equal if a == axis else p for a, p in enumerate(info_of(x).placements))
+        set_info(made, Info((after,), differentiable=info_of(x).differentiable))
+        return made
