@@ -65,7 +65,7 @@ def parallelize(
     program = ParallelModule(model, asked, device_mesh, dynamic_shapes)
     if args or kwargs:
         program.capture(tuple(args), kwargs)
-        program._eager = True
+        program._example = program.compiled
     return program
 
 

@@ -139,5 +139,20 @@ class Mesh:
                 raise MeshError(f"mesh axis {name!r} has size {sizes[name]} in one plan and {size} in the other")
         return Mesh(tuple(sizes), tuple(sizes.values()))
 
+    def seen_by(self, rank: int) -> RankMesh:
+        """The mesh as ``rank`` sees it."""
+        return RankMesh(self.names, self.sizes, self.coordinate(rank))
+
     def __str__(self) -> str:
         return "{" + ", ".join(f"{n}: {s}" for n, s in zip(self.names, self.sizes, strict=True)) + "}"
+
+
+@dataclass(frozen=True)
+class RankMesh(Mesh):
+    """A mesh as one rank sees it.
+
+    Attributes:
+        at: the rank's coordinate.
+    """
+
+    at: tuple[int, ...] = ()

@@ -4,7 +4,8 @@
 
 - ``BlockShard(dim, blocks)``: the dim is a row of blocks and *each block* is cut alike. A packed QKV weight
   ``[3 * D, i]`` under ``BlockShard(0, (1, 1, 1))`` leaves every rank with its slice of q, of k and of v. The
-  numbers are relative block sizes; ``(1,)`` is a plain ``Shard``.
+  numbers are relative block sizes; ``(1,)`` is a plain ``Shard``. Where sizes do not divide, ``shares`` says how
+  much each rank holds: 5 rows on 4 ranks, as ``torch.chunk`` gives them, are ``shares=(2, 2, 1, 0)``.
 - ``Varying()``: equal on all ranks like ``Replicate``, but its readers compute different things on every rank,
   so its *gradient* is a partial sum (Megatron's *f*, JAX's ``pvary``). Only conversions make it.
 
@@ -17,7 +18,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from functools import cache
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch.distributed.tensor import Partial, Replicate, Shard
@@ -28,30 +29,55 @@ __all__ = ["BlockShard", "Partial", "Placement", "Placements", "Replicate", "Sha
 Placements: TypeAlias = tuple[Placement, ...]
 
 
-class BlockShard(Shard):
-    """``Shard(dim)`` of a dim made of blocks that are each cut alike.
+class Cut(NamedTuple):
+    """How a dim is cut along one axis.
 
-    >>> BlockShard(0, (2, 1, 1))
-    Shard(0, blocks=(2, 1, 1))
+    Attributes:
+        blocks: the relative sizes of the blocks that are each cut alike.
+        shares: the relative sizes of what the ranks hold, in rank order; empty where all hold the same.
     """
 
-    blocks: tuple[int, ...]
+    blocks: tuple[int, ...] = (1,)
+    shares: tuple[int, ...] = ()
 
-    def __init__(self, dim: int, blocks: tuple[int, ...]) -> None:
+    def pieces(self, size: int) -> int:
+        """Into how many equal pieces each block falls, over an axis of ``size`` ranks: a rank takes some of them."""
+        return sum(self.shares) or size
+
+    def share(self, size: int, position: int) -> int:
+        """How many of these pieces the rank at ``position`` takes."""
+        return self.shares[position] if self.shares else 1
+
+
+PLAIN = Cut()
+
+
+class BlockShard(Shard):
+    """``Shard(dim)`` of a dim made of blocks that are each cut alike, or of which the ranks hold different shares.
+
+    >>> BlockShard(0, (2, 1, 1)), BlockShard(0, shares=(2, 2, 1, 0))
+    (Shard(0, blocks=(2, 1, 1)), Shard(0, shares=(2, 2, 1, 0)))
+    """
+
+    cut: Cut
+
+    def __init__(self, dim: int, blocks: Sequence[int] = (1,), shares: Sequence[int] = ()) -> None:
         super().__init__(dim)
-        self.blocks = normalize_blocks(blocks)
+        self.cut = Cut(normalize_blocks(blocks), normalize_shares(shares))
 
-    def __reduce__(self) -> tuple[type, tuple[int, tuple[int, ...]]]:
-        return BlockShard, (self.dim, self.blocks)
+    def __reduce__(self) -> tuple[type, tuple[Any, ...]]:
+        return BlockShard, (self.dim, *self.cut)
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, Shard) and self.dim == other.dim and self.blocks == blocks_of(other)
+        return isinstance(other, Shard) and self.dim == other.dim and self.cut == cut_of(other)
 
     def __hash__(self) -> int:
-        return hash(Shard(self.dim)) if self.blocks == (1,) else hash((self.dim, self.blocks))
+        return hash(Shard(self.dim)) if self.cut == PLAIN else hash((self.dim, self.cut))
 
     def __repr__(self) -> str:
-        return f"Shard({self.dim}, blocks={self.blocks})"
+        blocks, shares = self.cut
+        more = (f", blocks={blocks}" if blocks != (1,) else "") + (f", shares={shares}" if shares else "")
+        return f"Shard({self.dim}{more})"
 
     __str__ = __repr__
 
@@ -86,14 +112,41 @@ def normalize_blocks(blocks: Sequence[int]) -> tuple[int, ...]:
     return tuple(block // divisor for block in blocks)
 
 
-def shard(dim: int, blocks: Sequence[int] = (1,)) -> Shard:
-    """A ``Shard``, or a ``BlockShard`` where there is more than one block."""
-    return Shard(dim) if len(blocks) == 1 else BlockShard(dim, normalize_blocks(blocks))
+def normalize_shares(shares: Sequence[int]) -> tuple[int, ...]:
+    """Relative shares in lowest terms; empty where all are equal.
+
+    >>> normalize_shares([64, 64, 64, 0]), normalize_shares([48, 48])
+    ((1, 1, 1, 0), ())
+    """
+    if len(set(shares)) <= 1:
+        return ()
+    divisor = math.gcd(*shares)
+    return tuple(share // divisor for share in shares)
+
+
+def chunk_shares(count: int, size: int) -> tuple[int, ...]:
+    """The shares that ``torch.chunk`` gives ``size`` ranks of ``count`` units; the last ones may get nothing.
+
+    >>> chunk_shares(10, 4), chunk_shares(6, 4), chunk_shares(8, 4)
+    ((3, 3, 3, 1), (1, 1, 1, 0), ())
+    """
+    most = -(-count // size)
+    return normalize_shares([max(0, min(most, count - rank * most)) for rank in range(size)])
+
+
+def shard(dim: int, blocks: Sequence[int] = (1,), shares: Sequence[int] = ()) -> Shard:
+    """A ``Shard``, or a ``BlockShard`` where there is more than one block, or the shares differ."""
+    return Shard(dim) if len(blocks) == 1 and not shares else BlockShard(dim, blocks, shares)
+
+
+def cut_of(placement: Placement) -> Cut:
+    """The blocks and shares of a shard; ``Cut()`` of a plain one."""
+    return placement.cut if type(placement) is BlockShard else PLAIN
 
 
 def blocks_of(placement: Placement) -> tuple[int, ...]:
     """The relative sizes of the blocks that a shard cuts alike; ``(1,)`` for a plain one."""
-    return placement.blocks if type(placement) is BlockShard else (1,)
+    return cut_of(placement).blocks
 
 
 @cache
@@ -116,7 +169,7 @@ def same(a: Placement, b: Placement) -> bool:
     if a is b:
         return True
     if is_shard(a) and is_shard(b):
-        return a.dim == b.dim and blocks_of(a) == blocks_of(b)  # type: ignore[attr-defined]
+        return a.dim == b.dim and cut_of(a) == cut_of(b)  # type: ignore[attr-defined]
     return type(a) is type(b) and a == b
 
 
@@ -147,17 +200,50 @@ def describe_all(placements: Placements, names: Sequence[str]) -> str:
     return ", ".join(parts) or "Replicate"
 
 
-def local_shape(shape: Sequence[Any], placements: Placements, sizes: Sequence[int]) -> tuple[Any, ...]:
+def local_size(size: Any, placement: Placement, count: int, position: int) -> Any:
+    """What the rank at ``position`` of ``count`` holds of a dim of ``size`` that ``placement`` cuts."""
+    cut = cut_of(placement)
+    return size * cut.share(count, position) // cut.pieces(count)
+
+
+def local_shape(
+    shape: Sequence[Any], placements: Placements, sizes: Sequence[int], at: Sequence[int] = ()
+) -> tuple[Any, ...]:
     """The shape that one rank holds of a tensor of ``shape``: ``[4, 10] -> [4, 5]``.
+
+    Args:
+        shape: of the whole tensor.
+        placements: one an axis.
+        sizes: of the axes.
+        at: the rank's coordinate; that of the first rank, which holds the most, where it is not given.
 
     >>> local_shape((4, 10), (Replicate(), Shard(1)), (2, 2))
     (4, 5)
+    >>> local_shape((5, 10), (BlockShard(0, shares=(3, 2)),), (2,), (1,))
+    (2, 10)
     """
     out = list(shape)
-    for placement, size in zip(placements, sizes, strict=True):
-        if isinstance(placement, Shard):
-            out[placement.dim] = out[placement.dim] // size
+    for axis, (placement, size) in enumerate(zip(placements, sizes, strict=True)):
+        if is_shard(placement):
+            dim = placement.dim  # type: ignore[attr-defined]
+            out[dim] = local_size(out[dim], placement, size, at[axis] if at else 0)
     return tuple(out)
+
+
+def lengths_of(size: int, placement: Placement, count: int) -> tuple[int, ...]:
+    """What each of ``count`` ranks holds of a dim of ``size``; empty where all hold the same.
+
+    >>> lengths_of(20, BlockShard(0, shares=(2, 2, 1, 0)), 4)
+    (8, 8, 4, 0)
+    """
+    if not cut_of(placement).shares:
+        return ()
+    return tuple(local_size(size, placement, count, position) for position in range(count))
+
+
+def is_uneven(placements: Sequence[Placement]) -> bool:
+    """Whether the ranks hold parts of different sizes."""
+    return any(type(p) is BlockShard and p.cut.shares for p in placements)
 
 
 def cut(tensor: torch.Tensor, placement: Placement, size: int, position: int) -> torch.Tensor:
@@ -165,17 +251,21 @@ def cut(tensor: torch.Tensor, placement: Placement, size: int, position: int) ->
 
     >>> cut(torch.arange(6), BlockShard(0, (1, 1, 1)), 2, 0).tolist()
     [0, 2, 4]
+    >>> [cut(torch.arange(5), BlockShard(0, shares=(3, 2)), 2, i).tolist() for i in (0, 1)]
+    [[0, 1, 2], [3, 4]]
     """
-    if not isinstance(placement, Shard):
+    if not is_shard(placement):
         return tensor
-    dim, blocks = placement.dim, blocks_of(placement)
+    dim, (blocks, shares) = placement.dim, cut_of(placement)  # type: ignore[attr-defined]
+    pieces = sum(shares) or size
+    before, share = (sum(shares[:position]), shares[position]) if shares else (position, 1)
     unit = tensor.shape[dim] // sum(blocks)
     assert unit * sum(blocks) == tensor.shape[dim], f"{tensor.shape} has not the blocks of {placement}"
-    assert all(block * unit % size == 0 for block in blocks), f"{tensor.shape} does not divide as {placement} by {size}"
+    assert all(block * unit % pieces == 0 for block in blocks), f"{tensor.shape} does not divide as {placement}"
     parts, start = [], 0
     for block in blocks:
-        length = block * unit // size
-        parts.append(tensor.narrow(dim, start + position * length, length))
+        piece = block * unit // pieces
+        parts.append(tensor.narrow(dim, start + before * piece, share * piece))
         start += block * unit
     return parts[0] if len(parts) == 1 else torch.cat(parts, dim)
 
@@ -189,14 +279,15 @@ def join(parts: Sequence[torch.Tensor], placement: Placement) -> torch.Tensor:
     if isinstance(placement, Partial):
         assert placement.reduce_op == "sum", placement
         return torch.stack(tuple(parts)).sum(0)
-    if not isinstance(placement, Shard):
+    if not is_shard(placement):
         return parts[0]
-    dim, blocks = placement.dim, blocks_of(placement)
-    unit = parts[0].shape[dim] // sum(blocks)
-    pieces, start = [], 0
+    dim, blocks = placement.dim, blocks_of(placement)  # type: ignore[attr-defined]
+    pieces, before = [], 0
     for block in blocks:
-        pieces += [part.narrow(dim, start, block * unit) for part in parts]
-        start += block * unit
+        for part in parts:
+            unit = part.shape[dim] // sum(blocks)
+            pieces.append(part.narrow(dim, before * unit, block * unit))
+        before += block
     return torch.cat(pieces, dim)
 
 

@@ -22,9 +22,9 @@ from fxshard.passes.annotate import placements
 from fxshard.passes.capture import capture, signature_key
 from fxshard.passes.fidelity import check_fidelity
 from fxshard.passes.pipeline import STAGES, Compiled, compile_graph
-from fxshard.placement import REPLICATE, Placements, is_shard, join, join_all
+from fxshard.placement import REPLICATE, Placements, cut_of, is_shard, join_all
 from fxshard.plan.plan import Plan
-from fxshard.runtime.collectives import Axis
+from fxshard.runtime.collectives import Axis, all_gather, concat
 from fxshard.runtime.module import RankModule, find, load, local_part, place, share
 from fxshard.runtime.process import check_same_weights, checksum, process_axes, share_random_state
 
@@ -53,9 +53,9 @@ class ParallelModule(nn.Module):
         self._dynamic_shapes = dynamic_shapes
         self._captures: dict[Hashable, Compiled] = {}
         self._latest: Compiled | None = None
-        self._eager = False
+        self._example: Compiled | None = None
         self._ranks: dict[int, RankModule] = {}
-        self._sources: dict[int, str] = {}
+        self._sources: dict[tuple[int, int], str] = {}
         self._functions: dict[int, Any] = {}
         self._checksums: dict[str, int] = {}
         self._axes: dict[str, Axis] | None = None
@@ -64,16 +64,24 @@ class ParallelModule(nn.Module):
 
     # --- capture ---------------------------------------------------------------------------------------------------
 
-    def capture(self, args: tuple[Any, ...], kwargs: Mapping[str, Any] | None = None) -> Compiled:
-        """Captures and compiles the model for these inputs, once per signature and training mode."""
+    def capture(
+        self, args: tuple[Any, ...], kwargs: Mapping[str, Any] | None = None, *, exact: bool = False
+    ) -> Compiled:
+        """Captures and compiles the model for these inputs, once per signature and training mode.
+
+        Args:
+            args: the inputs.
+            kwargs: likewise, by name.
+            exact: for inputs of these very sizes, even if ``dynamic_shapes`` says that they may change.
+        """
         kwargs = dict(kwargs or {})
         model = self._model[0]
         if model.training != self.training:
             model.train(self.training)
-        key = signature_key(model, args, kwargs)
+        key = exact, signature_key(model, args, kwargs)
         if key not in self._captures:
             start = time.perf_counter()
-            captured = capture(model, args, kwargs, dynamic_shapes=self._dynamic_shapes)
+            captured = capture(model, args, kwargs, dynamic_shapes=None if exact else self._dynamic_shapes)
             seconds = time.perf_counter() - start
             check_fidelity(model, captured, args, kwargs)
             compiled = compile_graph(captured, self._pinned(), model, seconds)
@@ -176,15 +184,16 @@ class ParallelModule(nn.Module):
         """The Python source that rank ``rank`` runs."""
         where = ", ".join(f"{n}={i}" for n, i in zip(self.mesh.names, self.mesh.coordinate(rank), strict=True))
         title = f"{type(self._model[0]).__name__}, rank {rank} of {self.mesh.world_size} ({where})."
-        return emit(self.compiled.graph, self.mesh, title)
+        return emit(self.compiled.graph_for(rank), self.mesh.seen_by(rank), title)
 
     def function(self, compiled: Compiled, rank: int, axes: Mapping[str, Axis]) -> Any:
         """The generated forward of a rank, over the given axes."""
         title = type(self._model[0]).__name__
-        if id(compiled) not in self._sources:
-            self._sources[id(compiled)] = emit(compiled.graph, self.mesh, title)
+        key = id(compiled), rank if compiled.is_uneven else 0
+        if key not in self._sources:
+            self._sources[key] = emit(compiled.graph_for(rank), self.mesh.seen_by(rank), title)
         self.place_constants(compiled, rank)
-        return load(self._sources[id(compiled)], axes, self._device, f"<fxshard {title} {id(compiled)}>")
+        return load(self._sources[key], axes, self._device, f"<fxshard {title} {' '.join(map(str, key))}>")
 
     def place_constants(self, compiled: Compiled, rank: int) -> None:
         """Puts the tensors and subgraphs that export lifted out of the code into a rank's module."""
@@ -203,12 +212,13 @@ class ParallelModule(nn.Module):
         Raises:
             InputError: when the inputs do not fit what was captured with example inputs.
         """
-        if self._eager and self.compiled.captured.training == self.training:
-            compiled = self.compiled
+        if self._example is not None and self._example.captured.training == self.training:
+            compiled = self._latest = self._example
         else:
             compiled = self.capture(args, kwargs)
         leaves = compiled.captured.flatten_inputs(args, kwargs)
-        compiled.check_divides(leaves)
+        if not compiled.fits(leaves):  # uneven parts are of static sizes
+            compiled = self.capture(args, kwargs, exact=True)
         return compiled, leaves
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -299,7 +309,11 @@ def gather_whole(part: torch.Tensor, placed: Placements, mesh: Mesh, axes: Mappi
     """The whole tensor from this rank's part; collective."""
     for placement, name in zip(reversed(placed), reversed(mesh.names), strict=True):
         if is_shard(placement):
-            axis = axes[name]
-            stacked = axis.group.run("all_gather", "own_part", part)
-            part = join(stacked.chunk(axis.size, 0), placement)
+            axis, dim = axes[name], placement.dim  # type: ignore[attr-defined]
+            lengths: tuple[int, ...] = ()
+            if cut_of(placement).shares:
+                length = torch.tensor([part.shape[dim]], device=part.device)
+                lengths = tuple(axis.group.run("all_gather", "own_part", length).tolist())
+            stacked = all_gather(part, axis, False, dim, lengths)
+            part = concat(stacked, axis, dim, cut_of(placement).blocks, lengths)
     return part

@@ -1,12 +1,14 @@
 """Is the sharded program the model? Outputs, and all gradients, against the original on one device.
 
 The reference is the original module itself, run eagerly with the program's weights: nothing of the compiler is in it.
+Compared with it is the generated code, as the ranks run it.
 Where something differs, the captured graph and every rank's graph are interpreted side by side, and the first node
 whose value (or, going backward, whose gradient) differs is named with its module and source line.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -91,7 +93,7 @@ def verify(program: ParallelModule, *args: Any, **kwargs: Any) -> VerifyReport:
             trace = None
             got, got_grads = _real(program, args, kwargs)
         else:
-            trace = _Trace(program, compiled, args, kwargs, state)
+            trace = _Run(program, compiled, args, kwargs)
             got, got_grads = trace.outputs, trace.grads
         differing = trace.disagreements() if trace is not None else []
     rows = [
@@ -103,7 +105,10 @@ def verify(program: ParallelModule, *args: Any, **kwargs: Any) -> VerifyReport:
     ok = all(row[3] for row in rows)
     where = None
     if not ok:
-        where = trace.first_divergence() if trace is not None else None
+        if trace is not None:
+            with _Untouched([program.rank_module(r) for r in ranks]):
+                torch.set_rng_state(state)
+                where = _Trace(program, compiled, args, kwargs).first_divergence(state)
         where = where or next(row[0] for row in rows if not row[3])
     report = VerifyReport(
         ok,
@@ -217,21 +222,18 @@ class _Recorder(fx.Interpreter):
         return value
 
 
-class _Trace:
-    """The captured graph and all ranks' graphs, run node by node."""
+class _Run:
+    """All ranks' programs, run forward and backward in lockstep."""
 
-    def __init__(
-        self, program: ParallelModule, compiled: Compiled, args: Any, kwargs: Any, state: torch.Tensor
-    ) -> None:
+    def __init__(self, program: ParallelModule, compiled: Compiled, args: Any, kwargs: Any) -> None:
         self.compiled, self.mesh, self.program = compiled, program.mesh, program
-        self.call, self.state = (args, kwargs), state
+        self.call = args, kwargs
         leaves = compiled.captured.flatten_inputs(args, kwargs)
         world = program.mesh.world_size
-        self.final = {n.name: n for n in compiled.graph.nodes}
         turns = Turns(world)
         axes = lockstep_axes(program.mesh, turns)
-        self.ranks = [self._recorder(rank, axes[rank]) for rank in range(world)]
-        self.outs = run_ranks(world, turns, lambda rank: self.ranks[rank].run(*(_own(x) for x in leaves)))
+        ranks = [self._runner(rank, axes[rank]) for rank in range(world)]
+        self.outs = run_ranks(world, turns, lambda rank: ranks[rank](*(_own(x) for x in leaves)))
         self.outputs = [self._join_output(i, [out[i] for out in self.outs]) for i in range(len(self.outs[0]))]
         for index, value in compiled.captured.output_constants.items():
             self.outputs[index] = value
@@ -240,10 +242,9 @@ class _Trace:
             self._backward()
         self.grads = program.full_grads()
 
-    def _recorder(self, rank: int, axes: Mapping[str, Axis]) -> _Recorder:
-        self.program.place_constants(self.compiled, rank)
-        module = self.program.rank_module(rank)
-        return _Recorder(self.compiled.root, self.compiled.graph, lambda name: find(module, name), axes)
+    def _runner(self, rank: int, axes: Mapping[str, Axis]) -> Callable[..., Any]:
+        """What a rank runs: the generated code."""
+        return functools.partial(self.program.function(self.compiled, rank, axes), self.program.rank_module(rank))
 
     def _join_output(self, index: int, parts: list[Any]) -> Any:
         if not isinstance(parts[0], torch.Tensor):
@@ -288,9 +289,25 @@ class _Trace:
                 total = total + (part * local).sum()
         total.backward()
 
-    def first_divergence(self) -> str | None:
-        """The first node whose value differs, or, backward, whose gradient does."""
-        torch.set_rng_state(self.state)
+
+class _Trace(_Run):
+    """The captured graph and all ranks' graphs, run node by node."""
+
+    def __init__(self, program: ParallelModule, compiled: Compiled, args: Any, kwargs: Any) -> None:
+        self.ranks: list[_Recorder] = []
+        self.final = {n.name: n for n in compiled.graph.nodes}
+        super().__init__(program, compiled, args, kwargs)
+
+    def _runner(self, rank: int, axes: Mapping[str, Axis]) -> Callable[..., Any]:
+        self.program.place_constants(self.compiled, rank)
+        module = self.program.rank_module(rank)
+        graph = self.compiled.graph_for(rank)
+        self.ranks.append(_Recorder(self.compiled.root, graph, lambda name: find(module, name), axes))
+        return self.ranks[-1].run
+
+    def first_divergence(self, state: torch.Tensor) -> str | None:
+        """The first node whose value differs, or, backward, whose gradient does; ``state``: of the random generator."""
+        torch.set_rng_state(state)
         captured, root = self.compiled.captured, self.compiled.root
         graph = self.compiled.stages["normalize"]
         weights = self.program.full_state_dict()

@@ -609,7 +609,7 @@ def examples(draw: Draw, max_steps: int = 8) -> Example:
     """Draws a model, its inputs, and a plan."""
     torch.manual_seed(0)
     batch, length, size = (
-        draw(st.sampled_from((4, 6, 12, 2))),
+        draw(st.sampled_from((4, 6, 12, 2, 5))),
         draw(st.sampled_from((4, 6, 8))),
         draw(st.sampled_from(SIZES)),
     )
@@ -647,7 +647,7 @@ def _plan(
         return plan, " | ".join(presets) + ": ", whole
     params = {name: e for name, p in b.model.named_parameters() if (e := _entry(b, p.shape, mesh))}
     batch = b.choose((None, *axes))
-    shared = {batch: Shard(0)} if batch and x.shape[0] % mesh[batch] == 0 and kind == "entries" else None
+    shared = {batch: Shard(0)} if batch and kind == "entries" else None
     inputs = {name: e for name, v in (("x", x), ("ids", ids)) if (e := shared or _entry(b, v.shape, mesh))}
     activations = {}
     for index, value in enumerate(b.values[2:]):
@@ -660,14 +660,16 @@ def _plan(
 
 
 def _entry(b: Builder, shape: torch.Size, mesh: dict[str, int], explicit: bool = False) -> dict[str, Any]:
-    """Any placement that divides: several axes may cut one dim, the outer one first."""
+    """Any placement: several axes may cut one dim, the outer one first, if they divide it; one may cut it unevenly."""
     entry: dict[str, Any] = {}
     left = list(shape)
+    cut: set[int] = set()
     for axis, size in mesh.items():
-        dims = [d for d, n in enumerate(left) if n % size == 0 and n >= size]
+        dims = [d for d, n in enumerate(left) if n > 0 and (d not in cut or n % size == 0)]
         dim = b.choose((None, *dims))
         if dim is not None:
-            left[dim] //= size
+            left[dim] = left[dim] // size if left[dim] % size == 0 else 0  # 0: no other axis may cut it
+            cut.add(dim)
             entry[axis] = Shard(dim)
         elif explicit and b.maybe():
             entry[axis] = Replicate()

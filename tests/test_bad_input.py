@@ -12,6 +12,7 @@ from torch import nn
 import fxshard
 from fxshard import Mesh, Plan, Shard, data_parallel, tensor_parallel
 from fxshard.errors import CaptureError, DivisibilityError, FxshardError, InputError, MeshError, PlanError
+from fxshard.placement import BlockShard
 
 X = torch.ones(4, 8)
 
@@ -92,21 +93,16 @@ def test_a_dim_out_of_range(part: str, name: str, dim: int, shape: str, last: in
 
 
 @pytest.mark.parametrize(
-    ("part", "name", "dim", "size", "ranks"),
+    ("blocks", "shares", "mend"),
     [
-        ("params", "up.weight", 0, 12, 5), ("params", "up.weight", 1, 8, 3), ("inputs", "x", 0, 4, 3),
-        ("activations", "up", 1, 12, 8), ("outputs", "0", 1, 8, 3),
+        ((1,), (3, 2), "give the shares of 5 pieces as many ranks"), ((1,), (1, 2, 3), "as many ranks as the axis has"),
+        ((1, 1, 1, 1, 1), (), "choose blocks that tile 12"),
     ],
 )  # fmt: skip
-def test_a_size_that_does_not_divide(part: str, name: str, dim: int, size: int, ranks: int) -> None:
-    error = refused(DivisibilityError, Plan({"tp": ranks}, **{part: {name: Shard(dim)}}))
-    says(error, rf"dim {dim} \(size {size}\) of", rf"mesh axis 'tp' \(size {ranks}\)", part)
-    says(error, "uneven shards are not supported yet")
+def test_a_cut_that_does_not_fit(blocks: tuple[int, ...], shares: tuple[int, ...], mend: str) -> None:
+    error = refused(DivisibilityError, Plan({"tp": 2}, params={"up.weight": BlockShard(0, blocks, shares)}))
+    says(error, r"dim 0 \(size 12\) of up.weight", r"mesh axis 'tp' \(size 2\)", "params", mend, "replicate dim 0")
     assert error.op, "the entry of the plan"
-
-
-def test_a_batch_that_does_not_divide() -> None:
-    says(refused(DivisibilityError, data_parallel(3)), r"dim 0 \(size 4\) of x", "uneven shards are not supported yet")
 
 
 def test_two_axes_that_divide_alone_but_not_together() -> None:
@@ -117,10 +113,15 @@ def test_two_axes_that_divide_alone_but_not_together() -> None:
 
 def test_every_offender_is_listed() -> None:
     plan = Plan(
-        {"tp": 5},
-        params={"upp.weight": Shard(0), "up.weight": Shard(0), "down.weight": Shard(3), "up.bias": {"pp": Shard(0)}},
-        inputs={"y": Shard(0)},
-        outputs={"0": Shard(1), "7": Shard(0)},
+        {"tp": 5, "dp": 2},
+        params={
+            "upp.weight": {"tp": Shard(0)},
+            "up.weight": {"tp": Shard(0), "dp": Shard(0)},
+            "down.weight": {"tp": Shard(3)},
+            "up.bias": {"pp": Shard(0)},
+        },
+        inputs={"y": {"tp": Shard(0)}},
+        outputs={"0": {"tp": BlockShard(1, (1, 1, 1))}, "7": {"tp": Shard(0)}},
     )
     error = refused(PlanError, plan)
     says(

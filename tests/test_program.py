@@ -230,16 +230,31 @@ def test_a_program_that_draws_nothing_leaves_the_random_state() -> None:
 
 
 def test_an_error_in_a_rank_is_raised_and_the_next_run_works() -> None:
+    class Lookup(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.table = nn.Embedding(8, 4)
+
+        def forward(self, ids: torch.Tensor) -> torch.Tensor:
+            return self.table(ids)
+
+    model, ids = Lookup(), torch.arange(8).view(4, 2)
+    program = fxshard.parallelize(model, data_parallel(4), (ids,))
+    with pytest.raises(IndexError):
+        fxshard.simulate(program, ids + 2)
+    torch.testing.assert_close(fxshard.simulate(program, ids).outputs[3], model(ids))
+
+
+def test_a_dynamic_size_that_does_not_divide_is_captured_for_itself() -> None:
+    """Uneven parts have static sizes: one capture serves all sizes that divide, another each size that does not."""
     model = nn.Sequential(nn.Linear(8, 8)).double()
     batch = torch.export.Dim("batch", min=1, max=64)
     program = fxshard.parallelize(model, data_parallel(4), (X,), dynamic_shapes=({0: batch},))
-    for count in (6, 4, 7, 8):
+    for count in (6, 4, 7, 8, 2, 12, 7):
         x = torch.randn(count, 6, 8, dtype=torch.float64)
-        if count % 4:
-            with pytest.raises(fxshard.errors.DivisibilityError, match=rf"size {count}\b.*'dp' \(size 4\)"):
-                fxshard.simulate(program, x)
-        else:
-            torch.testing.assert_close(fxshard.simulate(program, x).outputs[3], model(x))
+        for output in fxshard.simulate(program, x).outputs:
+            torch.testing.assert_close(output, model(x))
+    assert len(program._captures) == 1 + 3
 
 
 # --- looking --------------------------------------------------------------------------------------------------------

@@ -17,6 +17,7 @@ from hypothesis import assume, given, reject, settings
 
 import fxshard
 from fxshard.errors import CaptureError, InputError, PlanError
+from fxshard.placement import chunk_shares, cut, shard
 from tests.random_models import Example, examples
 
 TOLERANCE = 1e-9
@@ -32,7 +33,8 @@ def part_of(whole: torch.Tensor, splits: dict[str, int], mesh: fxshard.Mesh, ran
     """What a rank returns of an output that the plan leaves split."""
     for axis, size, position in zip(mesh.names, mesh.sizes, mesh.coordinate(rank), strict=True):
         if axis in splits:
-            whole = whole.chunk(size, splits[axis])[position]
+            dim = splits[axis]
+            whole = cut(whole, shard(dim, shares=chunk_shares(whole.shape[dim], size)), size, position)
     return whole
 
 
@@ -44,7 +46,7 @@ def assert_close(actual: torch.Tensor, expected: torch.Tensor, what: str) -> Non
 
 
 def parallelize(example: Example, inputs: tuple[torch.Tensor, ...], **options: Any) -> fxshard.ParallelModule:
-    """Compiles an example. Its own entries divide; what a preset asks beside them need not."""
+    """Compiles an example. Its own entries fit; what a preset asks beside them need not."""
     try:
         return fxshard.parallelize(example.model, example.plan, inputs, **options)
     except PlanError as error:

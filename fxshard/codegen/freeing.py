@@ -38,7 +38,7 @@ def deaths(region: Region, last_use: Mapping[fx.Node, int], mesh: Mesh) -> dict[
             groups.setdefault(base[node], []).append(node)
     out: dict[int, list[fx.Node]] = {}
     for nodes in groups.values():
-        if any(is_tensor(node) and local_bytes(node, mesh.sizes) >= LARGE for node in nodes):
+        if any(is_tensor(node) and local_bytes(node, mesh) >= LARGE for node in nodes):
             out.setdefault(max(last_use.get(n, -1) for n in nodes), []).extend(nodes)
     return out
 

@@ -104,7 +104,7 @@ def spell(node: fx.Node, text: Text, imports: set[str], axes: Mapping[str, str])
     if isinstance(target, torch._ops.OpOverload):
         return _short(target, args, kwargs, text) or _long(target, args, kwargs, text)
     if is_ours(target):
-        return _ours(target, args, lambda a: axes[a] if isinstance(a, str) and a in axes else text(a))
+        return _ours(target, args, kwargs, lambda a: axes[a] if isinstance(a, str) and a in axes else text(a))
     module, name = getattr(target, "__module__", "") or "", getattr(target, "__name__", "")
     if module == "_operator":
         if name == "getitem" and not isinstance(args[1], slice):
@@ -122,11 +122,12 @@ def _called(function: str, args: Sequence[Any], kwargs: Mapping[str, Any], text:
     return f"{function}({', '.join([*map(text, args), *(f'{k}={text(v)}' for k, v in kwargs.items())])})"
 
 
-def _ours(target: Any, args: Sequence[Any], text: Text) -> str:
+def _ours(target: Any, args: Sequence[Any], kwargs: Mapping[str, Any], text: Text) -> str:
     texts = list(map(text, args))
     if target in CONVERSIONS and target is not collectives.all_to_all:
         names = target.__code__.co_varnames
         texts[2:] = [f"{names[i]}={texts[i]}" for i in range(2, len(args))]
+    texts += [f"{name}={text(value)}" for name, value in kwargs.items()]
     return f"{target.__name__}({', '.join(texts)})"
 
 

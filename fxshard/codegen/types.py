@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from torch import fx
 
-from fxshard.mesh import Mesh
-from fxshard.passes.typing import has_info, info_of
+from fxshard.mesh import Mesh, RankMesh
+from fxshard.passes.typing import has_info, info_of, placed_beside
 from fxshard.placement import describe_all, local_shape
 
 DTYPES = {
@@ -18,20 +16,24 @@ DTYPES = {
 }  # fmt: skip
 
 
-def describe_value(node: fx.Node, sizes: Sequence[int]) -> str:
-    """The local type of a node's result on a mesh of ``sizes``, e.g. ``f32[4, 16, 32]``."""
+def describe_value(node: fx.Node, mesh: Mesh, along: int | None = None) -> str:
+    """The type of a node's result as a rank holds it, e.g. ``f32[4, 16, 32]``; whole along the axis ``along``.
+
+    A ``RankMesh`` says which rank; else it is the first one.
+    """
     value = node.meta.get("val")
     if not isinstance(value, torch.Tensor):
         return ""
     shape = tuple(value.shape)
     if has_info(node) and info_of(node).outputs:
-        shape = local_shape(shape, info_of(node).placements, sizes)
+        placed = placed_beside(info_of(node).placements, along)
+        shape = local_shape(shape, placed, mesh.sizes, mesh.at if isinstance(mesh, RankMesh) else ())
     return f"{DTYPES.get(value.dtype, str(value.dtype))}[{', '.join(map(str, shape))}]"
 
 
 def describe_local(node: fx.Node, mesh: Mesh) -> str:
     """The local type of a node's result, and its placements where it is not replicated."""
-    text = describe_value(node, mesh.sizes)
+    text = describe_value(node, mesh)
     if text and has_info(node) and info_of(node).outputs:
         placed = describe_all(info_of(node).placements, mesh.names)
         text += f"  {placed}" if placed != "Replicate" else ""

@@ -28,8 +28,9 @@ from torch import fx
 
 from fxshard.errors import RuleError
 from fxshard.mesh import Mesh
-from fxshard.passes.facts import split_choice
+from fxshard.passes.facts import recipe_on_parts, split_choice
 from fxshard.passes.localize import localize
+from fxshard.passes.propagate import may_be_empty
 from fxshard.passes.typing import Choice, Info, set_info, values_of
 from fxshard.placement import (
     PARTIAL,
@@ -37,15 +38,17 @@ from fxshard.placement import (
     Placement,
     Placements,
     Varying,
+    chunk_shares,
     cut,
+    cut_of,
     describe,
     is_partial,
     is_shard,
+    is_uneven,
     join,
     local_shape,
     shard,
 )
-from fxshard.rules.lookup import recipe_for
 from fxshard.rules.recipe import At, Recipe, RuleFunction, operands_of, shape_of, units
 from fxshard.rules.table import find_rule, temporary_rule
 from fxshard.runtime import collectives as run
@@ -168,15 +171,10 @@ class _Trial:
 
     def recipe(self, placements: Sequence[Placement], outer: Sequence[Choice], sizes: Sequence[int]) -> Recipe:
         """What the rule says once the axes of ``outer`` have cut the call."""
-        inputs = tuple(
-            local_shape(shape, tuple(c.inputs[i] or REPLICATE for c in outer), sizes)
-            for i, shape in enumerate(self.whole)
-        )
-        outputs = tuple(
-            local_shape(shape_of(v), tuple(c.outputs[k] for c in outer), sizes)
-            for k, v in enumerate(values_of(self.node))
-        )
-        found = recipe_for(self.node, inputs, outputs, placements)
+        inputs = [(shape, tuple(c.inputs[i] or REPLICATE for c in outer)) for i, shape in enumerate(self.whole)]
+        results = enumerate(values_of(self.node))
+        outputs = [(shape_of(v), tuple(c.outputs[k] for c in outer)) for k, v in results]
+        found = recipe_on_parts(self.node, inputs, outputs, sizes, placements)
         assert found is not None
         return found
 
@@ -208,11 +206,11 @@ class _Trial:
             recipe = self.recipe(current, outer, sizes[: len(outer)])
             for factor in recipe.factors:
                 for i, at in enumerate(factor.inputs):
-                    blocks = factor.blocks_for(at, At.of(current[i]), size)
-                    if blocks is None or i in recipe.unread:
+                    cut = factor.cut_for(at, At.of(current[i]), size)
+                    if cut is None or i in recipe.unread or (0 in cut.shares and not may_be_empty(factor)):
                         continue
                     differentiable = [_is_float(x) for x in self.operands]
-                    choice = split_choice(factor, blocks, differentiable, recipe.unread, 0)
+                    choice = split_choice(factor, cut, differentiable, recipe.unread, 0)
                     key = (choice.factor, choice.lowering, tuple(map(repr, (choice.inputs, choice.outputs))))
                     if key not in seen:
                         seen.add(key)
@@ -325,15 +323,18 @@ class _Trial:
             set_info(operand, Info((placements,), differentiable=_is_float(operand.meta["val"])))
         set_info(self.node, Info(tuple(outputs), choices, any(g is not None for g in self.cotangents)))
         set_info(next(iter(reversed(self.node.graph.nodes))), Info(()))
-        graph = localize(self.node.graph, mesh)
-        graph.lint()
-        meets = any(n.target in _MEET for n in graph.nodes)
+        graphs = [localize(self.node.graph, mesh)]
+        if any(map(is_uneven, (*inputs, *outputs))):
+            graphs += [localize(self.node.graph, mesh, rank) for rank in range(1, mesh.world_size)]
+        for graph in graphs:
+            graph.lint()
+        meets = any(n.target in _MEET for n in graphs[0].nodes)
         turns = Turns(mesh.world_size)
         axes = lockstep_axes(mesh, turns)
 
         def one(rank: int) -> list[Any]:
             torch.manual_seed(0)
-            return _flat(_interpret(graph, leaves[rank], axes[rank]))
+            return _flat(_interpret(graphs[rank % len(graphs)], leaves[rank], axes[rank]))
 
         ranks = range(mesh.world_size)
         return run_ranks(mesh.world_size, turns, one) if meets else [one(rank) for rank in ranks]
@@ -408,17 +409,26 @@ def _interpret(graph: fx.Graph, operands: Sequence[torch.Tensor], axes: Mapping[
 
 
 def _layouts(shapes: Sequence[tuple[Any, ...]], size: int, plain: bool) -> Iterator[list[Placement]]:
-    """How an axis may already cut the operands: one of them, or all alike, plain and in blocks."""
+    """How an axis may already cut the operands: one of them, or all alike, plain and in blocks, evenly or not."""
     count = len(shapes)
     for blocks in BLOCKS[:1] if plain else BLOCKS:
         for d in range(max(map(len, shapes), default=0)):
-            cuts = [d < len(s) and bool(s[d]) and units(s[d], blocks, size) for s in shapes]
-            for i in range(count):
-                if cuts[i]:
-                    yield [shard(d, blocks) if k == i else REPLICATE for k in range(count)]
-            if count > 1 and all(cuts):
-                yield [shard(d, blocks)] * count
-                yield [shard(d, blocks if k else (1,)) for k in range(count)]
+            forms = [_form(d, shape[d], blocks, size) if d < len(shape) else None for shape in shapes]
+            for i, form in enumerate(forms):
+                if form is not None:
+                    yield [form if k == i else REPLICATE for k in range(count)]
+            if count > 1 and forms[0] is not None and all(form == forms[0] for form in forms):
+                yield [forms[0]] * count
+                yield [forms[0] if k else shard(d, shares=cut_of(forms[0]).shares) for k in range(count)]
+
+
+def _form(dim: int, length: int, blocks: tuple[int, ...], size: int) -> Placement | None:
+    """A dim cut in ``blocks``, with uneven shares where its length does not divide; None where it cannot be."""
+    if length == 0 or length % sum(blocks):
+        return None
+    if units(length, blocks, size):
+        return shard(dim, blocks)
+    return shard(dim, blocks, chunk_shares(length // sum(blocks), size))
 
 
 def _flat(value: Any) -> list[Any]:
@@ -484,7 +494,12 @@ def _join_all(
     if not is_shard(placement) and not is_partial(placement):
         for row in rows[1:]:
             _same(row, rows[0], "a replicated value on another rank", tolerance)
-    if any(row.shape != rows[0].shape for row in rows):
+    whole = list(rows[0].shape)
+    if is_shard(placement):
+        dim: int = placement.dim  # type: ignore[attr-defined]
+        whole[dim] = sum(row.shape[dim] for row in rows)
+    expected = [local_shape(whole, (placement,), sizes[:1], (i,)) for i in range(sizes[0])]
+    if [tuple(row.shape) for row in rows] != expected:
         raise RuleError(f"the ranks' results have the shapes {[list(row.shape) for row in rows]}")
     return join(rows, placement)
 

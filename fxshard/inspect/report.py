@@ -18,7 +18,7 @@ from fxshard.passes.capture import module_of, source_of
 from fxshard.passes.insert_collectives import CONVERSIONS
 from fxshard.passes.pipeline import Compiled
 from fxshard.passes.typing import has_info, info_of, is_float, local_bytes, values_of
-from fxshard.placement import Placement, Varying, blocks_of, is_partial, is_shard
+from fxshard.placement import Placement, Varying, cut_of, is_partial, is_shard
 from fxshard.runtime import collectives as run
 
 
@@ -87,14 +87,9 @@ def _is_float(node: fx.Node) -> bool:
     return any(map(is_float, values_of(node)))
 
 
-def _whole_along(axis: int, mesh: Mesh) -> list[int]:
-    """The mesh's sizes, with one axis as if it had one rank: what is whole along it is counted whole."""
-    return [1 if a == axis else size for a, size in enumerate(mesh.sizes)]
-
-
 def full_bytes(node: fx.Node, compiled: Compiled) -> int:
     """The bytes of the value that a conversion gives, whole along its own axis, local along the others."""
-    return local_bytes(node, _whole_along(compiled.mesh.index(str(node.args[1])), compiled.mesh))
+    return local_bytes(node, compiled.mesh, compiled.mesh.index(str(node.args[1])))
 
 
 def _conversions(compiled: Compiled) -> Iterator[fx.Node]:
@@ -120,7 +115,7 @@ def _record(node: fx.Node, kind: str, phase: str, compiled: Compiled) -> Collect
     module = home_of(source) if source.op == "get_attr" else module_of(node)
     why = reason(node, phase, index, axis)
     num_bytes = full_bytes(node, compiled)
-    value = describe_value(node, _whole_along(index, compiled.mesh))
+    value = describe_value(node, compiled.mesh, index)
     return Collective(kind, axis, phase, num_bytes, module, source_of(node), why, value)
 
 
@@ -138,8 +133,9 @@ def short(placement: Placement) -> str:
     ['S(1)', 'R', 'P']
     """
     if is_shard(placement):
-        blocks = blocks_of(placement)
-        return f"S({placement.dim})" if blocks == (1,) else f"S({placement.dim};{':'.join(map(str, blocks))})"  # type: ignore[attr-defined]
+        blocks, shares = cut_of(placement)
+        text = f";{':'.join(map(str, blocks))}" if blocks != (1,) else ""
+        return f"S({placement.dim}{text}{';uneven' if shares else ''})"  # type: ignore[attr-defined]
     if isinstance(placement, Varying):
         return "V"
     return "P" if is_partial(placement) else "R"
@@ -170,7 +166,7 @@ def table(compiled: Compiled) -> str:
                 _shortened(module_of(node), MODULE_WIDTH),
                 placed_in,
                 _short_all(node),
-                describe_value(node, compiled.mesh.sizes)[:SHAPE_WIDTH],
+                describe_value(node, compiled.mesh)[:SHAPE_WIDTH],
                 forward,
                 back,
                 num_bytes,

@@ -15,7 +15,7 @@ Conversions are checked against the table of ``runtime.collectives``; a Varying 
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -24,11 +24,11 @@ from torch import fx
 from fxshard.errors import SoundnessError
 from fxshard.mesh import Mesh
 from fxshard.passes.capture import module_of, source_of
+from fxshard.passes.facts import recipe_on_parts
 from fxshard.passes.insert_collectives import CONVERSIONS
 from fxshard.passes.propagate import METADATA
 from fxshard.passes.typing import Info, info_of, values_of
-from fxshard.placement import Placement, Varying, blocks_of, describe, is_partial, is_shard, local_shape, same, shard
-from fxshard.rules.lookup import recipe_for
+from fxshard.placement import Cut, Placement, Varying, cut_of, describe, is_partial, is_shard, same, shard
 from fxshard.rules.recipe import At, Factor, operands_of, shape_of, written
 from fxshard.runtime import collectives as run
 
@@ -80,14 +80,9 @@ def _follows(
 ) -> bool:
     if any(isinstance(o.meta["val"], (list, tuple)) for o in operands):
         return False
-    sizes = mesh.sizes[:axis]
-    shapes = tuple(
-        local_shape(shape_of(o.meta["val"]), f.placements[:axis], sizes) for o, f in zip(operands, facts, strict=True)
-    )
-    outputs = tuple(
-        local_shape(shape_of(v), o[:axis], sizes) for v, o in zip(values_of(node), info_of(node).outputs, strict=True)
-    )
-    recipe = recipe_for(node, shapes, outputs, now)
+    inputs = [(shape_of(o.meta["val"]), f.placements[:axis]) for o, f in zip(operands, facts, strict=True)]
+    outputs = [(shape_of(v), o[:axis]) for v, o in zip(values_of(node), info_of(node).outputs, strict=True)]
+    recipe = recipe_on_parts(node, inputs, outputs, mesh.sizes[:axis], now)
     if recipe is None:
         return False
     read = [i for i in range(len(now)) if i not in recipe.unread]
@@ -104,18 +99,18 @@ def _follows(
 def _fits(
     factor: Factor, facts: Sequence[Info], now: Sequence[Placement], after: Sequence[Placement], read: list[int], n: int
 ) -> bool:
-    found = (factor.blocks_for(factor.inputs[i], At.of(now[i]), n) for i in read)
-    blocks = next((b for b in found if b is not None), None)
-    if blocks is None:
+    found = (factor.cut_for(factor.inputs[i], At.of(now[i]), n) for i in read)
+    cut = next((c for c in found if c is not None), None)
+    if cut is None:
         return False
     for i in read:
         at = factor.inputs[i]
         if at is not None:
-            if not same(now[i], at.placement(blocks)):
+            if not same(now[i], at.placement(cut)):
                 return False
         elif _interesting(now[i]) != facts[i].differentiable or is_shard(now[i]):
             return False
-    expected = (None if at is None else at.placement(blocks) for at in factor.outputs)
+    expected = (None if at is None else at.placement(cut) for at in factor.outputs)
     return all(is_partial(p) if e is None else same(p, e) for p, e in zip(after, expected, strict=True))
 
 
@@ -130,7 +125,7 @@ def _check_conversion(node: fx.Node, mesh: Mesh) -> None:
     if len(changed) != 1 or mesh.names[changed[0]] != node.args[1]:
         raise _unsound(node, [source], before, after, str(node.args[1]))
     have, want = before[changed[0]], after[changed[0]]
-    if not ALLOWED[node.target](have, want, node.args):
+    if not ALLOWED[node.target](have, want, node.args, node.kwargs):
         raise _unsound(node, [source], [have], [want], mesh.names[changed[0]])
     stacked = node.target is run.all_gather and not same(have, shard(0))
     if stacked and any(user.target is not run.concat for user in node.users):
@@ -148,9 +143,13 @@ def _check_concat(node: fx.Node, source: fx.Node, mesh: Mesh) -> None:
     if source.target is not run.all_gather or source.args[1] != node.args[1]:
         raise _unsound(node, [source], info_of(source).placements[axis:], after[axis:], mesh.names[axis])
     have = info_of(source.args[0]).placements[axis]  # type: ignore[arg-type]
-    blocks = node.args[3] if len(node.args) > 3 else (1,)
-    if not is_shard(have) or have.dim != node.args[2] or blocks_of(have) != blocks:  # type: ignore[attr-defined]
+    if not is_shard(have) or have.dim != node.args[2] or not _cuts_as(have, node.kwargs):  # type: ignore[attr-defined]
         raise _unsound(node, [source], [have], after[axis:], mesh.names[axis])
+
+
+def _cuts_as(placement: Placement, said: Mapping[str, Any]) -> bool:
+    """Whether a conversion's arguments cut a dim as the placement does."""
+    return cut_of(placement) == Cut(said.get("blocks", (1,)), said.get("lengths", ()))
 
 
 def _replicated(placement: Placement) -> bool:
@@ -161,16 +160,28 @@ def _summed(args: Any) -> bool:
     return len(args) > 2 and bool(args[2])
 
 
-ALLOWED: dict[Any, Callable[[Placement, Placement, Any], bool]] = {
-    run.vary: lambda have, want, args: _replicated(have) and isinstance(want, Varying),
-    run.all_reduce: lambda have, want, args: is_partial(have) and _replicated(want),
-    run.reduce_scatter: lambda have, want, args: is_partial(have) and is_shard(want) and want.dim == args[2],  # type: ignore[attr-defined]
-    run.chunk: lambda have, want, args: _replicated(have) and is_shard(want) and want.dim == args[2],  # type: ignore[attr-defined]
-    run.all_gather: lambda have, want, args: (
-        is_shard(have) and (isinstance(want, Varying) if _summed(args) else _replicated(want))
-    ),
-    run.all_to_all: lambda have, want, args: (
-        is_shard(have) and is_shard(want) and (have.dim, want.dim) == (args[2], args[3])  # type: ignore[attr-defined]
+def _splits(want: Placement, args: Any, said: Mapping[str, Any]) -> bool:
+    return is_shard(want) and want.dim == args[2] and _cuts_as(want, said)  # type: ignore[attr-defined]
+
+
+def _gathers(have: Placement, want: Placement, args: Any, said: Mapping[str, Any]) -> bool:
+    padded = not cut_of(have).shares or (said.get("lengths"), said.get("dim")) == (cut_of(have).shares, have.dim)  # type: ignore[attr-defined]
+    return padded and (isinstance(want, Varying) if _summed(args) else _replicated(want))
+
+
+def _exchanges(have: Placement, want: Placement, args: Any, said: Mapping[str, Any]) -> bool:
+    lengths = cut_of(have).shares, cut_of(want).shares
+    return (have.dim, want.dim) == (args[2], args[3]) and said.get("lengths", ((), ())) == lengths  # type: ignore[attr-defined]
+
+
+ALLOWED: dict[Any, Callable[[Placement, Placement, Any, Mapping[str, Any]], bool]] = {
+    run.vary: lambda have, want, args, said: _replicated(have) and isinstance(want, Varying),
+    run.all_reduce: lambda have, want, args, said: is_partial(have) and _replicated(want),
+    run.reduce_scatter: lambda have, want, args, said: is_partial(have) and _splits(want, args, said),
+    run.chunk: lambda have, want, args, said: _replicated(have) and _splits(want, args, said),
+    run.all_gather: lambda have, want, args, said: is_shard(have) and _gathers(have, want, args, said),
+    run.all_to_all: lambda have, want, args, said: (
+        is_shard(have) and is_shard(want) and _exchanges(have, want, args, said)
     ),
 }
 """For each conversion, what it may be given and what it gives: the table of ``runtime.collectives``."""

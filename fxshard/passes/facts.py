@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import itertools
+import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from typing import TypeAlias
 
 import torch
 from torch import fx
 
 from fxshard.passes.typing import Choice, has_info, info_of, is_float, values_of
-from fxshard.placement import PARTIAL, REPLICATE, VARYING, Placement, local_shape
-from fxshard.rules.recipe import Factor, Shape, shape_of
+from fxshard.placement import PARTIAL, REPLICATE, VARYING, Cut, Placement, is_uneven, local_shape
+from fxshard.rules.lookup import recipe_for
+from fxshard.rules.recipe import Factor, Recipe, Shape, shape_of
 
 
 @dataclass(eq=False)
@@ -66,38 +70,74 @@ class Facts:
         self.per_axis[-1] = self.current
 
 
-def input_shapes(fact: Facts, sizes: Sequence[int]) -> tuple[Shape, ...]:
-    """The operands' shapes after the axes of ``sizes`` cut them."""
+def recipe_of(fact: Facts, sizes: Sequence[int], current: Sequence[Placement]) -> Recipe | None:
+    """What the rule says of a call on the parts that the outer axes, of ``sizes``, leave; None where there is none."""
     if not any(fact.choices[: len(sizes)]):
-        return tuple(o.shapes[0] for o in fact.operands)
-    out = []
-    for i, operand in enumerate(fact.operands):
-        placements = [(c.inputs[i] if c else None) or REPLICATE for c in fact.choices[: len(sizes)]]
-        out.append(local_shape(operand.shapes[0], tuple(placements), sizes))
-    return tuple(out)
+        return recipe_for(fact.node, tuple(o.shapes[0] for o in fact.operands), fact.shapes, current)
+    choices = fact.choices[: len(sizes)]
+    operands = [
+        (operand.shapes[0], tuple((c.inputs[i] if c else None) or REPLICATE for c in choices))
+        for i, operand in enumerate(fact.operands)
+    ]
+    results = [(s, tuple(axis[k] for axis in fact.per_axis[: len(sizes)])) for k, s in enumerate(fact.shapes)]
+    return recipe_on_parts(fact.node, operands, results, sizes, current)
 
 
-def output_shapes(fact: Facts, sizes: Sequence[int]) -> tuple[Shape, ...]:
-    """The results' shapes after the axes of ``sizes`` cut them."""
-    if not any(fact.choices[: len(sizes)]):
-        return fact.shapes
-    return tuple(
-        local_shape(shape, tuple(axis[k] for axis in fact.per_axis[: len(sizes)]), sizes)
-        for k, shape in enumerate(fact.shapes)
-    )
+Placed: TypeAlias = tuple[Shape, tuple[Placement, ...]]
+
+
+def recipe_on_parts(
+    node: fx.Node,
+    operands: Sequence[Placed],
+    results: Sequence[Placed],
+    sizes: Sequence[int],
+    current: Sequence[Placement],
+) -> Recipe | None:
+    """What a rule says of a call whose operands and results the outer axes, of ``sizes``, cut.
+
+    Where they cut unevenly the ranks' parts have different shapes: only what the rule says of all of them is said.
+    """
+
+    def at(position: Sequence[int]) -> Recipe | None:
+        inputs = tuple(local_shape(shape, placed, sizes, position) for shape, placed in operands)
+        outputs = tuple(local_shape(shape, placed, sizes, position) for shape, placed in results)
+        if any(position) and any(0 in shape for shape in (*inputs, *outputs)):
+            return first  # an empty part: whatever is done with it is right
+        return recipe_for(node, inputs, outputs, current)
+
+    first = at((0,) * len(sizes))
+    uneven = [any(is_uneven(placed[a : a + 1]) for _, placed in (*operands, *results)) for a in range(len(sizes))]
+    if first is None or not any(uneven):
+        return first
+    factors = first.factors
+    for position in itertools.product(*(range(n if u else 1) for n, u in zip(sizes, uneven, strict=True))):
+        other = at(position)
+        assert other is not None
+        factors = tuple(common for f in factors if (common := _common(f, other.factors)) is not None)
+    return replace(first, factors=factors)
+
+
+def _common(factor: Factor, others: Sequence[Factor]) -> Factor | None:
+    for other in others:
+        alike = (factor.inputs, factor.outputs, factor.lowering) == (other.inputs, other.outputs, other.lowering)
+        if alike and isinstance(factor.size, int) and isinstance(other.size, int):
+            return replace(factor, size=math.gcd(factor.size, other.size))
+        if alike and factor.size == other.size:
+            return factor
+    return None
 
 
 def split_choice(
-    factor: Factor, blocks: tuple[int, ...], differentiable: Sequence[bool], unread: frozenset[int], leader: int
+    factor: Factor, cut: Cut, differentiable: Sequence[bool], unread: frozenset[int], leader: int
 ) -> Choice:
-    """The choice of splitting ``factor`` in ``blocks``."""
+    """The choice of splitting ``factor`` as ``cut`` says."""
     inputs: list[Placement | None] = []
     for i, at in enumerate(factor.inputs):
         if i in unread and at is None:
             inputs.append(None)
         elif at is not None:
-            inputs.append(at.placement(blocks))
+            inputs.append(at.placement(cut))
         else:
             inputs.append(VARYING if differentiable[i] else REPLICATE)
-    outputs = tuple(PARTIAL if at is None else at.placement(blocks) for at in factor.outputs)
+    outputs = tuple(PARTIAL if at is None else at.placement(cut) for at in factor.outputs)
     return Choice("split", tuple(inputs), outputs, factor.name, factor.lowering, f"operand {leader}")

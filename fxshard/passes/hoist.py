@@ -15,10 +15,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from fxshard.passes.facts import Facts, input_shapes, output_shapes, split_choice
+from fxshard.passes.facts import Facts, recipe_of, split_choice
 from fxshard.passes.typing import Choice
 from fxshard.placement import REPLICATE, Placement, Varying, is_shard, same
-from fxshard.rules.lookup import recipe_for
 from fxshard.rules.recipe import At
 
 
@@ -58,12 +57,12 @@ def _wanted_by_all(fact: Facts) -> Placement | None:
 
 def _split(fact: Facts, wanted: Placement, size: int, sizes: Sequence[int]) -> Choice | None:
     current = [REPLICATE] * len(fact.operands)
-    recipe = recipe_for(fact.node, input_shapes(fact, sizes), output_shapes(fact, sizes), current)
+    recipe = recipe_of(fact, sizes, current)
     for factor in recipe.factors if recipe is not None else ():
-        blocks = factor.blocks_for(factor.outputs[0], At.of(wanted), size)
-        if blocks is not None and factor.lowering is None:
+        cut = factor.cut_for(factor.outputs[0], At.of(wanted), size)
+        if cut is not None and factor.lowering is None:
             flows = [o.differentiable for o in fact.operands]
-            return split_choice(factor, blocks, flows, recipe.unread, 0)  # type: ignore[union-attr]
+            return split_choice(factor, cut, flows, recipe.unread, 0)  # type: ignore[union-attr]
     return None
 
 

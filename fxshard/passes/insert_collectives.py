@@ -22,7 +22,18 @@ from torch import fx
 from fxshard.mesh import Mesh
 from fxshard.passes.propagate import METADATA, constrain
 from fxshard.passes.typing import Info, info_of, set_info
-from fxshard.placement import REPLICATE, Placement, Placements, Varying, blocks_of, describe, is_partial, is_shard, same
+from fxshard.placement import (
+    REPLICATE,
+    Placement,
+    Placements,
+    Varying,
+    blocks_of,
+    cut_of,
+    describe,
+    is_partial,
+    is_shard,
+    same,
+)
 from fxshard.rules.recipe import operands_of, with_operands
 from fxshard.runtime import collectives as run
 
@@ -79,7 +90,7 @@ def steps(source: Placements, target: Placements) -> list[Step]:
             else:
                 step(run.all_reduce, axis, REPLICATE)
         elif is_shard(have):
-            if free and is_shard(want) and blocks_of(have) == blocks_of(want) == (1,):
+            if free and is_shard(want) and blocks_of(have) == blocks_of(want) == (1,) and have.dim != want.dim:  # type: ignore[attr-defined]
                 step(run.all_to_all, axis, want)
             else:
                 step(run.all_gather, axis, want if isinstance(want, Varying) else REPLICATE)
@@ -194,9 +205,9 @@ def _emit(new: fx.Graph, node: fx.Node, step: Step, mesh: Mesh, reader: fx.Node)
     info = Info((step.after,), differentiable=known.differentiable)
     reason = {"reader": reader.name, "from": describe(step.source), "to": describe(after)}
 
-    def make(function: Any, *args: Any) -> fx.Node:
+    def make(function: Any, *args: Any, **kwargs: Any) -> fx.Node:
         source = args[0].name.removesuffix("_parts")
-        made = new.create_node("call_function", function, args, name=f"{source}_{RESULT_NAMES[function]}")
+        made = new.create_node("call_function", function, args, kwargs, name=f"{source}_{RESULT_NAMES[function]}")
         made.meta = {k: v for k, v in node.meta.items() if k not in ("fxshard", "split_bias")}
         if "nn_module_stack" not in made.meta:  # a weight's conversion belongs to the module that reads it
             made.meta |= {k: reader.meta[k] for k in ("nn_module_stack", "stack_trace") if k in reader.meta}
@@ -206,15 +217,22 @@ def _emit(new: fx.Graph, node: fx.Node, step: Step, mesh: Mesh, reader: fx.Node)
         return made
 
     if step.function is run.all_gather:
-        dim, blocks = step.source.dim, blocks_of(step.source)  # type: ignore[attr-defined]
+        dim, said = step.source.dim, how(step.source)  # type: ignore[attr-defined]
         args = (node, axis, True) if isinstance(after, Varying) else (node, axis)
-        gathered = make(run.all_gather, *args)
-        if dim == 0 and blocks == (1,):
-            return gathered
-        return make(run.concat, gathered, axis, dim, *([blocks] if blocks != (1,) else []))
+        gathered = make(
+            run.all_gather, *args, **({"dim": dim, "lengths": said["lengths"]} if "lengths" in said else {})
+        )
+        return gathered if dim == 0 and not said else make(run.concat, gathered, axis, dim, **said)
     if step.function is run.all_to_all:
-        return make(run.all_to_all, node, axis, step.source.dim, after.dim)  # type: ignore[attr-defined]
+        lengths = cut_of(step.source).shares, cut_of(after).shares
+        dims = step.source.dim, after.dim  # type: ignore[attr-defined]
+        return make(run.all_to_all, node, axis, *dims, **({"lengths": lengths} if any(lengths) else {}))
     if step.function in (run.chunk, run.reduce_scatter):
-        blocks = blocks_of(after)
-        return make(step.function, node, axis, after.dim, *([blocks] if blocks != (1,) else []))  # type: ignore[attr-defined]
+        return make(step.function, node, axis, after.dim, **how(after))  # type: ignore[attr-defined]
     return make(step.function, node, axis)
+
+
+def how(placement: Placement) -> dict[str, tuple[int, ...]]:
+    """What a conversion is told of a shard beside its dim; ``localize`` makes lengths of the shares."""
+    blocks, shares = cut_of(placement)
+    return ({"blocks": blocks} if blocks != (1,) else {}) | ({"lengths": shares} if shares else {})

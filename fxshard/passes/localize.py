@@ -13,18 +13,28 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import fx
 
-from fxshard.mesh import Mesh
+from fxshard.mesh import Mesh, RankMesh
 from fxshard.passes import losses
+from fxshard.passes.insert_collectives import how
 from fxshard.passes.propagate import METADATA
 from fxshard.passes.typing import Info, info_of, set_info, values_of
 from fxshard.passes.writer import Writer
-from fxshard.placement import REPLICATE, Placement, blocks_of, is_shard
+from fxshard.placement import (
+    REPLICATE,
+    Placement,
+    Placements,
+    cut_of,
+    is_shard,
+    is_uneven,
+    lengths_of,
+    local_shape,
+)
 from fxshard.rules.recipe import bind, operands_of, signature_of
 from fxshard.runtime import collectives as run
 
@@ -57,8 +67,9 @@ _CUTS = {
 }
 
 
-def localize(graph: fx.Graph, mesh: Mesh) -> fx.Graph:
-    """Rewrites sizes from global to local, and applies lowerings. See the module's text."""
+def localize(graph: fx.Graph, whole_mesh: Mesh, rank: int = 0) -> fx.Graph:
+    """Rewrites sizes from global to ``rank``'s, and applies lowerings. See the module's text."""
+    mesh = whole_mesh.seen_by(rank)
     new = fx.Graph()
     copies: dict[fx.Node, fx.Node] = {}
     for node in graph.nodes:
@@ -69,10 +80,12 @@ def localize(graph: fx.Graph, mesh: Mesh) -> fx.Graph:
         if node.target in METADATA:
             copies[node] = _global_size(new, copy, mesh)
             continue
+        if "lengths" in node.kwargs:
+            _give_lengths(copy, mesh)
         info = info_of(node)
         if not any(info.choices):
             continue
-        lowered = _lower(new, copy, info, mesh)
+        lowered = _nothing(new, copy, info, mesh) or _lower(new, copy, info, mesh)
         if lowered is not None:
             copies[node] = lowered
             if copy.name == node.name:
@@ -81,6 +94,70 @@ def localize(graph: fx.Graph, mesh: Mesh) -> fx.Graph:
         elif any(map(is_shard, (p for output in info.outputs for p in output))):
             _local_sizes(new, copy, info, mesh)
     return new
+
+
+def _nothing(new: fx.Graph, node: fx.Node, info: Info, mesh: RankMesh) -> fx.Node | None:
+    """Where this rank has nothing of a factor its results are empty, or add nothing: there is nothing to compute.
+
+    Operators differ in what they do with empty tensors; some refuse, or give another shape.
+    """
+    split = [(c, n, at) for c, n, at in zip(info.choices, mesh.sizes, mesh.at, strict=True) if c and c.kind == "split"]
+    if any(c.lowering not in (None, "groups") for c, _, _ in split) or node.target is operator.getitem:
+        return None
+    if all(cut_of(p).share(n, at) for c, n, at in split for p in (*c.inputs, *c.outputs) if p is not None):
+        return None
+    results = []
+    with new.inserting_before(node):
+        for index, (value, placements) in enumerate(zip(values_of(node), info.outputs, strict=True)):
+            shape: list[Any] = list(local_sizes(value, placements, mesh))
+            for dim, size in enumerate(value.shape):
+                if not isinstance(size, int):
+                    shape[dim] = _read_size(new, node, size, parts_along(info, index, dim, mesh), mesh)
+            if None in shape:
+                return None
+            results.append(_call(new, run.nothing, (operands_of(node), shape, value.dtype), node))
+            results[-1].meta["val"] = value
+            set_info(results[-1], Info((placements,), differentiable=info.differentiable))
+        out = results[0] if isinstance(node.meta["val"], torch.Tensor) else _call(new, tuple, (results,), node)
+    new.erase_node(node)
+    return out
+
+
+def _read_size(new: fx.Graph, node: fx.Node, size: torch.SymInt, parts: int, mesh: Mesh) -> fx.Node | None:
+    """A symbolic size, cut in ``parts``, read off an operand that has it too; None where none has."""
+    for operand in operands_of(node):
+        for dim, other in enumerate(values_of(operand)[0].shape):
+            alike = isinstance(other, torch.SymInt) and other.node.expr == size.node.expr
+            if alike and parts_along(info_of(operand), 0, dim, mesh) == parts:
+                return _call(new, aten.sym_size.int, (operand, dim), node)
+    return None
+
+
+def _give_lengths(node: fx.Node, mesh: RankMesh) -> None:
+    """A conversion speaks of the shares of the ranks: in this rank's group those are so many elements."""
+    source = node.args[0]
+    assert isinstance(source, fx.Node)
+    axis = mesh.index(str(node.args[1]))
+    before, after = info_of(source).placements, info_of(node).placements
+    whole = values_of(source)[0].shape if node.target is not run.concat else values_of(node)[0].shape
+    if node.target is run.concat:
+        assert isinstance(source.args[0], fx.Node)
+        before = info_of(source.args[0]).placements
+
+    def lengths(placements: Placements) -> tuple[int, ...]:
+        cut = placements[axis]
+        outer = local_shape(whole, placements[:axis], mesh.sizes[:axis], mesh.at[:axis])
+        return lengths_of(outer[cut.dim], cut, mesh.sizes[axis])  # type: ignore[attr-defined]
+
+    found: Any = lengths(before if is_shard(before[axis]) else after)
+    if node.target is run.all_to_all:
+        found = found, lengths(after)
+    node.kwargs = {**node.kwargs, "lengths": found}
+
+
+def local_sizes(value: Any, placements: Placements, mesh: RankMesh) -> tuple[Any, ...]:
+    """The shape that this rank holds of a value; a symbolic size is never cut unevenly."""
+    return local_shape(value.shape, placements, mesh.sizes, mesh.at)
 
 
 def parts_along(info: Info, index: int, dim: int, mesh: Mesh) -> int:
@@ -92,15 +169,29 @@ def parts_along(info: Info, index: int, dim: int, mesh: Mesh) -> int:
     return out
 
 
-def _global_size(new: fx.Graph, node: fx.Node, mesh: Mesh) -> fx.Node:
+def _global_size(new: fx.Graph, node: fx.Node, mesh: RankMesh) -> fx.Node:
     source = node.args[0]
     assert isinstance(source, fx.Node)
     info = info_of(source)
     dims = range(len(values_of(source)[0].shape)) if node.target is aten.sym_numel.default else [node.args[1]]
+    if is_uneven(info.placements) and node.target is aten.sym_numel.default:
+        return _number_of_elements(new, source, dims, node, mesh)  # type: ignore[no-any-return, arg-type]
     parts = 1
     for dim in dims:
         parts *= parts_along(info, 0, int(dim), mesh)  # type: ignore[arg-type]
     return node if parts == 1 else _call(new, operator.mul, (node, parts), node)
+
+
+def _number_of_elements(new: fx.Graph, source: fx.Node, dims: Sequence[int], node: fx.Node, mesh: RankMesh) -> Any:
+    """The elements along ``dims`` of the whole ``source``: a number, unless sizes are symbolic."""
+    shape = values_of(source)[0].shape
+    out: Any = math.prod(shape[dim] for dim in dims if isinstance(shape[dim], int))
+    for dim in dims:
+        if not isinstance(shape[dim], int):
+            parts = parts_along(info_of(source), 0, dim, mesh)
+            whole = _call(new, operator.mul, (_call(new, aten.sym_size.int, (source, dim), node), parts), node)
+            out = _call(new, operator.mul, (whole, out), node)
+    return out
 
 
 def _call(new: fx.Graph, function: Any, args: tuple[Any, ...], like: fx.Node, **kwargs: Any) -> fx.Node:
@@ -109,7 +200,7 @@ def _call(new: fx.Graph, function: Any, args: tuple[Any, ...], like: fx.Node, **
     return made
 
 
-def _local_sizes(new: fx.Graph, node: fx.Node, info: Info, mesh: Mesh) -> None:
+def _local_sizes(new: fx.Graph, node: fx.Node, info: Info, mesh: RankMesh) -> None:
     if node.target in _CUTS:
         _local_cut(node, info, mesh)
         return
@@ -119,45 +210,32 @@ def _local_sizes(new: fx.Graph, node: fx.Node, info: Info, mesh: Mesh) -> None:
     name, target = entry
     value = values_of(node)[0]
     asked = bind(node)[name] if name else [None] * value.dim()
+    here = local_sizes(value, info.placements, mesh)
     sizes: list[Any] = []
     with new.inserting_before(node):
         for dim, size in enumerate(value.shape):
             parts = parts_along(info, 0, dim, mesh)
             given = asked[dim]
             if isinstance(size, int):
-                sizes.append(size // parts)
+                sizes.append(here[dim])
             elif isinstance(given, fx.Node):
                 sizes.append(given if parts == 1 else _call(new, operator.floordiv, (given, parts), given))
             else:
                 sizes.append(-1)
-        if sizes.count(-1) > 1:
-            sizes = _sizes_from_operand(new, node, sizes)
+        for dim, size in enumerate(value.shape):
+            if sizes[dim] == -1 and sizes.count(-1) > 1:  # no argument names it
+                sizes[dim] = _read_size(new, node, size, parts_along(info, 0, dim, mesh), mesh) or -1
     node.target = target
     node.args, node.kwargs = (operands_of(node)[0], sizes), {}
 
 
-def _sizes_from_operand(new: fx.Graph, node: fx.Node, sizes: list[Any]) -> list[Any]:
-    """Symbolic sizes that no argument names are read off the operand's dim with the same size."""
-    source = node.args[0]
-    assert isinstance(source, fx.Node)
-    shape = values_of(source)[0].shape
-    value = values_of(node)[0].shape
-    out = list(sizes)
-    for dim, size in enumerate(sizes):
-        same = [i for i, s in enumerate(shape) if isinstance(s, torch.SymInt) and s.node.expr == value[dim].node.expr]
-        if size == -1 and same and out.count(-1) > 1:
-            out[dim] = new.call_function(aten.sym_size.int, (source, same[0]))
-    return out
-
-
-def _local_cut(node: fx.Node, info: Info, mesh: Mesh) -> None:
+def _local_cut(node: fx.Node, info: Info, mesh: RankMesh) -> None:
     """A cut along a split dim: each result holds its share of this rank's part."""
     arguments = bind(node)
     source, dim = arguments["input" if "input" in arguments else "self"], arguments["dim"]
     value = values_of(source)[0]
     dim %= value.dim()
-    parts = parts_along(info, 0, dim, mesh)
-    if parts == 1:
+    if parts_along(info, 0, dim, mesh) == 1:
         return
     if all(v.shape[dim] == value.shape[dim] for v in values_of(node)) and node.target is aten.slice.Tensor:
         node.args, node.kwargs = (source, dim, 0, torch.iinfo(torch.int64).max), {}
@@ -167,13 +245,23 @@ def _local_cut(node: fx.Node, info: Info, mesh: Mesh) -> None:
         start = max(0, start + value.shape[dim] if start < 0 else start)
         length = values_of(node)[0].shape[dim]
         node.target = aten.slice.Tensor
-        node.args, node.kwargs = (source, dim, start // parts, (start + length) // parts), {}
+        cuts = _along(info_of(source).placements, dim)
+        begin, end = (
+            local_shape((at,) * value.dim(), cuts, mesh.sizes, mesh.at)[dim] for at in (start, start + length)
+        )
+        node.args, node.kwargs = (source, dim, begin, end), {}
         return
+    lengths = [local_sizes(v, p, mesh)[dim] for v, p in zip(values_of(node), info.outputs, strict=True)]
     node.target = aten.split_with_sizes.default
-    node.args, node.kwargs = (source, [v.shape[dim] // parts for v in values_of(node)], dim), {}
+    node.args, node.kwargs = (source, lengths, dim), {}
 
 
-def _lower(new: fx.Graph, node: fx.Node, info: Info, mesh: Mesh) -> fx.Node | None:
+def _along(placements: Placements, dim: int) -> Placements:
+    """The placements of one dim, taken for itself."""
+    return tuple(p if p.is_shard(dim) else REPLICATE for p in placements)
+
+
+def _lower(new: fx.Graph, node: fx.Node, info: Info, mesh: RankMesh) -> fx.Node | None:
     """Applies the lowerings of a node's choices; None where it has none."""
     names = {c.lowering for c in info.choices if c is not None and c.lowering}
     if not names:
@@ -183,12 +271,35 @@ def _lower(new: fx.Graph, node: fx.Node, info: Info, mesh: Mesh) -> fx.Node | No
     return LOWERINGS[name](new, node, info, mesh, axes)
 
 
-def _mean(new: fx.Graph, node: fx.Node, info: Info, mesh: Mesh, axes: list[int]) -> fx.Node:
-    """Every rank's mean weighs by its share of the elements; shares are equal."""
+def _mean(new: fx.Graph, node: fx.Node, info: Info, mesh: RankMesh, axes: list[int]) -> fx.Node:
+    """Every rank's mean weighs by its share of the elements; of uneven parts, perhaps empty, the sums are divided."""
+    operands = operands_of(node)
+    if any(is_uneven(info_of(operand).placements) for operand in operands):
+        if "reduction" in bind(node):
+            return _loss_of_uneven(new, node, operands)
+        return _mean_of_uneven(new, node, operands[0], mesh)
     share = 1.0
     for axis in axes:
         share /= mesh.sizes[axis]
     return _call(new, aten.mul.Tensor, (node, share), node)
+
+
+def _mean_of_uneven(new: fx.Graph, node: fx.Node, source: fx.Node, mesh: RankMesh) -> fx.Node:
+    arguments, value = bind(node), values_of(source)[0]
+    dims = [d % value.dim() for d in arguments.get("dim") or range(value.dim())]
+    with new.inserting_before(node):
+        count = _number_of_elements(new, source, dims, node, mesh)
+        summed = _call(new, aten.sum.dim_IntList, (source, dims, arguments.get("keepdim", False)), node)
+        summed.kwargs = {"dtype": arguments["dtype"]} if arguments.get("dtype") is not None else {}
+    out = _call(new, aten.div.Tensor, (summed, count), node)
+    new.erase_node(node)
+    return out
+
+
+def _loss_of_uneven(new: fx.Graph, node: fx.Node, operands: Sequence[fx.Node]) -> fx.Node:
+    count = math.prod(torch.broadcast_shapes(*(values_of(o)[0].shape for o in operands)))
+    _set_argument(node, "reduction", losses.SUM)
+    return _call(new, aten.div.Tensor, (node, count), node)
 
 
 def _set_argument(node: fx.Node, name: str, value: Any) -> None:
@@ -199,14 +310,17 @@ def _set_argument(node: fx.Node, name: str, value: Any) -> None:
     node.kwargs = {k: arguments[k] for k in arguments if k in later}
 
 
-def _groups(new: fx.Graph, node: fx.Node, info: Info, mesh: Mesh, axes: list[int]) -> fx.Node:
+def _groups(new: fx.Graph, node: fx.Node, info: Info, mesh: RankMesh, axes: list[int]) -> fx.Node:
     """Every rank has its share of the groups."""
     name = "num_groups" if node.target is aten.group_norm.default else "groups"
-    _set_argument(node, name, bind(node)[name] // math.prod(mesh.sizes[a] for a in axes))
+    value = values_of(node)[0]
+    dim = 1 if name == "num_groups" else value.dim() - values_of(bind(node)["weight"])[0].dim() + 1  # no batch: 0
+    here = local_shape(value.shape, _along(info.placements, dim), mesh.sizes, mesh.at)[dim]
+    _set_argument(node, name, bind(node)[name] * here // value.shape[dim])
     return node
 
 
-def _share(new: fx.Graph, node: fx.Node, info: Info, mesh: Mesh, axes: list[int]) -> fx.Node:
+def _share(new: fx.Graph, node: fx.Node, info: Info, mesh: RankMesh, axes: list[int]) -> fx.Node:
     """Where the contraction is split, every rank adds its share of what is added: the ranks' results sum."""
     ranks = math.prod(mesh.sizes[a] for a in axes)
     arguments = bind(node)
@@ -219,7 +333,7 @@ def _share(new: fx.Graph, node: fx.Node, info: Info, mesh: Mesh, axes: list[int]
     return node
 
 
-def _embedding(new: fx.Graph, node: fx.Node, info: Info, mesh: Mesh, axes: list[int]) -> fx.Node:
+def _embedding(new: fx.Graph, node: fx.Node, info: Info, mesh: RankMesh, axes: list[int]) -> fx.Node:
     """Vocabulary-parallel: ids of this rank's rows are looked up, the others give zeros; the ranks' results sum.
 
     Reference: Megatron-LM (Shoeybi et al., 2019), VocabParallelEmbedding.
@@ -228,22 +342,23 @@ def _embedding(new: fx.Graph, node: fx.Node, info: Info, mesh: Mesh, axes: list[
     weight, ids, padding = arguments["weight"], arguments["indices"], arguments["padding_idx"]
     if len(axes) != 1:
         raise NotImplementedError("an embedding's vocabulary can be split over one mesh axis")
-    axis, size = mesh.names[axes[0]], mesh.sizes[axes[0]]
+    rows = info_of(weight).placements[axes[0]]
     vocabulary = values_of(weight)[0].shape[0]
     with new.inserting_before(node):
         write = Writer(new, node, mesh)
-        local = write(aten.sub.Tensor, ids, write.number(run.offset, axis, vocabulary))
-        low, high = write(aten.lt.Scalar, local, 0), write(aten.ge.Scalar, local, vocabulary // size)
+        start, length = write.range_of(axes[0], vocabulary, rows)
+        local = write(aten.sub.Tensor, ids, start)
+        low, high = write(aten.lt.Scalar, local, 0), write(aten.ge.Scalar, local, length)
         outside = write(aten.logical_or.default, low, high)
         safe = write(aten.masked_fill.Scalar, local, outside, 0)
         if padding is not None and padding >= 0:
-            padding = write.number(run.local_index, padding, axis, vocabulary)
+            padding = write.index_in(axes[0], vocabulary, rows, padding)
         column = write(aten.unsqueeze.default, outside, -1)
     node.args, node.kwargs = (weight, safe, *([padding] if padding is not None else [])), {}
     return _call(new, aten.masked_fill.Scalar, (node, column, 0), node)
 
 
-def _dropout(new: fx.Graph, node: fx.Node, info: Info, mesh: Mesh, axes: list[int]) -> fx.Node:
+def _dropout(new: fx.Graph, node: fx.Node, info: Info, mesh: RankMesh, axes: list[int]) -> fx.Node:
     """Every rank draws the whole mask, as one device would, and keeps its part: the results are the single device's."""
     arguments = bind(node)
     source, p = arguments["input"], arguments["p"]
@@ -256,22 +371,23 @@ def _dropout(new: fx.Graph, node: fx.Node, info: Info, mesh: Mesh, axes: list[in
     return result
 
 
-def _mask_part(new: fx.Graph, node: fx.Node, args: tuple[Any, ...], info: Info, mesh: Mesh, dims: int) -> fx.Node:
+def _mask_part(new: fx.Graph, node: fx.Node, args: tuple[Any, ...], info: Info, mesh: RankMesh, dims: int) -> fx.Node:
     """This rank's part of a whole dropout mask, along the first ``dims`` dims."""
     mask = _call(new, run.dropout_mask, args, node)
     set_info(mask, Info(((REPLICATE,) * mesh.ndim,)))
     now: list[Placement] = [REPLICATE] * mesh.ndim
     for axis, placement in enumerate(info.placements):
         if is_shard(placement) and placement.dim < dims:  # type: ignore[attr-defined]
-            blocks = blocks_of(placement)
-            args = (mask, mesh.names[axis], placement.dim, *([blocks] if blocks != (1,) else []))  # type: ignore[attr-defined]
-            mask = _call(new, run.chunk, args, node)
+            args = (mask, mesh.names[axis], placement.dim)  # type: ignore[attr-defined]
             now[axis] = placement
+            mask = _call(new, run.chunk, args, node, **how(placement))
             set_info(mask, Info((tuple(now),)))
+            if "lengths" in mask.kwargs:
+                _give_lengths(mask, mesh)
     return mask
 
 
-def _attention(new: fx.Graph, node: fx.Node, info: Info, mesh: Mesh, axes: list[int]) -> fx.Node:
+def _attention(new: fx.Graph, node: fx.Node, info: Info, mesh: RankMesh, axes: list[int]) -> fx.Node:
     """Attention with dropout, written out, so that each rank drops what the one device would drop in its part."""
     arguments = bind(node)
     query, key, value = arguments["query"], arguments["key"], arguments["value"]
@@ -324,7 +440,7 @@ def _global_layout(
     return shape, list(value.stride()) if contiguous else None
 
 
-LOWERINGS: dict[str, Callable[[fx.Graph, fx.Node, Info, Mesh, list[int]], fx.Node]] = {
+LOWERINGS: dict[str, Callable[[fx.Graph, fx.Node, Info, RankMesh, list[int]], fx.Node]] = {
     "mean": _mean,
     "embedding": _embedding,
     "dropout": _dropout,

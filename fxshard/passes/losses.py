@@ -17,8 +17,8 @@ from collections.abc import Sequence
 import torch
 from torch import fx
 
-from fxshard.mesh import Mesh
-from fxshard.passes.typing import Info, values_of
+from fxshard.mesh import RankMesh
+from fxshard.passes.typing import Info, info_of, values_of
 from fxshard.passes.writer import Writer
 from fxshard.rules.recipe import bind, signature_of
 from fxshard.runtime import collectives as run
@@ -27,7 +27,7 @@ aten = torch.ops.aten
 NONE, SUM = 0, 2  # 1 is the mean
 
 
-def softmax(new: fx.Graph, node: fx.Node, info: Info, mesh: Mesh, axes: list[int]) -> fx.Node:
+def softmax(new: fx.Graph, node: fx.Node, info: Info, mesh: RankMesh, axes: list[int]) -> fx.Node:
     """Softmax and log_softmax over a dim that ``axes`` split."""
     arguments = bind(node)
     source = arguments["self"]
@@ -69,7 +69,7 @@ def _normalized(
     return out if exact == wanted else write(aten.to.dtype, out, wanted)
 
 
-def loss(new: fx.Graph, node: fx.Node, info: Info, mesh: Mesh, axes: list[int]) -> fx.Node:
+def loss(new: fx.Graph, node: fx.Node, info: Info, mesh: RankMesh, axes: list[int]) -> fx.Node:
     """cross_entropy_loss and nll_loss whose rows or classes ``axes`` split."""
     classes = [a for a in axes if (choice := info.choices[a]) is not None and choice.factor == "v"]
     with new.inserting_before(node):
@@ -123,8 +123,9 @@ def _split_classes(write: Writer, node: fx.Node, info: Info, axes: Sequence[int]
     logs = source
     if node.target is aten.cross_entropy_loss.default:
         logs = _normalized(write, source, value, 1, axes, True, value.dtype)
-    local = write(aten.sub.Tensor, target, write.number(run.offset, write.mesh.names[axis], count))
-    low, high = write(aten.lt.Scalar, local, 0), write(aten.ge.Scalar, local, count // write.mesh.sizes[axis])
+    start, length = write.range_of(axis, count, info_of(source).placements[axis])
+    local = write(aten.sub.Tensor, target, start)
+    low, high = write(aten.lt.Scalar, local, 0), write(aten.ge.Scalar, local, length)
     skipped = write(aten.eq.Scalar, target, arguments["ignore_index"])
     absent = write(aten.logical_or.default, write(aten.logical_or.default, low, high), skipped)
     safe = write(aten.masked_fill.Scalar, local, absent, 0)

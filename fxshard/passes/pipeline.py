@@ -14,7 +14,6 @@ from typing import Any
 import torch
 from torch import fx
 
-from fxshard.errors import DivisibilityError
 from fxshard.mesh import Mesh
 from fxshard.passes.annotate import annotate
 from fxshard.passes.capture import Captured, module_of
@@ -24,11 +23,12 @@ from fxshard.passes.localize import localize
 from fxshard.passes.normalize import normalize
 from fxshard.passes.optimize import optimize
 from fxshard.passes.propagate import propagate
-from fxshard.passes.typing import info_of
-from fxshard.placement import Placements, is_shard
+from fxshard.passes.typing import has_info, info_of, values_of
+from fxshard.placement import Placements, cut_of, is_uneven
 from fxshard.plan.plan import Plan
 from fxshard.plan.resolve import Names, Resolved, resolve
 from fxshard.rules.lookup import draws
+from fxshard.rules.recipe import shape_of
 from fxshard.runtime.collectives import dropout_mask
 from fxshard.runtime.module import find
 
@@ -55,8 +55,29 @@ class Compiled:
 
     @property
     def graph(self) -> fx.Graph:
-        """The program that the ranks run."""
+        """The program that the first rank runs, and where all parts are even, every rank."""
         return self.stages["optimize"]
+
+    @cached_property
+    def is_uneven(self) -> bool:
+        """Whether ranks hold parts of different sizes: then their programs differ in the sizes that they name."""
+        graph = self.stages["insert_collectives"]
+        return any(is_uneven(placed) for node in graph.nodes if has_info(node) for placed in info_of(node).outputs)
+
+    def graph_for(self, rank: int) -> fx.Graph:
+        """The program that ``rank`` runs."""
+        if rank == 0 or not self.is_uneven:
+            return self.graph
+        if rank not in self._graphs:
+            with _collector_paused():
+                graph = localize(self.stages["insert_collectives"], self.mesh, rank)
+                optimize(graph)
+                self._graphs[rank] = graph
+        return self._graphs[rank]
+
+    @cached_property
+    def _graphs(self) -> dict[int, fx.Graph]:
+        return {}
 
     def output_placements(self, index: int) -> Placements:
         """The placements of the ``index``-th flat output, a tensor."""
@@ -69,31 +90,43 @@ class Compiled:
         return tuple(str(n.target) for n in self.graph.find_nodes(op="get_attr"))
 
     @cached_property
-    def _dynamic_splits(self) -> tuple[tuple[str, int, int, tuple[str, ...]], ...]:
-        """The dynamic dims of inputs that the plan splits: (input, its position, the dim, the axes)."""
+    def _multiples(self) -> dict[Any, int]:
+        """The dynamic sizes that the program cuts, and what must divide each of them."""
+        out: dict[Any, int] = {}
+        for node in self.stages["insert_collectives"].nodes:
+            for value, placed in zip(values_of(node), info_of(node).outputs if has_info(node) else (), strict=False):
+                for dim, size in enumerate(shape_of(value)):
+                    if not isinstance(size, int):
+                        cuts = ((cut_of(p), n) for p, n in zip(placed, self.mesh.sizes, strict=True) if p.is_shard(dim))
+                        parts = math.prod(sum(cut.blocks) * cut.pieces(n) for cut, n in cuts)
+                        out[size] = math.lcm(out.get(size, 1), parts)
+        return {size: parts for size, parts in out.items() if parts > 1}
+
+    @cached_property
+    def _symbols(self) -> dict[Any, tuple[int, int]]:
+        """Where the sizes of the inputs say what a symbol is: (the input's position, its dim)."""
         position = {name: i for i, name in enumerate(self.captured.placeholders)}
-        axes: dict[tuple[str, int, int], tuple[str, ...]] = {}
-        for node, asked in self.resolved.nodes.items():
-            for axis, placement in asked.items() if node.op == "placeholder" else ():
-                if is_shard(placement) and not isinstance(node.meta["val"].shape[placement.dim], int):  # type: ignore[attr-defined]
-                    key = (node.name, position[node.name], placement.dim)  # type: ignore[attr-defined]
-                    axes[key] = (*axes.get(key, ()), axis)
-        return tuple((*key, names) for key, names in axes.items())
+        out: dict[Any, tuple[int, int]] = {}
+        for node in self.graph.find_nodes(op="placeholder"):
+            for dim, size in enumerate(shape_of(node.meta.get("val"))):
+                if not isinstance(size, int):
+                    out[size] = position[node.name], dim
+        return out
 
-    def check_divides(self, leaves: list[Any]) -> None:
-        """Dynamic sizes are known only at a call: those that the plan splits must divide.
+    def fits(self, leaves: list[Any]) -> bool:
+        """Whether the dynamic sizes of a call's inputs divide as the program cuts them."""
+        if not self._multiples:
+            return True
+        sizes = {symbol: leaves[position].shape[dim] for symbol, (position, dim) in self._symbols.items()}
+        key = tuple(sizes.values())
+        if key not in self._fitting:
+            found = ((expr.subs(sizes), parts) for expr, parts in self._multiples.items())
+            self._fitting[key] = all(not size.is_number or int(size) % parts == 0 for size, parts in found)
+        return self._fitting[key]
 
-        Raises:
-            DivisibilityError: naming the input, its dim, and the axes.
-        """
-        for name, position, dim, axes in self._dynamic_splits:
-            size, parts = leaves[position].shape[dim], math.prod(map(self.mesh.size, axes))
-            if size % parts:
-                over = " and ".join(f"{a!r} (size {self.mesh.size(a)})" for a in axes)
-                raise DivisibilityError(
-                    f"dim {dim} (size {size}) of input {name} cannot be split over mesh axis {over}",
-                    fix=f"give a size that {parts} divides; uneven shards are not supported yet",
-                )
+    @cached_property
+    def _fitting(self) -> dict[tuple[int, ...], bool]:
+        return {}
 
     @cached_property
     def draws(self) -> bool:

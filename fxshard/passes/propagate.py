@@ -23,16 +23,19 @@ import torch
 from torch import fx
 
 from fxshard.mesh import Mesh
-from fxshard.passes.facts import Facts, input_shapes, output_shapes, split_choice
+from fxshard.passes.facts import Facts, recipe_of, split_choice
 from fxshard.passes.hoist import hoist_cuts
 from fxshard.passes.typing import Choice, Info, copy_graph, set_info
-from fxshard.placement import PARTIAL, REPLICATE, Placement, is_partial, is_shard, same
-from fxshard.rules.lookup import WEIGHT_VIEWS, recipe_for
+from fxshard.placement import PARTIAL, REPLICATE, Cut, Placement, is_partial, is_shard, same
+from fxshard.rules.lookup import WEIGHT_VIEWS
 from fxshard.rules.recipe import At, Factor, Recipe, operands_of, written
 from fxshard.rules.table import name_of
 
 WEIGHT_STAYS = 1000.0
 """How much dearer it is to move a weight than an activation of its size: weights stay where they are stored."""
+
+MAY_BE_EMPTY = frozenset({None, "groups", "mean", "dropout", "attention", "loss"})
+"""Lowerings that hold on an empty part too; others are of no use there: a maximum of nothing, a table without rows."""
 
 LOOK_AHEAD = 6
 """How many calls ahead a sum looks for a reader that wants it split."""
@@ -122,19 +125,21 @@ def _choose(fact: Facts, size: int, sizes: Sequence[int], axis: int) -> Choice:
     current = [o.current[0] for o in fact.operands]
     if any(len(o.shapes) > 1 for o in fact.operands):
         return _whole(fact, frozenset(), "reads a list of tensors")
-    recipe = recipe_for(fact.node, input_shapes(fact, sizes), output_shapes(fact, sizes), current)
+    recipe = recipe_of(fact, sizes, current)
     if recipe is None:
         return _whole(fact, frozenset(), "has no rule")
     partial = frozenset(i for i, p in enumerate(current) if is_partial(p) and i not in recipe.unread)
     if partial in recipe.linear and _floats(fact, partial):
         return _pass_partial(fact, recipe, partial)
-    best: tuple[float, Factor, tuple[int, ...], int] | None = None
+    best: tuple[float, Factor, Cut, int] | None = None
     for factor in recipe.factors:
         if not _may_lower(fact, factor):
             continue
         for i, at in enumerate(factor.inputs):
-            found = factor.blocks_for(at, At.of(current[i]), size)
+            found = factor.cut_for(at, At.of(current[i]), size)
             if found is None or i in recipe.unread or _would_lose_update(fact, factor, found, current):
+                continue
+            if 0 in found.shares and not may_be_empty(factor):
                 continue
             cost = _cost(fact, factor, found, current)
             if best is None or cost < best[0]:
@@ -145,8 +150,13 @@ def _choose(fact: Facts, size: int, sizes: Sequence[int], axis: int) -> Choice:
             return split_choice(*ahead, [o.differentiable for o in fact.operands], recipe.unread, min(partial))
     if best is None:
         return _whole(fact, recipe.unread, "no factor that an operand carries can be split")
-    _, factor, blocks, leader = best
-    return split_choice(factor, blocks, [o.differentiable for o in fact.operands], recipe.unread, leader)
+    _, factor, cut, leader = best
+    return split_choice(factor, cut, [o.differentiable for o in fact.operands], recipe.unread, leader)
+
+
+def may_be_empty(factor: Factor) -> bool:
+    """Whether a rank may have nothing of the factor."""
+    return factor.lowering in MAY_BE_EMPTY and (factor.lowering, factor.name) != ("loss", "v")
 
 
 def _may_lower(fact: Facts, factor: Factor) -> bool:
@@ -157,12 +167,12 @@ def _may_lower(fact: Facts, factor: Factor) -> bool:
     return not earlier or factor.lowering in earlier or (factor.lowering is None and earlier != {"attention"})
 
 
-def _would_lose_update(fact: Facts, factor: Factor, blocks: tuple[int, ...], current: Sequence[Placement]) -> bool:
+def _would_lose_update(fact: Facts, factor: Factor, cut: Cut, current: Sequence[Placement]) -> bool:
     """Whether a tensor that the call updates in place would have to be converted: the update would go to the copy."""
     updated = set(written(fact.node).values())
     for operand, at, now in zip(fact.operands, factor.inputs, current, strict=True):
         if operand.node in updated:
-            wanted = REPLICATE if at is None else at.placement(blocks)
+            wanted = REPLICATE if at is None else at.placement(cut)
             if not same(now, wanted):
                 return True
     return False
@@ -170,7 +180,7 @@ def _would_lose_update(fact: Facts, factor: Factor, blocks: tuple[int, ...], cur
 
 def _scatter_ahead(
     fact: Facts, recipe: Recipe, partial: frozenset[int], size: int, axis: int, sizes: Sequence[int]
-) -> tuple[Factor, tuple[int, ...]] | None:
+) -> tuple[Factor, Cut] | None:
     """The factor over which to scatter a sum, where a reader further on will want it split.
 
     A row-sharded product adds its bias before it meets a residual stream that is split along the sequence: reducing it
@@ -189,15 +199,15 @@ def _scatter_ahead(
         if any(len(o.shapes) > 1 for o in reader.operands):
             return None
         current = [o.current[0] if o.current else REPLICATE for o in reader.operands]
-        found = recipe_for(reader.node, input_shapes(reader, sizes), output_shapes(reader, sizes), current)
+        found = recipe_of(reader, sizes, current)
         if found is None:
             return None
         for factor in found.factors:
             mine = factor.inputs[position]
             for other, theirs in enumerate(factor.inputs):
-                blocks = factor.blocks_for(theirs, At.of(current[other]), size) if other != position else None
-                if blocks is not None and mine is not None and not reader.operands[other].stored:
-                    return _back_through(chain, mine.cut(blocks), size)
+                cut = factor.cut_for(theirs, At.of(current[other]), size) if other != position else None
+                if cut is not None and mine is not None and not reader.operands[other].stored:
+                    return _back_through(chain, mine.cut(cut), size)
         chain.append((found, position))
         at = reader
     return None
@@ -212,16 +222,16 @@ def _only_reader(fact: Facts) -> tuple[Facts | None, int]:
     return reader, reader.operands.index(fact)
 
 
-def _back_through(chain: Sequence[tuple[Recipe, int]], wanted: At, size: int) -> tuple[Factor, tuple[int, ...]] | None:
+def _back_through(chain: Sequence[tuple[Recipe, int]], wanted: At, size: int) -> tuple[Factor, Cut] | None:
     """From what is wanted of the last result of a chain to the factor of its first call; None where that breaks."""
     for index, (recipe, position) in reversed(list(enumerate(chain))):
         for factor in recipe.factors:
             source = factor.inputs[position]
-            blocks = factor.blocks_for(factor.outputs[0], wanted, size)
-            if source is not None and blocks is not None:
+            cut = factor.cut_for(factor.outputs[0], wanted, size)
+            if source is not None and cut is not None:
                 if index == 0:
-                    return factor, blocks
-                wanted = source.cut(blocks)
+                    return factor, cut
+                wanted = source.cut(cut)
                 break
         else:
             return None
@@ -249,10 +259,10 @@ def _floats(fact: Facts, partial: frozenset[int]) -> bool:
     return all(len(s.node.users) == 1 for s in sources) and fact.num_bytes <= sum(s.num_bytes for s in sources)
 
 
-def _cost(fact: Facts, factor: Factor, blocks: tuple[int, ...], current: Sequence[Placement]) -> float:
+def _cost(fact: Facts, factor: Factor, cut: Cut, current: Sequence[Placement]) -> float:
     cost = 0.0
     for operand, at, now in zip(fact.operands, factor.inputs, current, strict=True):
-        target = REPLICATE if at is None else at.placement(blocks)
+        target = REPLICATE if at is None else at.placement(cut)
         if same(now, target):
             continue
         if is_shard(now):

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import fx
 
-from fxshard.placement import Placement, Placements, is_shard
+from fxshard.mesh import Mesh
+from fxshard.placement import REPLICATE, Placement, Placements, is_shard, local_size
 
 _KEY = "fxshard"
 
@@ -94,12 +94,17 @@ def num_bytes(value: torch.Tensor) -> int:
     return size
 
 
-def local_bytes(node: fx.Node, sizes: Sequence[int]) -> int:
-    """The bytes that a rank holds of a node's result, on a mesh of ``sizes``; a size of 1 counts an axis as whole."""
+def placed_beside(placements: Placements, along: int | None) -> Placements:
+    """The placements, as if the value were whole along the axis ``along``."""
+    return tuple(REPLICATE if axis == along else placement for axis, placement in enumerate(placements))
+
+
+def local_bytes(node: fx.Node, mesh: Mesh, along: int | None = None) -> int:
+    """The bytes that the first rank holds of a node's result, as if it were whole along the axis ``along``."""
     size = num_bytes(values_of(node)[0])
     if has_info(node) and info_of(node).outputs:
-        for placement, count in zip(info_of(node).placements, sizes, strict=True):
-            size //= count if is_shard(placement) else 1
+        for placement, count in zip(placed_beside(info_of(node).placements, along), mesh.sizes, strict=True):
+            size = local_size(size, placement, count, 0) if is_shard(placement) else size
     return size
 
 

@@ -8,11 +8,10 @@ from typing import Any
 import torch
 from torch import fx
 
-from fxshard.mesh import Mesh
-from fxshard.passes.facts import split_choice
+from fxshard.mesh import RankMesh
+from fxshard.passes.facts import recipe_on_parts, split_choice
 from fxshard.passes.typing import Info, info_of, is_float, set_info
-from fxshard.placement import PARTIAL, REPLICATE, VARYING, Placement, is_partial, local_shape
-from fxshard.rules.lookup import recipe_for
+from fxshard.placement import PARTIAL, REPLICATE, VARYING, Placement, is_partial, lengths_of
 from fxshard.rules.recipe import At, operands_of, shape_of
 from fxshard.runtime import collectives as run
 
@@ -22,7 +21,7 @@ aten = torch.ops.aten
 class Writer:
     """Writes nodes before the call that they replace; each knows its value when whole, and its placements."""
 
-    def __init__(self, new: fx.Graph, node: fx.Node, mesh: Mesh) -> None:
+    def __init__(self, new: fx.Graph, node: fx.Node, mesh: RankMesh) -> None:
         self.new, self.node, self.mesh = new, node, mesh
 
     def __call__(self, function: Any, *args: Any, **kwargs: Any) -> fx.Node:
@@ -44,15 +43,15 @@ class Writer:
         out: list[Placement] = []
         for axis, size in enumerate(self.mesh.sizes):
             now = [info_of(o).placements[axis] for o in operands]
-            outer = self.mesh.sizes[:axis]
-            inputs = tuple(local_shape(shape_of(o.meta["val"]), info_of(o).placements[:axis], outer) for o in operands)
-            recipe = recipe_for(made, inputs, (local_shape(shape_of(made.meta["val"]), tuple(out), outer),), now)
+            inputs = [(shape_of(o.meta["val"]), info_of(o).placements[:axis]) for o in operands]
+            result = (shape_of(made.meta["val"]), tuple(out))
+            recipe = recipe_on_parts(made, inputs, [result], self.mesh.sizes[:axis], now)
             found: Placement = PARTIAL if any(map(is_partial, now)) else REPLICATE
             for factor in recipe.factors if recipe is not None else ():
                 for placement, at in zip(now, factor.inputs, strict=True):
-                    blocks = factor.blocks_for(at, At.of(placement), size)
-                    if blocks is not None:
-                        found = split_choice(factor, blocks, [False] * len(now), frozenset(), 0).outputs[0]
+                    cut = factor.cut_for(at, At.of(placement), size)
+                    if cut is not None:
+                        found = split_choice(factor, cut, [False] * len(now), frozenset(), 0).outputs[0]
             out.append(found)
         return tuple(out)
 
@@ -62,6 +61,21 @@ class Writer:
         made.meta["val"] = 0
         set_info(made, Info(((REPLICATE,) * self.mesh.ndim,)))
         return made
+
+    def range_of(self, axis: int, size: int, placement: Placement) -> tuple[Any, int]:
+        """Where this rank's part begins of a dim of ``size`` that ``axis`` alone cuts, and its length."""
+        lengths = lengths_of(size, placement, self.mesh.sizes[axis])
+        if lengths:
+            position = self.mesh.at[axis]
+            return sum(lengths[:position]), lengths[position]
+        return self.number(run.offset, self.mesh.names[axis], size), size // self.mesh.sizes[axis]
+
+    def index_in(self, axis: int, size: int, placement: Placement, index: int) -> Any:
+        """``index`` counted within this rank's part; -1 where another rank holds it."""
+        if not lengths_of(size, placement, self.mesh.sizes[axis]):
+            return self.number(run.local_index, index, self.mesh.names[axis], size)
+        start, length = self.range_of(axis, size, placement)
+        return index - start if start <= index < start + length else -1
 
     def summand(self, x: fx.Node, axis: int) -> fx.Node:
         """Says of ``x`` that the ranks' values sum, where no rule can tell: what is not a rank's is masked."""

@@ -17,15 +17,15 @@ from __future__ import annotations
 
 import heapq
 import operator
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import fx
 
-from fxshard.placement import REPLICATE, Shard, normalize_blocks, shard
+from fxshard.placement import REPLICATE, Cut, Shard, chunk_shares, normalize_blocks, shard
 from fxshard.rules.lookup import WEIGHT_VIEWS, recipe_for
-from fxshard.rules.recipe import At, Dim, Factor, Recipe, Shape, operands_of, shape_of, units
+from fxshard.rules.recipe import At, Dim, Factor, Recipe, Shape, divides, operands_of, shape_of, uncombine, units
 from fxshard.rules.table import name_of
 from fxshard.rules.views import segments_of
 
@@ -137,22 +137,47 @@ def contraction(node: fx.Node, facts: Graph) -> tuple[Factor, int, int] | None:
 
 def _pair(row: fx.Node, facts: Graph, size: int) -> Pair | None:
     found = contraction(row, facts)
-    if found is None or not units(found[0].size, (1,), size):
+    if found is None:
         return None
+    if not _Walk(facts, Cut(), size, {row}, set(), split={facts.operands[row][found[1]]}).closed():
+        return None  # its input is read by others: a norm's result, a residual stream
+    tried: set[tuple[int, ...]] = set()
+    obstacles = [found[0].size]
+    while obstacles:  # uneven shares only where even ones lead to no column, and then of the most units
+        shares = _shares(obstacles.pop(0), size)
+        if shares is None or shares in tried:
+            continue
+        tried.add(shares)
+        pair, met = _walk_from(row, found, facts, Cut((1,), shares), size)
+        if pair is not None:
+            return pair
+        obstacles = sorted({*obstacles, *met}, reverse=True)
+    return None
+
+
+def _shares(count: Dim, size: int) -> tuple[int, ...] | None:
+    """How ``count`` units fall to the ranks; None where that is not known."""
+    if isinstance(count, int):
+        return chunk_shares(count, size) if count > 0 else None
+    return () if divides(count, size) else None
+
+
+def _walk_from(
+    row: fx.Node, found: tuple[Factor, int, int], facts: Graph, cut: Cut, size: int
+) -> tuple[Pair | None, set[int]]:
+    """The pair of a row whose contracted factor is cut so, and the sizes of factors that do not fall into pieces."""
     factor, value, weight = found
     operands = facts.operands[row]
-    if not _Walk(facts, size, {row}, set(), split={operands[value]}).closed():
-        return None  # its input is read by others: a norm's result, a residual stream
     whole: set[fx.Node] = set()
     while True:
-        walk = _Walk(facts, size, {row}, whole)
+        walk = _Walk(facts, cut, size, {row}, whole)
         for position in (value, weight):
             at = factor.inputs[position]
             assert at is not None
             walk.ask(operands[position], 0, at.dim, at.blocks)
         walk.run()
         if not walk.sound:
-            return None
+            return None, walk.obstacles
         read_outside = walk.read_outside()
         if not read_outside:
             break
@@ -160,7 +185,7 @@ def _pair(row: fx.Node, facts: Graph, size: int) -> Pair | None:
             read_outside  # shared with others, as a position bias is by all layers: whole, and cut where it is read
         )
     columns = [w for w in walk.leaves if w is not facts.weights[operands[weight]] and len(facts.shapes[w][0]) > 1]
-    return Pair(row, walk.leaves) if columns else None
+    return (Pair(row, walk.leaves) if columns else None), walk.obstacles
 
 
 @dataclass
@@ -168,6 +193,7 @@ class _Walk:
     """One walk back from a row."""
 
     facts: Graph
+    cut: Cut
     size: int
     region: set[fx.Node]
     whole: set[fx.Node]
@@ -176,6 +202,7 @@ class _Walk:
     asked: dict[fx.Node, dict[tuple[int, int], Demand]] = field(default_factory=dict)
     leaves: dict[fx.Node, Shard] = field(default_factory=dict)
     split: set[fx.Node] = field(default_factory=set)
+    obstacles: set[int] = field(default_factory=set)
     sound: bool = True
 
     def ask(self, node: fx.Node, result: int, dim: int, blocks: tuple[int, ...]) -> None:
@@ -217,10 +244,10 @@ class _Walk:
             ((_, dim), demand), *_ = asked.items()
             size = self.facts.shapes[node][0][dim]
             merged = _merge(demand, size)
-            if merged is None or not units(size, merged, self.size):
+            if merged is None or not units(size, merged, self.cut.pieces(self.size)):
                 self.sound = False
             else:
-                self.leaves[node] = shard(dim, merged)
+                self.leaves[node] = shard(dim, merged, self.cut.shares)
             return
         if node.op != "call_function" or (node not in self.facts.learned and node not in self.facts.weights):
             return  # not computed from weights: cut for free
@@ -239,15 +266,7 @@ class _Walk:
         if recipe is not None and len(merged) == 1:
             (blocks,) = merged
             results = [result for result, _ in asked]
-            found = blocks and next(
-                (
-                    (factor, inner)
-                    for factor in recipe.factors
-                    if len({factor.outputs[result] for result in results}) == 1
-                    and (inner := factor.blocks_for(factor.outputs[results[0]], At(dim, blocks), self.size)) is not None
-                ),
-                None,
-            )
+            found = blocks and self._factor(recipe, results, At(dim, blocks, self.cut.shares))
         if not found:
             return  # it cannot be split: it stays whole, and is cut where it is read
         factor, inner = found
@@ -255,7 +274,20 @@ class _Walk:
         self.region.add(node)
         for operand, at in zip(self.facts.operands[node], factor.inputs, strict=True):
             if at is not None:
-                self.ask(operand, 0, *at.cut(inner))
+                self.ask(operand, 0, at.dim, at.cut(inner).blocks)
+
+    def _factor(self, recipe: Recipe, results: Sequence[int], wanted: At) -> tuple[Factor, Cut] | None:
+        """The factor that cuts results as ``wanted``, and how it is cut; what only its size forbids is an obstacle."""
+        for factor in recipe.factors:
+            at = factor.outputs[results[0]]
+            if len({factor.outputs[result] for result in results}) != 1 or at is None or at.dim != wanted.dim:
+                continue
+            inner = factor.cut_for(at, wanted, self.size)
+            if inner is not None:
+                return factor, inner
+            if isinstance(factor.size, int) and uncombine(wanted.blocks, at.blocks) is not None:
+                self.obstacles.add(factor.size)
+        return None
 
     def _through_cut(self, node: fx.Node, asked: Mapping[tuple[int, int], Demand], dim: int) -> bool:
         (operand,) = self.facts.operands[node]
@@ -327,8 +359,11 @@ def vocabulary(facts: Graph, size: int, taken: Iterable[fx.Node]) -> dict[fx.Nod
     if not tables:
         return {}
     largest = max(tables.values(), key=lambda s: s if isinstance(s, int) else 0)
-    chosen = {w: v for w, v in tables.items() if v == largest and units(v, (1,), size) and w not in skip}
-    out = {w: Shard(0) for w in chosen}
+    shares = _shares(largest, size)
+    if shares is None or 0 in shares:
+        return {}
+    chosen = {w: v for w, v in tables.items() if v == largest and w not in skip}
+    out = {w: shard(0, shares=shares) for w in chosen}
     for node in facts.order:
         found = contraction(node, facts) if node.op == "call_function" and node in facts.learned else None
         shape = facts.shapes[node][0]
@@ -343,8 +378,8 @@ def vocabulary(facts: Graph, size: int, taken: Iterable[fx.Node]) -> dict[fx.Nod
                 continue
             if weight in out and out[weight].dim != at.dim:
                 continue
-            out[weight] = Shard(at.dim)
-            out |= _bias(node, facts, skip)
+            out[weight] = shard(at.dim, shares=shares)
+            out |= {bias: shard(0, shares=shares) for bias in _biases(node, facts) if bias not in skip}
     return out
 
 
@@ -355,13 +390,11 @@ def _given(node: object) -> bool:
     return isinstance(node, fx.Node) and node.op == "placeholder"
 
 
-def _bias(node: fx.Node, facts: Graph, skip: set[fx.Node]) -> dict[fx.Node, Shard]:
-    out = {}
+def _biases(node: fx.Node, facts: Graph) -> Iterator[fx.Node]:
     for user in node.users:
         for operand in facts.operands.get(user, ()) if name_of(user.target)[1] == "aten.add" else ():
-            if operand in facts.weights and len(shapes_of(operand)[0]) == 1 and operand not in skip:
-                out[facts.weights[operand]] = Shard(0)
-    return out
+            if operand in facts.weights and len(shapes_of(operand)[0]) == 1:
+                yield facts.weights[operand]
 
 
 def residuals(facts: Graph, rows: Iterable[fx.Node]) -> list[fx.Node]:

@@ -14,12 +14,12 @@ from dataclasses import dataclass, field, replace
 from typing import Any, TypeAlias
 
 from torch import nn
-from torch.distributed.tensor import Partial, Replicate, Shard
+from torch.distributed.tensor import Partial, Replicate
 from torch.distributed.tensor.placement_types import Placement
 
 from fxshard.errors import PlanError
 from fxshard.mesh import Mesh
-from fxshard.placement import BlockShard, describe
+from fxshard.placement import describe, shard
 from fxshard.plan.formats import axis_for, read_hf
 
 Entry: TypeAlias = "Placement | Mapping[str, Placement]"
@@ -185,18 +185,20 @@ def parse_placement(text: str) -> Placement:
 
     >>> parse_placement("Shard(0, blocks=(2, 1, 1))")
     Shard(0, blocks=(2, 1, 1))
+    >>> parse_placement("Shard(1, shares=(3, 2))")
+    Shard(1, shares=(3, 2))
     """
     if text == "Replicate":
         return Replicate()
     found = re.fullmatch(r"Partial\((\w+)\)", text)
     if found:
         return Partial(found[1])
-    found = re.fullmatch(r"Shard\((-?\d+)(?:, blocks=\(([\d, ]+)\))?\)", text)
+    numbers = r"\(([\d, ]+)\)"
+    found = re.fullmatch(rf"Shard\((-?\d+)(?:, blocks={numbers})?(?:, shares={numbers})?\)", text)
     if found is None:
         raise PlanError(f"cannot read the placement {text!r}", fix="write Shard(dim) or Replicate")
-    if found[2]:
-        return BlockShard(int(found[1]), tuple(int(b) for b in found[2].split(",") if b.strip()))
-    return Shard(int(found[1]))
+    blocks, shares = ([int(n) for n in (part or "").split(",") if n.strip()] for part in found.groups()[1:])
+    return shard(int(found[1]), blocks or (1,), shares)
 
 
 def data_parallel(size: int, axis: str = "dp") -> Plan:

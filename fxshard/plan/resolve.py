@@ -18,10 +18,10 @@ from torch import fx
 
 from fxshard.errors import DivisibilityError, FxshardError, MeshError, PlanError
 from fxshard.mesh import Mesh
-from fxshard.placement import BlockShard, Placement, Shard, blocks_of, describe
+from fxshard.placement import BlockShard, Placement, Shard, chunk_shares, cut_of, describe, shard
 from fxshard.plan.detect import Graph, Pair, find_pairs, is_parameter, residuals, shapes_of, vocabulary
 from fxshard.plan.plan import Plan
-from fxshard.rules.recipe import units
+from fxshard.rules.recipe import Dim, units
 
 
 @dataclass(frozen=True)
@@ -191,19 +191,18 @@ class _Work:
             )
             return None
         others = self._beside(node, axis, dim)
-        parts = size * math.prod(others)
-        if not units(shape[dim], blocks_of(placement), parts):
+        found = _fitting(shape[dim], dim, placement, size, others)
+        if found is None:
             over = f"mesh axis {axis!r} (size {size})" + (f" beside axes of sizes {others}" if others else "")
             self.problems.append(
                 DivisibilityError(
                     f"dim {dim} (size {shape[dim]}) of {name} cannot be split over {over}",
                     op=f"{asked_by}: {describe(placement)} of {list(shape)}",
-                    fix=f"choose an axis size dividing {shape[dim]}, or replicate dim {dim}; "
-                    "uneven shards are not supported yet",
+                    fix=f"{_mending(shape[dim], placement, others)}, or replicate dim {dim}",
                 )
             )
             return None
-        return placement if dim == placement.dim else Shard(dim)
+        return found
 
     def _beside(self, node: fx.Node | None, axis: str, dim: int) -> list[int]:
         """The sizes of the other axes that split the same dim."""
@@ -215,11 +214,11 @@ class _Work:
         if not self.free(node, axis):
             return
         size = shapes_of(node)[0][placement.dim]
-        parts = math.prod([self.mesh.size(axis), *self._beside(node, axis, placement.dim)])
-        if units(size, blocks_of(placement), parts):
+        others = self._beside(node, axis, placement.dim)
+        if _fitting(size, placement.dim, placement, self.mesh.size(axis), others) is not None:
             self.put(part, name, node, axis, placement, preset)
         else:
-            what = f"dim {placement.dim} (size {size}) does not divide by {parts}"
+            what = f"dim {placement.dim} (size {size}) does not divide by {math.prod([self.mesh.size(axis), *others])}"
             self.notes.append(f"{preset} leaves {name} whole on axis {axis!r}: {what}")
 
     def match_blocks(self) -> None:
@@ -233,11 +232,18 @@ class _Work:
             found = {w: p for pair in self.pairs(self.mesh.size(axis)) for w, p in pair.weights.items()}
             for node, placement in asked.items():
                 better = found.get(node)
-                if isinstance(better, BlockShard) and better.dim == placement.dim and blocks_of(placement) == (1,):  # type: ignore[attr-defined]
+                if isinstance(better, BlockShard) and self._says_only(better.dim, node, placement, axis):
                     self.nodes[node][axis] = better
                     for name, n in self.names.params.items():
                         if n is node and name in self.explicit["params"]:
                             self.explicit["params"][name][axis] = better
+
+    def _says_only(self, dim: int, node: fx.Node, placement: Placement, axis: str) -> bool:
+        """Whether the user said no more than which dim to split: no blocks, and no shares but those of ``chunk``."""
+        count = shapes_of(node)[0][dim]
+        return placement.is_shard(dim) and cut_of(placement) == cut_of(
+            _fitting(count, 0, Shard(0), self.mesh.size(axis), []) or placement
+        )
 
     def outputs(self, outputs: Mapping[str, Mapping[str, Placement]]) -> list[dict[str, Placement]]:
         """The placements of every flat output."""
@@ -276,6 +282,31 @@ class _Work:
     def free(self, node: fx.Node, axis: str) -> bool:
         """Whether the user's own entries leave a node's placement on an axis open."""
         return axis not in self.nodes.get(node, {})
+
+
+def _fitting(size: Dim, dim: int, placement: Shard, ranks: int, others: Sequence[int]) -> Shard | None:
+    """The shard of a dim of ``size`` over ``ranks``, beside ``others`` that split it too; None where there is none.
+
+    Where the size does not divide, the first ranks hold more, as with ``torch.chunk``; beside others it must divide.
+    """
+    blocks, shares = cut_of(placement)
+    if shares:
+        fits = len(shares) == ranks and not others and units(size, blocks, sum(shares))
+        return shard(dim, blocks, shares) if fits else None
+    if units(size, blocks, ranks * math.prod(others)):
+        return shard(dim, blocks)
+    if others or not isinstance(size, int) or size == 0 or size % sum(blocks):
+        return None
+    return shard(dim, blocks, chunk_shares(size // sum(blocks), ranks))
+
+
+def _mending(size: Dim, placement: Shard, others: Sequence[int]) -> str:
+    blocks, shares = cut_of(placement)
+    if shares:
+        return f"give the shares of {sum(shares)} pieces as many ranks as the axis has, of a size that they divide"
+    if others:
+        return f"choose axis sizes whose product divides {size}"
+    return f"choose blocks that tile {size}" if blocks != (1,) else "choose a dim that is not empty"
 
 
 def _few(names: Iterable[str]) -> str:

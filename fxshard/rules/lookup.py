@@ -42,7 +42,7 @@ def recipe_for(
     packet = name_of(node.target)[1]
     ats: tuple[At | None, ...] = ()
     if packet in _LAYOUT:
-        ats = tuple(map(At.of, current))
+        ats = tuple(at and At(at.dim, at.blocks) for at in map(At.of, current))
     counter = [0]
     arguments = {name: _template(value, counter) for name, value in bind(node).items()}
     whole: tuple[Shape, ...] = ()

@@ -24,30 +24,37 @@ import sympy
 import torch
 from torch import fx
 
-from fxshard.placement import Placement, Shard, blocks_of, is_shard, normalize_blocks, shard
+from fxshard.placement import Cut, Placement, Shard, cut_of, is_shard, normalize_blocks, shard
 
 Dim: TypeAlias = "int | sympy.Expr"
 Shape: TypeAlias = tuple[Dim, ...]
 
 
 class At(NamedTuple):
-    """Where a factor sits in one tensor: the dim, and the relative sizes of the blocks that it cuts alike."""
+    """Where a factor sits in one tensor, or where a tensor is cut.
+
+    Attributes:
+        dim: the dim.
+        blocks: the relative sizes of the blocks that are each cut alike.
+        shares: where a tensor is cut unevenly, what the ranks hold; a factor has none.
+    """
 
     dim: int
     blocks: tuple[int, ...] = (1,)
+    shares: tuple[int, ...] = ()
 
-    def cut(self, blocks: tuple[int, ...]) -> At:
-        """Where the dim is cut when the factor here is cut in ``blocks``."""
-        return At(self.dim, combine(self.blocks, blocks))
+    def cut(self, cut: Cut) -> At:
+        """Where the dim is cut when the factor here is cut so."""
+        return At(self.dim, combine(self.blocks, cut.blocks), cut.shares)
 
-    def placement(self, blocks: tuple[int, ...]) -> Shard:
-        """How the tensor lies on an axis that cuts the factor here in ``blocks``."""
-        return shard(*self.cut(blocks))
+    def placement(self, cut: Cut) -> Shard:
+        """How the tensor lies on an axis that cuts the factor here so."""
+        return shard(*self.cut(cut))
 
     @staticmethod
     def of(placement: Placement) -> At | None:
         """Where a placement cuts; None where it does not."""
-        return At(placement.dim, blocks_of(placement)) if is_shard(placement) else None  # type: ignore[attr-defined]
+        return At(placement.dim, *cut_of(placement)) if is_shard(placement) else None  # type: ignore[attr-defined]
 
 
 @dataclass(frozen=True)
@@ -68,15 +75,19 @@ class Factor:
     outputs: tuple[At | None, ...]
     lowering: str | None = None
 
-    def blocks_for(self, at: At | None, wanted: At | None, parts: int) -> tuple[int, ...] | None:
-        """The blocks in which to cut the factor so that the dim in which it sits at ``at`` is cut as ``wanted``.
+    def cut_for(self, at: At | None, wanted: At | None, parts: int) -> Cut | None:
+        """How to cut the factor so that the dim in which it sits at ``at`` is cut as ``wanted``.
 
-        None where that cannot be: another dim, other blocks, or a size that ``parts`` ranks do not divide.
+        None where that cannot be: another dim, other blocks, or a size that does not fall into the pieces that
+        ``parts`` ranks hold.
         """
         if at is None or wanted is None or at.dim != wanted.dim:
             return None
         blocks = uncombine(wanted.blocks, at.blocks)
-        return blocks if blocks is not None and units(self.size, blocks, parts) else None
+        if blocks is None:
+            return None
+        cut = Cut(blocks, wanted.shares)
+        return cut if units(self.size, blocks, cut.pieces(parts)) else None
 
 
 @dataclass(frozen=True)

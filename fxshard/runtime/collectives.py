@@ -12,6 +12,8 @@ The forward type decides the backward one (``g`` is a gradient):
     all_to_all(x, axis, i, j)   parts along i -> parts of j   all_to_all(g, j, i)
 
 ``concat`` turns parts stacked along dim 0 into the whole tensor where the split dim is another one, or has blocks.
+Where the ranks hold different sizes (``lengths``), parts are padded before a collective and cut after it, so that all
+ranks bring the same shape; the padding is zeros, and nothing reads it.
 
 An ``Axis`` is one mesh axis as one rank sees it. Its ``group`` does the work: a ``ProcessGroup`` of torch.distributed,
 or the lockstep group of ``fxshard.simulate``, whose ranks are threads of this process.
@@ -32,6 +34,7 @@ import torch.distributed as dist
 from fxshard.errors import DistributedError, DivisibilityError
 
 Blocks = tuple[int, ...]
+Lengths = tuple[int, ...]
 
 
 class Group(Protocol):
@@ -61,60 +64,103 @@ def all_reduce(x: torch.Tensor, axis: Axis) -> torch.Tensor:
     return axis.group.run("all_reduce", "identity", x)
 
 
-def all_gather(x: torch.Tensor, axis: Axis, summed: bool = False) -> torch.Tensor:
+def all_gather(x: torch.Tensor, axis: Axis, summed: bool = False, dim: int = 0, lengths: Lengths = ()) -> torch.Tensor:
     """The parts of all ranks stacked along dim 0: ``[d0, ...] -> [n * d0, ...]``.
 
     Args:
         x: this rank's part.
         axis: the mesh axis.
         summed: the gradient differs by rank and must be summed (its backward is a reduce_scatter).
+        dim: the dim along which the parts differ in size.
+        lengths: their sizes; the parts are padded to the longest one, and ``concat`` drops that again.
     """
+    if lengths:
+        x = _pad(x, dim, max(lengths))
     return axis.group.run("all_gather", "reduce_scatter" if summed else "own_part", x)
 
 
-def concat(x: torch.Tensor, axis: Axis, dim: int, blocks: Blocks = (1,)) -> torch.Tensor:
+def _pad(x: torch.Tensor, dim: int, length: int) -> torch.Tensor:
+    missing = length - x.shape[dim]
+    if missing == 0:
+        return x
+    return torch.cat([x, x.new_zeros((*x.shape[:dim], missing, *x.shape[dim + 1 :]))], dim)
+
+
+def concat(x: torch.Tensor, axis: Axis, dim: int, blocks: Blocks = (1,), lengths: Lengths = ()) -> torch.Tensor:
     """Parts stacked along dim 0 -> the whole tensor along ``dim``, block by block."""
-    parts = x.chunk(axis.size, 0)
+    parts = list(x.chunk(axis.size, 0))
+    if lengths:
+        parts = [part.narrow(dim, 0, length) for part, length in zip(parts, lengths, strict=True)]
     if blocks == (1,):
         return torch.cat(parts, dim)
-    unit = parts[0].shape[dim] // sum(blocks)
-    cut = [part.split([b * unit for b in blocks], dim) for part in parts]
+    cut = [part.split([b * part.shape[dim] // sum(blocks) for b in blocks], dim) for part in parts]
     return torch.cat([piece[i] for i in range(len(blocks)) for piece in cut], dim)
 
 
-def _stack_parts(x: torch.Tensor, axis: Axis, dim: int, blocks: Blocks) -> torch.Tensor:
-    """The inverse of ``concat``: the whole tensor -> the parts of all ranks stacked along dim 0."""
-    if x.shape[dim] % (axis.size * sum(blocks)):
+def _parts(x: torch.Tensor, axis: Axis, dim: int, blocks: Blocks, lengths: Lengths) -> list[torch.Tensor]:
+    """What each rank gets of a whole tensor along ``dim``."""
+    if blocks == (1,) and lengths:
+        return list(x.split(list(lengths), dim))
+    unit = x.shape[dim] // sum(blocks)
+    shares = lengths or (1,) * axis.size
+    pieces = sum(shares)
+    if x.shape[dim] % sum(blocks) or any(block * unit * share % pieces for block in blocks for share in shares):
         raise DivisibilityError(
             f"dim {dim} of size {x.shape[dim]} cannot be split over mesh axis {axis.name!r} (size {axis.size})",
-            fix=f"choose a size that {axis.size * sum(blocks)} divides; uneven shards are not supported yet",
+            fix=f"choose a size that {axis.size * sum(blocks)} divides",
         )
     if blocks == (1,):
-        return x if dim == 0 else torch.cat(x.chunk(axis.size, dim), 0)
-    unit = x.shape[dim] // sum(blocks)
-    cut = [block.chunk(axis.size, dim) for block in x.split([b * unit for b in blocks], dim)]
-    return torch.cat([torch.cat([block[i] for block in cut], dim) for i in range(axis.size)], 0)
+        return list(x.chunk(axis.size, dim))
+    cut = [
+        block.split([block.shape[dim] * share // pieces for share in shares], dim)
+        for block in x.split([b * unit for b in blocks], dim)
+    ]
+    return [torch.cat([block[i] for block in cut], dim) for i in range(axis.size)]
 
 
-def chunk(x: torch.Tensor, axis: Axis, dim: int, blocks: Blocks = (1,)) -> torch.Tensor:
-    """This rank's part of a replicated tensor along ``dim``."""
+def _stack_parts(x: torch.Tensor, axis: Axis, dim: int, blocks: Blocks, lengths: Lengths) -> torch.Tensor:
+    """The inverse of ``concat``: the whole tensor -> the parts of all ranks, padded, stacked along dim 0."""
+    if dim == 0 and blocks == (1,) and not lengths and x.shape[0] % axis.size == 0:
+        return x
+    parts = _parts(x, axis, dim, blocks, lengths)
+    return torch.cat([_pad(part, dim, max(lengths)) for part in parts] if lengths else parts, 0)
+
+
+def chunk(x: torch.Tensor, axis: Axis, dim: int, blocks: Blocks = (1,), lengths: Lengths = ()) -> torch.Tensor:
+    """This rank's part of a replicated tensor along ``dim``.
+
+    Args:
+        x: the whole tensor.
+        axis: the mesh axis.
+        dim: the dim to cut.
+        blocks: the relative sizes of the blocks that are each cut alike.
+        lengths: what each rank gets, in rank order; empty where all get the same.
+    """
     if x.requires_grad and torch.is_grad_enabled():
-        return axis.group.run("own_part", "all_gather", _stack_parts(x, axis, dim, blocks))
-    if x.shape[dim] % (axis.size * sum(blocks)) or blocks != (1,):
-        return _stack_parts(x, axis, dim, blocks).chunk(axis.size, 0)[axis.index]
+        part = axis.group.run("own_part", "all_gather", _stack_parts(x, axis, dim, blocks, lengths))
+        return part.narrow(dim, 0, lengths[axis.index]) if lengths else part
+    if blocks != (1,) or lengths or x.shape[dim] % axis.size:
+        return _parts(x, axis, dim, blocks, lengths)[axis.index].contiguous()
     length = x.shape[dim] // axis.size
     return x.narrow(dim, axis.index * length, length).contiguous()  # its readers may view it as they viewed the whole
 
 
-def reduce_scatter(x: torch.Tensor, axis: Axis, dim: int, blocks: Blocks = (1,)) -> torch.Tensor:
-    """This rank's part, along ``dim``, of the sum of ``x`` over the axis."""
-    return axis.group.run("reduce_scatter", "all_gather", _stack_parts(x, axis, dim, blocks))
+def reduce_scatter(x: torch.Tensor, axis: Axis, dim: int, blocks: Blocks = (1,), lengths: Lengths = ()) -> torch.Tensor:
+    """This rank's part, along ``dim``, of the sum of ``x`` over the axis; the arguments are those of ``chunk``."""
+    part = axis.group.run("reduce_scatter", "all_gather", _stack_parts(x, axis, dim, blocks, lengths))
+    return part.narrow(dim, 0, lengths[axis.index]) if lengths else part
 
 
-def all_to_all(x: torch.Tensor, axis: Axis, source: int, target: int) -> torch.Tensor:
-    """Split along ``source`` -> split along ``target``."""
-    out = axis.group.run("all_to_all", "all_to_all", _stack_parts(x, axis, target, (1,)))
-    return concat(out, axis, source)
+def all_to_all(
+    x: torch.Tensor, axis: Axis, source: int, target: int, lengths: tuple[Lengths, Lengths] = ((), ())
+) -> torch.Tensor:
+    """Split along ``source`` -> split along ``target``; ``lengths``: what each rank holds of the one and the other."""
+    before, after = lengths
+    if before:
+        x = _pad(x, source, max(before))
+    out = axis.group.run("all_to_all", "all_to_all", _stack_parts(x, axis, target, (1,), after))
+    whole = concat(out, axis, source, (1,), before)
+    return whole.narrow(target, 0, after[axis.index]) if after else whole
 
 
 def offset(axis: Axis, size: int) -> int:
@@ -209,6 +255,28 @@ _RAW: dict[str, Callable[[ProcessAxisGroup, torch.Tensor], torch.Tensor]] = {
     "all_to_all": _all_to_all,
     "own_part": _own_part,
 }
+
+
+class _Nothing(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, shape: tuple[int, ...], dtype: torch.dtype, *operands: torch.Tensor) -> torch.Tensor:
+        ctx.like = [(x.shape, x.dtype, x.device) for x in operands]
+        return operands[0].new_zeros(shape, dtype=dtype)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[Any, ...]:
+        grads = [torch.zeros(shape, dtype=dtype, device=device) for shape, dtype, device in ctx.like]
+        return (None, None, *(g if needed else None for g, needed in zip(grads, ctx.needs_input_grad[2:], strict=True)))
+
+
+def nothing(operands: list[torch.Tensor], shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+    """What a call adds on a rank that has no part in it: zeros, and zeros for the gradients of its operands.
+
+    The operands stay connected: this rank must take part in the collectives of their backward pass.
+    """
+    out: torch.Tensor = _Nothing.apply(shape, dtype, *operands)  # type: ignore[no-untyped-call]
+    return out
 
 
 def dropout_mask(like: torch.Tensor, shape: list[int], strides: list[int] | None, p: float) -> torch.Tensor:

@@ -189,8 +189,8 @@ def test_a_lowering_with_a_wrong_gradient_is_refuted(monkeypatch: pytest.MonkeyP
     def without_vary(self: Any, function: Any, x: Any, axis: int) -> Any:
         return x if function is vary else collective(self, function, x, axis)
 
-    collective = losses._Writer.collective
-    monkeypatch.setattr(losses._Writer, "collective", without_vary)
+    collective = losses.Writer.collective
+    monkeypatch.setattr(losses.Writer, "collective", without_vary)
     with pytest.raises(RuleError, match="gradient of operand 0 differs"):
         check_rule(aten.log_softmax.int, [(x(), 1)])
 
@@ -210,7 +210,7 @@ def test_an_operator_without_a_rule_is_an_error() -> None:
 
 
 def test_a_rule_that_no_sample_can_try_is_reported() -> None:
-    assert check_rule(aten.relu.default, [(r(5, 12),)]).untried == {"d1"}
+    assert check_rule(aten.relu.default, [(r(12, 0),)]).untried == {"d1"}
 
 
 def test_losses_look_at_blocks() -> None:
