@@ -24,6 +24,7 @@ from fxshard.passes.fidelity import check_fidelity
 from fxshard.passes.pipeline import STAGES, Compiled, compile_graph
 from fxshard.placement import REPLICATE, Placements, is_shard, join, join_all
 from fxshard.plan.plan import Plan
+from fxshard.runtime.autocast import ambient, using
 from fxshard.runtime.collectives import Axis
 from fxshard.runtime.module import RankModule, find, load, local_part, place, share
 from fxshard.runtime.process import check_same_weights, checksum, process_axes, share_random_state
@@ -65,7 +66,7 @@ class ParallelModule(nn.Module):
     # --- capture ---------------------------------------------------------------------------------------------------
 
     def capture(self, args: tuple[Any, ...], kwargs: Mapping[str, Any] | None = None) -> Compiled:
-        """Captures and compiles the model for these inputs, once per signature and training mode."""
+        """Captures and compiles the model for these inputs, once per signature, training mode and autocast."""
         kwargs = dict(kwargs or {})
         model = self._model[0]
         if model.training != self.training:
@@ -203,8 +204,10 @@ class ParallelModule(nn.Module):
         Raises:
             InputError: when the inputs do not fit what was captured with example inputs.
         """
-        if self._eager and self.compiled.captured.training == self.training:
-            compiled = self.compiled
+        now = (self.training, ambient())
+        fitting = [c for c in self._captures.values() if (c.captured.training, c.captured.autocast) == now]
+        if self._eager and fitting:
+            compiled = self._latest = fitting[-1]
         else:
             compiled = self.capture(args, kwargs)
         leaves = compiled.captured.flatten_inputs(args, kwargs)
@@ -222,7 +225,8 @@ class ParallelModule(nn.Module):
         if compiled.draws:
             share_random_state(self.mesh)
         leaves = [x.to(self._device) if isinstance(x, torch.Tensor) else x for x in leaves]
-        out = self._functions[id(compiled)](self.rank_module(self.rank), *leaves)
+        with using(()):  # the casts are in the code
+            out = self._functions[id(compiled)](self.rank_module(self.rank), *leaves)
         return compiled.captured.unflatten_outputs(out)
 
     # --- whole tensors ---------------------------------------------------------------------------------------------

@@ -36,11 +36,13 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import fx, nn
+from torch._export.passes import replace_autocast_with_hop_pass, replace_set_grad_with_hop_pass
 from torch.autograd.function import _SingleLevelFunction
 from torch.fx.graph import CodeGen
 from torch.utils import _pytree as pytree
 
 from fxshard.errors import CaptureError, FxshardError, InputError
+from fxshard.runtime.autocast import State, ambient
 
 __all__ = ["Captured", "Leaf", "capture", "module_of", "signature_key", "source_of"]
 
@@ -51,6 +53,10 @@ _GRAPH_CONSTANTS = (int, float, bool, str, complex, type(None), torch.dtype, tor
 _KEPT_META = ("val", "nn_module_stack", "stack_trace", "torch_fn", "custom")
 # torch's own machinery for wrapping operators: what it wraps is recorded whole, with its gradient.
 _HARMLESS_FUNCTIONS = ("torch._higher_order_ops", "torch._functorch", "torch._dynamo", "torch._library", "torch._C")
+_REGION_PASSES = (
+    (replace_set_grad_with_hop_pass, "replace_set_grad_with_hop_pass"),
+    (replace_autocast_with_hop_pass, "replace_autocast_with_hop_pass"),
+)
 _NOISY_LOGGERS = ("torch.export", "torch._export", "torch.fx", "torch._dynamo", "torch._functorch", "torch._subclasses")
 
 
@@ -93,6 +99,7 @@ class Captured:
         output_constants: index of an output leaf that a graph cannot hold -> its value.
         non_persistent: names of buffers that are not part of the state dict.
         signature: the signature of the model's ``forward``.
+        autocast: the autocast that surrounded the capture; the graph computes what the model does under the same.
     """
 
     graph_module: fx.GraphModule
@@ -107,6 +114,7 @@ class Captured:
     output_constants: Mapping[int, Any] = field(default_factory=dict)
     non_persistent: frozenset[str] = frozenset()
     signature: inspect.Signature = field(default_factory=inspect.Signature)
+    autocast: State = ()
 
     def flatten_inputs(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[Any]:
         """Return the leaves of a call in the order of the placeholders.
@@ -179,14 +187,15 @@ def capture(
         output_constants={i: value for i, value in outputs.constants.items() if not _fits_graph(value)},
         non_persistent=_non_persistent(model),
         signature=signature,
+        autocast=ambient(),
     )
 
 
 def signature_key(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Hashable:
     """Return a key that is equal for two calls exactly when one capture serves both.
 
-    It holds the tree of the inputs, each tensor's shape and dtype, each other leaf, and the training mode of every
-    submodule.
+    It holds the tree of the inputs, each tensor's shape and dtype, each other leaf, the training mode of every
+    submodule, and the autocast that surrounds the call.
     """
     tree = _canonical_call(inspect.signature(model.forward), args, kwargs)
     leaves, spec = _flatten(tree)
@@ -194,7 +203,7 @@ def signature_key(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, 
         (tuple(leaf.shape), leaf.dtype) if isinstance(leaf, torch.Tensor) else (type(leaf), _hashable(leaf))
         for leaf in leaves
     )
-    return repr(spec), described, tuple(module.training for module in model.modules())
+    return repr(spec), described, tuple(module.training for module in model.modules()), ambient()
 
 
 def module_of(node: fx.Node) -> str:
@@ -571,6 +580,7 @@ def _export(model: nn.Module, tree: Any, shapes: Any, outputs: _Outputs) -> torc
             _quiet(),
             _uniform_device(model),
             _refuse_custom_functions(model),
+            _flat_regions(),
             torch.inference_mode(False),
             torch.enable_grad(),
         ):
@@ -684,6 +694,22 @@ def _refuse_custom_functions(model: nn.Module) -> Iterator[None]:
         yield
     finally:
         del _SingleLevelFunction.apply  # type: ignore[attr-defined]
+
+
+@contextlib.contextmanager
+def _flat_regions() -> Iterator[None]:
+    """Let regions without gradient and of autocast stay what was traced: calls that enter and leave them.
+
+    Export would make each a graph of its own. In doing so it forgets a ``no_grad`` inside of an autocast.
+    """
+    replaced = [(module, name, getattr(module, name)) for module, name in _REGION_PASSES]
+    for module, name, _ in replaced:
+        setattr(module, name, lambda graph_module, signature: (graph_module, signature))
+    try:
+        yield
+    finally:
+        for module, name, function in replaced:
+            setattr(module, name, function)
 
 
 # --- errors ----------------------------------------------------------------------------------------------------------

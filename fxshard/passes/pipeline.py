@@ -132,7 +132,7 @@ def _compile(captured: Captured, plan: Plan, model: torch.nn.Module, capture_s: 
             stages[name] = out
         return out
 
-    root: fx.GraphModule = stage("normalize", normalize, captured.graph_module)
+    root: fx.GraphModule = stage("normalize", normalize, captured.graph_module, captured.autocast)
     graph = stages["normalize"] = root.graph
     mark_parameters(graph, root)
     resolved = stage("resolve", resolve, plan, graph, names_of(graph, captured, model))

@@ -176,18 +176,17 @@ def lockstep_axes(mesh: Mesh, turns: Turns) -> list[dict[str, Axis]]:
 
 
 def run_ranks(count: int, turns: Turns, run: Callable[[int], Any]) -> list[Any]:
-    """Runs ``run(rank)`` for every rank, in lockstep; returns the results in rank order."""
+    """Runs ``run(rank)`` for every rank, in lockstep; returns the results in rank order.
+
+    The ranks run without autocast, as new threads do: a program has its casts written out.
+    """
     results: list[Any] = [None] * count
     grad, inference = torch.is_grad_enabled(), torch.is_inference_mode_enabled()
-    autocast = {d: (torch.is_autocast_enabled(d), torch.get_autocast_dtype(d)) for d in ("cpu", "cuda")}
 
     def body(rank: int) -> None:
         failure: BaseException | None = None
         try:
             turns.start(rank)
-            for device, (enabled, dtype) in autocast.items():
-                torch.set_autocast_enabled(device, enabled)
-                torch.set_autocast_dtype(device, dtype)
             with torch.inference_mode(inference), torch.set_grad_enabled(grad and not inference):
                 results[rank] = run(rank)
         except BaseException as error:
