@@ -42,9 +42,17 @@ class ParallelModule(nn.Module):
     Attributes:
         plan: the plan, explicit once the model was captured.
         mesh: the mesh.
+        reduce_dtype: the least precision in which sums over the ranks are made; None leaves each value's own.
     """
 
-    def __init__(self, model: nn.Module, plan: Plan, device_mesh: Any, dynamic_shapes: Any) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        plan: Plan,
+        device_mesh: Any,
+        dynamic_shapes: Any,
+        reduce_dtype: torch.dtype | None = None,
+    ) -> None:
         super().__init__()
         self._asked = plan
         self.plan = plan
@@ -52,6 +60,7 @@ class ParallelModule(nn.Module):
         self._model = [model]  # in a list: not a submodule, its whole weights are not this module's parameters
         self._device_mesh = device_mesh
         self._dynamic_shapes = dynamic_shapes
+        self.reduce_dtype = reduce_dtype
         self._captures: dict[Hashable, Compiled] = {}
         self._latest: Compiled | None = None
         self._eager = False
@@ -77,7 +86,7 @@ class ParallelModule(nn.Module):
             captured = capture(model, args, kwargs, dynamic_shapes=self._dynamic_shapes)
             seconds = time.perf_counter() - start
             check_fidelity(model, captured, args, kwargs)
-            compiled = compile_graph(captured, self._pinned(), model, seconds)
+            compiled = compile_graph(captured, self._pinned(), model, seconds, self.reduce_dtype)
             self._captures[key] = self._latest = compiled
             if len(self._captures) == 1:
                 self._settle(compiled)
@@ -266,7 +275,7 @@ class ParallelModule(nn.Module):
     def axes(self) -> dict[str, Axis]:
         """This process's axes; ``DistributedError`` without a process group."""
         if self._axes is None:
-            self._axes = process_axes(self.mesh, self._device_mesh, self._device.type)
+            self._axes = process_axes(self.mesh, self._device_mesh, self._device.type, self.reduce_dtype)
         return self._axes
 
     # --- seeing ----------------------------------------------------------------------------------------------------

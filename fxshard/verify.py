@@ -243,7 +243,7 @@ class _Trace:
         world = program.mesh.world_size
         self.final = {n.name: n for n in compiled.graph.nodes}
         turns = Turns(world)
-        axes = lockstep_axes(program.mesh, turns)
+        axes = lockstep_axes(program.mesh, turns, program.reduce_dtype)
         self.ranks = [self._recorder(rank, axes[rank]) for rank in range(world)]
         self.outs = run_ranks(world, turns, lambda rank: self.ranks[rank].run(*(_own(x) for x in leaves)))
         self.outputs = [self._join_output(i, [out[i] for out in self.outs]) for i in range(len(self.outs[0]))]

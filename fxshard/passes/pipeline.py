@@ -7,7 +7,7 @@ import gc
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -44,6 +44,7 @@ class Compiled:
         resolved: the plan, made explicit.
         stages: the graph after every stage.
         times_s: seconds that every stage took.
+        reduce_dtype: the least precision in which the program makes sums over ranks.
     """
 
     captured: Captured
@@ -52,6 +53,7 @@ class Compiled:
     root: fx.GraphModule
     stages: Mapping[str, fx.Graph]
     times_s: Mapping[str, float]
+    reduce_dtype: torch.dtype | None = None
 
     @property
     def graph(self) -> fx.Graph:
@@ -101,10 +103,16 @@ class Compiled:
         return any(node.target is dropout_mask or draws(node) for node in self.graph.nodes)
 
 
-def compile_graph(captured: Captured, plan: Plan, model: torch.nn.Module, capture_s: float) -> Compiled:
+def compile_graph(
+    captured: Captured,
+    plan: Plan,
+    model: torch.nn.Module,
+    capture_s: float,
+    reduce_dtype: torch.dtype | None = None,
+) -> Compiled:
     """Compiles a captured model: the pipeline."""
     with _collector_paused():
-        return _compile(captured, plan, model, capture_s)
+        return replace(_compile(captured, plan, model, capture_s), reduce_dtype=reduce_dtype)
 
 
 @contextlib.contextmanager
