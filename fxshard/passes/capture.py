@@ -42,6 +42,8 @@ from torch.fx.graph import CodeGen
 from torch.utils import _pytree as pytree
 
 from fxshard.errors import CaptureError, FxshardError, InputError
+from fxshard.passes.functions import call_whole
+from fxshard.passes.vmaps import unmap
 from fxshard.runtime.autocast import State, ambient
 
 __all__ = ["Captured", "Leaf", "capture", "module_of", "signature_key", "source_of"]
@@ -579,7 +581,7 @@ def _export(model: nn.Module, tree: Any, shapes: Any, outputs: _Outputs) -> torc
         with (
             _quiet(),
             _uniform_device(model),
-            _refuse_custom_functions(model),
+            _whole_functions(model),
             _flat_regions(),
             torch.inference_mode(False),
             torch.enable_grad(),
@@ -670,24 +672,26 @@ def _like(tensor: torch.Tensor) -> torch.Tensor:
 
 
 @contextlib.contextmanager
-def _refuse_custom_functions(model: nn.Module) -> Iterator[None]:
-    """Refuse a custom autograd.Function where a gradient would go through it: export keeps its forward only.
+def _whole_functions(model: nn.Module) -> Iterator[None]:
+    """Keep a custom autograd.Function whole where a gradient would go through it: export records its forward only.
 
     The hook sits below ``Function.apply``, so that a reference to ``apply`` which was taken earlier meets it too.
     """
+    inside = [False]
 
     def apply(cls: type, *args: Any, **kwargs: Any) -> Any:
+        own = super(_SingleLevelFunction, cls).apply  # type: ignore[misc]
         differentiable = torch.is_grad_enabled() and any(getattr(arg, "requires_grad", False) for arg in args)
-        if differentiable and not cls.__module__.startswith(_HARMLESS_FUNCTIONS):
-            module, source = _where(model, _live_frames())
-            raise CaptureError(
-                f"{cls.__qualname__} is a custom autograd.Function; its backward would be lost",
-                module=module,
-                source=source,
-                fix="write it with torch operators, or as a torch.library.custom_op with register_autograd"
-                + ("; for checkpointing use use_reentrant=False" if "checkpoint" in cls.__module__ else ""),
-            )
-        return super(_SingleLevelFunction, cls).apply(*args, **kwargs)  # type: ignore[misc]
+        if inside[0] or not differentiable or cls.__module__.startswith(_HARMLESS_FUNCTIONS):
+            return own(*args, **kwargs)
+        inside[0] = True
+        try:
+            return call_whole(cls, own, args)
+        except CaptureError as error:
+            error.module, error.source = _where(model, _live_frames())
+            raise
+        finally:
+            inside[0] = False
 
     _SingleLevelFunction.apply = classmethod(apply)  # type: ignore[attr-defined]
     try:
@@ -800,6 +804,7 @@ def _flat_graph(
     names, aliases = _canonical_names(model)
     graph = lifted.graph
     graph.set_codegen(CodeGen())
+    unmap(graph)
     first: dict[str, fx.Node] = {}
     attributes: dict[str, Any] = {}
     for node in list(graph.nodes):

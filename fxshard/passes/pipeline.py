@@ -19,6 +19,7 @@ from fxshard.mesh import Mesh
 from fxshard.passes.annotate import annotate
 from fxshard.passes.capture import Captured, module_of
 from fxshard.passes.check import check
+from fxshard.passes.functionalize import nested_graphs
 from fxshard.passes.insert_collectives import insert_collectives
 from fxshard.passes.localize import localize
 from fxshard.passes.normalize import normalize
@@ -100,7 +101,8 @@ class Compiled:
     @cached_property
     def draws(self) -> bool:
         """Whether the program draws random numbers."""
-        return any(node.target is dropout_mask or draws(node) for node in self.graph.nodes)
+        inner = [each.graph.nodes for node in self.graph.nodes for each in nested_graphs(node, self.root)]
+        return any(node.target is dropout_mask or draws(node) for nodes in (self.graph.nodes, *inner) for node in nodes)
 
 
 def compile_graph(
