@@ -38,6 +38,7 @@ import torch
 from torch import fx, nn
 from torch._export.passes import replace_autocast_with_hop_pass, replace_set_grad_with_hop_pass
 from torch.autograd.function import _SingleLevelFunction
+from torch.export import _trace as exporter
 from torch.fx.graph import CodeGen
 from torch.utils import _pytree as pytree
 
@@ -620,7 +621,7 @@ def _distinct(tree: Any, *, on_meta: bool) -> Any:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Silence warnings and log records of torch's exporter; those of the user pass."""
+    """Silence warnings and log records of torch's exporter, and the graph that it prints; those of the user pass."""
     loggers = [logging.getLogger(name) for name in _NOISY_LOGGERS]
     levels = [logger.level for logger in loggers]
     with warnings.catch_warnings():
@@ -628,11 +629,17 @@ def _quiet() -> Iterator[None]:
         warnings.filterwarnings("ignore", module=r"(copyreg|contextlib|torch\.utils\._pytree)")
         for logger in loggers:
             logger.setLevel(logging.CRITICAL)
+        exporter.print = _print_nothing  # type: ignore[attr-defined]
         try:
             yield
         finally:
+            del exporter.print  # type: ignore[attr-defined]
             for logger, level in zip(loggers, levels, strict=True):
                 logger.setLevel(level)
+
+
+def _print_nothing(*args: Any, **kwargs: Any) -> None:
+    """Stand in for ``print`` in the exporter's module."""
 
 
 def _has_meta(model: nn.Module) -> bool:

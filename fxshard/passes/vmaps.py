@@ -81,8 +81,8 @@ def _replace(graph: fx.Graph, region: Sequence[fx.Node]) -> None:
                 env[node] = new = graph.node_copy(node, env.__getitem__)
                 new.meta = {**source, "val": node.meta["val"]}
     (results,) = next(iter(reversed(traced.graph.nodes))).args
-    for node, result in zip(outputs, results, strict=True):  # type: ignore[arg-type]
-        node.replace_all_uses_with(env[result], delete_user_cb=lambda user: user not in inside)  # type: ignore[index]
+    for node, result in zip(outputs, results, strict=True):
+        node.replace_all_uses_with(env[result], delete_user_cb=lambda user: user not in inside)
     for node in reversed(body):
         graph.erase_node(node)
 
@@ -104,7 +104,7 @@ def _trace(first: fx.Node, function: fx.GraphModule, values: Sequence[Any]) -> f
     level = torch._C._functorch.maybe_current_level() or 0
     try:
         with modes[0], torch.no_grad():
-            return make_fx(fx.Interpreter(function).run)(*values)  # type: ignore[no-any-return]
+            return make_fx(fx.Interpreter(function).run)(*values)
     except Exception as error:
         while (torch._C._functorch.maybe_current_level() or 0) > level:
             torch._C._functorch._vmap_decrement_nesting()
