@@ -52,12 +52,18 @@ def fallbacks_of(compiled: Compiled) -> list[Fallback]:
             continue
         gathered = [o for o, wanted in _operands(node) if wanted]
         if gathered:
-            call = ", ".join(_dims(values_of(o)[0].dim()) for o in operands_of(node) if hasattr(values_of(o)[0], "dim"))
-            result = ", ".join(_dims(v.dim()) for v in values_of(node) if hasattr(v, "dim"))
-            fix = f'register_rule("{operator.replace(".", "::", 1)}", "{call} -> {result}") with a factor a dim'
+            teachable = isinstance(node.target, torch._ops.OpOverload)
+            fix = _rule(operator, node) if teachable else "write it with operators that have rules"
             total = sum(num_bytes(values_of(o)[0]) for o in gathered)
             out.append(Fallback(operator, module_of(node), source_of(node), total, fix))
     return out
+
+
+def _rule(operator: str, node: fx.Node) -> str:
+    """A line that registers a rule for the call of ``node``, to be completed."""
+    call = ", ".join(_dims(values_of(o)[0].dim()) for o in operands_of(node) if hasattr(values_of(o)[0], "dim"))
+    result = ", ".join(_dims(v.dim()) for v in values_of(node) if hasattr(v, "dim"))
+    return f'register_rule("{operator.replace(".", "::", 1)}", "{call} -> {result}") with a factor a dim'
 
 
 def _operands(node: fx.Node) -> list[tuple[fx.Node, bool]]:

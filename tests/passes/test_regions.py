@@ -17,6 +17,7 @@ from torch.utils.checkpoint import checkpoint
 import fxshard
 from tests.helpers import assert_equivalent
 
+pytestmark = pytest.mark.filterwarnings("ignore")  # of torch's own: these operators are its prototypes
 PLANS = {"tp": fxshard.tensor_parallel(2), "dp": fxshard.data_parallel(2)}
 PLANS["explicit"] = fxshard.Plan(
     {"tp": 2}, params={"up.weight": fxshard.Shard(0), "up.bias": fxshard.Shard(0), "down.weight": fxshard.Shard(1)}
