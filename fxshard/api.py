@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import nn
 from torch.distributed.tensor.placement_types import Placement
 
@@ -24,6 +25,7 @@ def parallelize(
     *,
     mesh: Any = None,
     dynamic_shapes: Any = None,
+    reduce_dtype: torch.dtype | None = None,
 ) -> ParallelModule:
     """Compiles an unmodified model for a mesh.
 
@@ -36,6 +38,8 @@ def parallelize(
         kwargs: example inputs by name.
         mesh: a torch ``DeviceMesh``, a ``Mesh`` or a dict of axis sizes, where the plan does not say.
         dynamic_shapes: as ``torch.export`` takes it: which dims of the inputs may change.
+        reduce_dtype: the least precision in which sums over the ranks are made, of results and of gradients.
+            Low-precision values are summed in their own by default; ``torch.float32`` rounds once, for twice the bytes.
 
     Returns:
         A module that is called like the model, with the same whole inputs on every rank.
@@ -62,10 +66,12 @@ def parallelize(
     asked = _plan(plan, mesh, model)
     check_world(asked.mesh)
     device_mesh = mesh if hasattr(mesh, "get_group") else None
-    program = ParallelModule(model, asked, device_mesh, dynamic_shapes)
+    if reduce_dtype is not None and not reduce_dtype.is_floating_point:
+        raise PlanError(f"reduce_dtype is {reduce_dtype}, in which nothing can be summed", fix="give torch.float32")
+    program = ParallelModule(model, asked, device_mesh, dynamic_shapes, reduce_dtype)
     if args or kwargs:
         program.capture(tuple(args), kwargs)
-        program._example = program.compiled
+        program._eager = True
     return program
 
 

@@ -24,6 +24,7 @@ from fxshard.passes.fidelity import check_fidelity
 from fxshard.passes.pipeline import STAGES, Compiled, compile_graph
 from fxshard.placement import REPLICATE, Placements, cut_of, is_shard, join_all
 from fxshard.plan.plan import Plan
+from fxshard.runtime.autocast import ambient, using
 from fxshard.runtime.collectives import Axis, all_gather, concat
 from fxshard.runtime.module import RankModule, find, load, local_part, place, share
 from fxshard.runtime.process import check_same_weights, checksum, process_axes, share_random_state
@@ -41,9 +42,17 @@ class ParallelModule(nn.Module):
     Attributes:
         plan: the plan, explicit once the model was captured.
         mesh: the mesh.
+        reduce_dtype: the least precision in which sums over the ranks are made; None leaves each value's own.
     """
 
-    def __init__(self, model: nn.Module, plan: Plan, device_mesh: Any, dynamic_shapes: Any) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        plan: Plan,
+        device_mesh: Any,
+        dynamic_shapes: Any,
+        reduce_dtype: torch.dtype | None = None,
+    ) -> None:
         super().__init__()
         self._asked = plan
         self.plan = plan
@@ -51,9 +60,10 @@ class ParallelModule(nn.Module):
         self._model = [model]  # in a list: not a submodule, its whole weights are not this module's parameters
         self._device_mesh = device_mesh
         self._dynamic_shapes = dynamic_shapes
-        self._captures: dict[Hashable, Compiled] = {}
+        self.reduce_dtype = reduce_dtype
+        self._captures: dict[tuple[bool, Hashable], Compiled] = {}
         self._latest: Compiled | None = None
-        self._example: Compiled | None = None
+        self._eager = False
         self._ranks: dict[int, RankModule] = {}
         self._sources: dict[tuple[int, int], str] = {}
         self._functions: dict[int, Any] = {}
@@ -67,7 +77,7 @@ class ParallelModule(nn.Module):
     def capture(
         self, args: tuple[Any, ...], kwargs: Mapping[str, Any] | None = None, *, exact: bool = False
     ) -> Compiled:
-        """Captures and compiles the model for these inputs, once per signature and training mode.
+        """Captures and compiles the model for these inputs, once per signature, training mode and autocast.
 
         Args:
             args: the inputs.
@@ -84,7 +94,7 @@ class ParallelModule(nn.Module):
             captured = capture(model, args, kwargs, dynamic_shapes=None if exact else self._dynamic_shapes)
             seconds = time.perf_counter() - start
             check_fidelity(model, captured, args, kwargs)
-            compiled = compile_graph(captured, self._pinned(), model, seconds)
+            compiled = compile_graph(captured, self._pinned(), model, seconds, self.reduce_dtype)
             self._captures[key] = self._latest = compiled
             if len(self._captures) == 1:
                 self._settle(compiled)
@@ -212,8 +222,14 @@ class ParallelModule(nn.Module):
         Raises:
             InputError: when the inputs do not fit what was captured with example inputs.
         """
-        if self._example is not None and self._example.captured.training == self.training:
-            compiled = self._latest = self._example
+        now = (self.training, ambient())
+        fitting = [
+            c
+            for (exact, _), c in self._captures.items()
+            if not exact and (c.captured.training, c.captured.autocast) == now
+        ]
+        if self._eager and fitting:
+            compiled = self._latest = fitting[-1]
         else:
             compiled = self.capture(args, kwargs)
         leaves = compiled.captured.flatten_inputs(args, kwargs)
@@ -232,7 +248,8 @@ class ParallelModule(nn.Module):
         if compiled.draws:
             share_random_state(self.mesh)
         leaves = [x.to(self._device) if isinstance(x, torch.Tensor) else x for x in leaves]
-        out = self._functions[id(compiled)](self.rank_module(self.rank), *leaves)
+        with using(()):  # the casts are in the code
+            out = self._functions[id(compiled)](self.rank_module(self.rank), *leaves)
         return compiled.captured.unflatten_outputs(out)
 
     # --- whole tensors ---------------------------------------------------------------------------------------------
@@ -272,7 +289,7 @@ class ParallelModule(nn.Module):
     def axes(self) -> dict[str, Axis]:
         """This process's axes; ``DistributedError`` without a process group."""
         if self._axes is None:
-            self._axes = process_axes(self.mesh, self._device_mesh, self._device.type)
+            self._axes = process_axes(self.mesh, self._device_mesh, self._device.type, self.reduce_dtype)
         return self._axes
 
     # --- seeing ----------------------------------------------------------------------------------------------------

@@ -21,11 +21,12 @@ from torch import fx, nn
 from torch.func import functional_call
 
 from fxshard.passes.capture import module_of, source_of
-from fxshard.passes.fidelity import difference
+from fxshard.passes.fidelity import TOLERANCE, difference
 from fxshard.passes.pipeline import Compiled
-from fxshard.passes.typing import has_info, info_of
+from fxshard.passes.typing import has_info, info_of, values_of
 from fxshard.placement import Placements, Replicate, Varying, cut_all, is_partial, join_all
 from fxshard.program import ParallelModule
+from fxshard.runtime.autocast import using
 from fxshard.runtime.collectives import Axis
 from fxshard.runtime.lockstep import Turns, lockstep_axes, run_ranks
 from fxshard.runtime.module import find
@@ -82,6 +83,7 @@ def verify(program: ParallelModule, *args: Any, **kwargs: Any) -> VerifyReport:
     """
     state = torch.get_rng_state()
     compiled, _ = program.compile_call(args, kwargs)
+    tolerance = tolerance_of(compiled)
     weights = program.full_state_dict()
     distributed = dist.is_available() and dist.is_initialized() and program.mesh.world_size > 1
     ranks = [program.rank] if distributed else list(range(program.mesh.world_size))
@@ -97,10 +99,12 @@ def verify(program: ParallelModule, *args: Any, **kwargs: Any) -> VerifyReport:
             got, got_grads = trace.outputs, trace.grads
         differing = trace.disagreements() if trace is not None else []
     rows = [
-        _row(f"output {i}", a, b) for i, (a, b) in enumerate(zip(got, want, strict=True)) if isinstance(b, torch.Tensor)
+        _row(f"output {i}", a, b, tolerance)
+        for i, (a, b) in enumerate(zip(got, want, strict=True))
+        if isinstance(b, torch.Tensor)
     ]
     outputs = len(rows)  # the rows before are outputs, those behind are gradients
-    rows += [_row(f"grad of {n}", got_grads.get(n), g) for n, g in want_grads.items()]
+    rows += [_row(f"grad of {n}", got_grads.get(n), g, tolerance) for n, g in want_grads.items()]
     rows += differing
     ok = all(row[3] for row in rows)
     where = None
@@ -123,8 +127,14 @@ def verify(program: ParallelModule, *args: Any, **kwargs: Any) -> VerifyReport:
     return report
 
 
-def _row(name: str, got: Any, want: torch.Tensor) -> tuple[str, str, float, bool]:
-    return name, str(list(want.shape)), *difference(got, want)
+def tolerance_of(compiled: Compiled) -> float:
+    """The tolerance of the lowest precision in which the program computes: no result of it is nearer than that."""
+    values = [value for node in compiled.graph.nodes for value in values_of(node) if isinstance(value, torch.Tensor)]
+    return max((TOLERANCE.get(value.dtype, 0.0) for value in values), default=0.0)
+
+
+def _row(name: str, got: Any, want: torch.Tensor, tolerance: float) -> tuple[str, str, float, bool]:
+    return name, str(list(want.shape)), *difference(got, want, tolerance)
 
 
 def loss_of(leaves: list[Any]) -> torch.Tensor | None:
@@ -213,6 +223,10 @@ class _Recorder(fx.Interpreter):
             args = tuple(self.axes.get(a, a) if isinstance(a, str) else a for a in args)
         return target(*args, **kwargs)
 
+    def run(self, *args: Any, **options: Any) -> Any:
+        with using(()):  # the casts are in the graph
+            return super().run(*args, **options)
+
     def run_node(self, n: fx.Node) -> Any:
         value = super().run_node(n)
         if isinstance(value, torch.Tensor):
@@ -231,7 +245,7 @@ class _Run:
         leaves = compiled.captured.flatten_inputs(args, kwargs)
         world = program.mesh.world_size
         turns = Turns(world)
-        axes = lockstep_axes(program.mesh, turns)
+        axes = lockstep_axes(program.mesh, turns, program.reduce_dtype)
         ranks = [self._runner(rank, axes[rank]) for rank in range(world)]
         self.outs = run_ranks(world, turns, lambda rank: ranks[rank](*(_own(x) for x in leaves)))
         self.outputs = [self._join_output(i, [out[i] for out in self.outs]) for i in range(len(self.outs[0]))]
@@ -271,7 +285,7 @@ class _Run:
         rows = []
         for rank, part in enumerate(parts):
             own = cut_all(whole.detach(), placed, self.mesh.sizes, self.mesh.coordinate(rank))
-            row = _row(f"{name} on rank {rank}", part, own)
+            row = _row(f"{name} on rank {rank}", part, own, tolerance_of(self.compiled))
             rows += [] if row[3] else [row]
         return rows
 
@@ -344,7 +358,7 @@ class _Trace(_Run):
         if grad:  # the gradient of a Partial value is whole on every rank
             placed = tuple(Replicate() if is_partial(p) or isinstance(p, Varying) else p for p in placed)
         got = join_all(parts, placed, self.mesh.sizes)
-        return not difference(got, want)[1]
+        return not difference(got, want, tolerance_of(self.compiled))[1]
 
     def _name(self, node: fx.Node, what: str) -> str:
         place = ", ".join(x for x in (module_of(node), source_of(node)) if x)

@@ -13,6 +13,7 @@ from fxshard.passes.typing import info_of, num_bytes, values_of
 from fxshard.placement import is_partial, is_shard
 from fxshard.rules.recipe import operands_of
 from fxshard.rules.table import find_rule, name_of
+from fxshard.runtime.autocast import under_autocast
 
 
 @dataclass(frozen=True)
@@ -45,17 +46,24 @@ def fallbacks_of(compiled: Compiled) -> list[Fallback]:
     """The fallbacks of a compiled graph, in order."""
     out = []
     for node in compiled.stages["propagate"].nodes:
-        if not isinstance(node.target, torch._ops.OperatorBase) or find_rule(node.target) is not None:
+        operator = str(node.args[1]) if node.target is under_autocast else name_of(node.target)[1]
+        is_operator = node.target is under_autocast or isinstance(node.target, torch._ops.OperatorBase)
+        if not is_operator or find_rule(node.target) is not None:
             continue
         gathered = [o for o, wanted in _operands(node) if wanted]
         if gathered:
-            operator = name_of(node.target)[1]
-            call = ", ".join(_dims(values_of(o)[0].dim()) for o in operands_of(node) if hasattr(values_of(o)[0], "dim"))
-            result = ", ".join(_dims(v.dim()) for v in values_of(node) if hasattr(v, "dim"))
-            fix = f'register_rule("{operator.replace(".", "::", 1)}", "{call} -> {result}") with a factor a dim'
+            teachable = isinstance(node.target, torch._ops.OpOverload)
+            fix = _rule(operator, node) if teachable else "write it with operators that have rules"
             total = sum(num_bytes(values_of(o)[0]) for o in gathered)
             out.append(Fallback(operator, module_of(node), source_of(node), total, fix))
     return out
+
+
+def _rule(operator: str, node: fx.Node) -> str:
+    """A line that registers a rule for the call of ``node``, to be completed."""
+    call = ", ".join(_dims(values_of(o)[0].dim()) for o in operands_of(node) if hasattr(values_of(o)[0], "dim"))
+    result = ", ".join(_dims(v.dim()) for v in values_of(node) if hasattr(v, "dim"))
+    return f'register_rule("{operator.replace(".", "::", 1)}", "{call} -> {result}") with a factor a dim'
 
 
 def _operands(node: fx.Node) -> list[tuple[fx.Node, bool]]:

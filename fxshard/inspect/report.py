@@ -114,7 +114,9 @@ def _record(node: fx.Node, kind: str, phase: str, compiled: Compiled) -> Collect
     index = compiled.mesh.index(axis)
     module = home_of(source) if source.op == "get_attr" else module_of(node)
     why = reason(node, phase, index, axis)
-    num_bytes = full_bytes(node, compiled)
+    dtype = values_of(node)[0].dtype
+    wide = run.sum_dtype(kind, dtype, compiled.reduce_dtype)
+    num_bytes = full_bytes(node, compiled) // dtype.itemsize * wide.itemsize
     value = describe_value(node, compiled.mesh, index)
     return Collective(kind, axis, phase, num_bytes, module, source_of(node), why, value)
 

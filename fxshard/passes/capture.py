@@ -36,11 +36,16 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import fx, nn
+from torch._export.passes import replace_autocast_with_hop_pass, replace_set_grad_with_hop_pass
 from torch.autograd.function import _SingleLevelFunction
+from torch.export import _trace as exporter
 from torch.fx.graph import CodeGen
 from torch.utils import _pytree as pytree
 
 from fxshard.errors import CaptureError, FxshardError, InputError
+from fxshard.passes.functions import call_whole
+from fxshard.passes.vmaps import unmap
+from fxshard.runtime.autocast import State, ambient
 
 __all__ = ["Captured", "Leaf", "capture", "module_of", "signature_key", "source_of"]
 
@@ -51,6 +56,10 @@ _GRAPH_CONSTANTS = (int, float, bool, str, complex, type(None), torch.dtype, tor
 _KEPT_META = ("val", "nn_module_stack", "stack_trace", "torch_fn", "custom")
 # torch's own machinery for wrapping operators: what it wraps is recorded whole, with its gradient.
 _HARMLESS_FUNCTIONS = ("torch._higher_order_ops", "torch._functorch", "torch._dynamo", "torch._library", "torch._C")
+_REGION_PASSES = (
+    (replace_set_grad_with_hop_pass, "replace_set_grad_with_hop_pass"),
+    (replace_autocast_with_hop_pass, "replace_autocast_with_hop_pass"),
+)
 _NOISY_LOGGERS = ("torch.export", "torch._export", "torch.fx", "torch._dynamo", "torch._functorch", "torch._subclasses")
 
 
@@ -93,6 +102,7 @@ class Captured:
         output_constants: index of an output leaf that a graph cannot hold -> its value.
         non_persistent: names of buffers that are not part of the state dict.
         signature: the signature of the model's ``forward``.
+        autocast: the autocast that surrounded the capture; the graph computes what the model does under the same.
     """
 
     graph_module: fx.GraphModule
@@ -107,6 +117,7 @@ class Captured:
     output_constants: Mapping[int, Any] = field(default_factory=dict)
     non_persistent: frozenset[str] = frozenset()
     signature: inspect.Signature = field(default_factory=inspect.Signature)
+    autocast: State = ()
 
     def flatten_inputs(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[Any]:
         """Return the leaves of a call in the order of the placeholders.
@@ -179,14 +190,15 @@ def capture(
         output_constants={i: value for i, value in outputs.constants.items() if not _fits_graph(value)},
         non_persistent=_non_persistent(model),
         signature=signature,
+        autocast=ambient(),
     )
 
 
 def signature_key(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Hashable:
     """Return a key that is equal for two calls exactly when one capture serves both.
 
-    It holds the tree of the inputs, each tensor's shape and dtype, each other leaf, and the training mode of every
-    submodule.
+    It holds the tree of the inputs, each tensor's shape and dtype, each other leaf, the training mode of every
+    submodule, and the autocast that surrounds the call.
     """
     tree = _canonical_call(inspect.signature(model.forward), args, kwargs)
     leaves, spec = _flatten(tree)
@@ -194,7 +206,7 @@ def signature_key(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, 
         (tuple(leaf.shape), leaf.dtype) if isinstance(leaf, torch.Tensor) else (type(leaf), _hashable(leaf))
         for leaf in leaves
     )
-    return repr(spec), described, tuple(module.training for module in model.modules())
+    return repr(spec), described, tuple(module.training for module in model.modules()), ambient()
 
 
 def module_of(node: fx.Node) -> str:
@@ -570,7 +582,8 @@ def _export(model: nn.Module, tree: Any, shapes: Any, outputs: _Outputs) -> torc
         with (
             _quiet(),
             _uniform_device(model),
-            _refuse_custom_functions(model),
+            _whole_functions(model),
+            _flat_regions(),
             torch.inference_mode(False),
             torch.enable_grad(),
         ):
@@ -608,7 +621,7 @@ def _distinct(tree: Any, *, on_meta: bool) -> Any:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Silence warnings and log records of torch's exporter; those of the user pass."""
+    """Silence warnings and log records of torch's exporter, and the graph that it prints; those of the user pass."""
     loggers = [logging.getLogger(name) for name in _NOISY_LOGGERS]
     levels = [logger.level for logger in loggers]
     with warnings.catch_warnings():
@@ -616,11 +629,17 @@ def _quiet() -> Iterator[None]:
         warnings.filterwarnings("ignore", module=r"(copyreg|contextlib|torch\.utils\._pytree)")
         for logger in loggers:
             logger.setLevel(logging.CRITICAL)
+        exporter.print = _print_nothing  # type: ignore[attr-defined]
         try:
             yield
         finally:
+            del exporter.print  # type: ignore[attr-defined]
             for logger, level in zip(loggers, levels, strict=True):
                 logger.setLevel(level)
+
+
+def _print_nothing(*args: Any, **kwargs: Any) -> None:
+    """Stand in for ``print`` in the exporter's module."""
 
 
 def _has_meta(model: nn.Module) -> bool:
@@ -660,30 +679,48 @@ def _like(tensor: torch.Tensor) -> torch.Tensor:
 
 
 @contextlib.contextmanager
-def _refuse_custom_functions(model: nn.Module) -> Iterator[None]:
-    """Refuse a custom autograd.Function where a gradient would go through it: export keeps its forward only.
+def _whole_functions(model: nn.Module) -> Iterator[None]:
+    """Keep a custom autograd.Function whole where a gradient would go through it: export records its forward only.
 
     The hook sits below ``Function.apply``, so that a reference to ``apply`` which was taken earlier meets it too.
     """
+    inside = [False]
 
     def apply(cls: type, *args: Any, **kwargs: Any) -> Any:
+        own = super(_SingleLevelFunction, cls).apply  # type: ignore[misc]
         differentiable = torch.is_grad_enabled() and any(getattr(arg, "requires_grad", False) for arg in args)
-        if differentiable and not cls.__module__.startswith(_HARMLESS_FUNCTIONS):
-            module, source = _where(model, _live_frames())
-            raise CaptureError(
-                f"{cls.__qualname__} is a custom autograd.Function; its backward would be lost",
-                module=module,
-                source=source,
-                fix="write it with torch operators, or as a torch.library.custom_op with register_autograd"
-                + ("; for checkpointing use use_reentrant=False" if "checkpoint" in cls.__module__ else ""),
-            )
-        return super(_SingleLevelFunction, cls).apply(*args, **kwargs)  # type: ignore[misc]
+        if inside[0] or not differentiable or cls.__module__.startswith(_HARMLESS_FUNCTIONS):
+            return own(*args, **kwargs)
+        inside[0] = True
+        try:
+            return call_whole(cls, own, args)
+        except CaptureError as error:
+            error.module, error.source = _where(model, _live_frames())
+            raise
+        finally:
+            inside[0] = False
 
     _SingleLevelFunction.apply = classmethod(apply)  # type: ignore[attr-defined]
     try:
         yield
     finally:
         del _SingleLevelFunction.apply  # type: ignore[attr-defined]
+
+
+@contextlib.contextmanager
+def _flat_regions() -> Iterator[None]:
+    """Let regions without gradient and of autocast stay what was traced: calls that enter and leave them.
+
+    Export would make each a graph of its own. In doing so it forgets a ``no_grad`` inside of an autocast.
+    """
+    replaced = [(module, name, getattr(module, name)) for module, name in _REGION_PASSES]
+    for module, name, _ in replaced:
+        setattr(module, name, lambda graph_module, signature: (graph_module, signature))
+    try:
+        yield
+    finally:
+        for module, name, function in replaced:
+            setattr(module, name, function)
 
 
 # --- errors ----------------------------------------------------------------------------------------------------------
@@ -774,6 +811,7 @@ def _flat_graph(
     names, aliases = _canonical_names(model)
     graph = lifted.graph
     graph.set_codegen(CodeGen())
+    unmap(graph)
     first: dict[str, fx.Node] = {}
     attributes: dict[str, Any] = {}
     for node in list(graph.nodes):

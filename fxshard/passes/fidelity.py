@@ -18,6 +18,7 @@ from torch import fx, nn
 
 from fxshard.errors import CaptureError
 from fxshard.passes.capture import Captured
+from fxshard.runtime.autocast import ambient, using
 
 TOLERANCE = {
     torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 5e-2,
@@ -68,7 +69,7 @@ def _run(
     if numpy:
         numpy.random.seed(len(saved) + 1)
     cuda = list(range(torch.cuda.device_count())) if torch.cuda.is_available() else []
-    with torch.random.fork_rng(cuda), torch.no_grad():
+    with torch.random.fork_rng(cuda), torch.no_grad(), using(ambient(), cache=True):
         out = call(own_args, own_kwargs)
         buffers = {name: buffer.detach().clone() for name, buffer in owner.named_buffers()}
         for buffer, value in saved:
@@ -79,8 +80,8 @@ def _run(
     return pytree.tree_leaves(out), buffers
 
 
-def difference(got: Any, want: torch.Tensor) -> tuple[float, bool]:
-    """The largest absolute difference, and whether it is within the tolerance of the dtype."""
+def difference(got: Any, want: torch.Tensor, tolerance: float = 0.0) -> tuple[float, bool]:
+    """The largest absolute difference, and whether it is within the tolerance of the dtype, or ``tolerance``."""
     if not isinstance(got, torch.Tensor) or got.shape != want.shape:
         return float("inf"), False
     if want.numel() == 0 or want.is_meta:
@@ -92,4 +93,4 @@ def difference(got: Any, want: torch.Tensor) -> tuple[float, bool]:
     error = torch.where(same, torch.zeros_like(want), got - want).abs().max().item()
     finite = want[want.isfinite()]
     scale = max(1.0, finite.abs().max().item()) if finite.numel() else 1.0
-    return error, error <= TOLERANCE[want.dtype] * scale
+    return error, error <= max(TOLERANCE[want.dtype], tolerance) * scale

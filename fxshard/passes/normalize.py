@@ -3,21 +3,22 @@
 In: the graph of ``capture``. Out: the same computation without wrappers, guards, identities, in-place operators or
 dead nodes, and with the bias of a linear as an addition of its own (the only step that changes how results round).
 
-    submod_1 = get_attr "submod_1"                            detach = detach(x)
-    wrap = wrap_with_set_grad_enabled(False, submod_1, x)     cos = cos(detach)
-    getitem = wrap[0]                                   ->
-    to = to(getitem, float32)          # is float32           linear = linear(cos, w)
+    _set_grad_enabled(False)                                  detach = detach(x)
+    cos = cos(x)                                              cos = cos(detach)
+    _set_grad_enabled(True)                             ->
+    to = to(cos, float32)              # is float32           linear = linear(cos, w)
     linear = linear(to, w, b)                                 add = add(linear, b)    # meta: split_bias
 
-Steps: inline wrappers and drop guards (one copy of the graph), functionalize (only where something mutates), then
-simplify in place. The input is never changed; parameters are shared with it.
+Steps: inline wrappers, write out what regions without gradient and of autocast do (see ``autocast.py``) and drop
+guards (one copy of the graph), functionalize (only where something mutates), then simplify in place. The input is never
+changed; parameters are shared with it.
 """
 
 from __future__ import annotations
 
 import functools
 import operator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -25,14 +26,34 @@ from torch import fx
 from torch.fx._lazy_graph_module import _LazyGraphModule
 from torch.fx.node import map_arg
 
-from fxshard.passes.functionalize import functionalize_graph, is_inert_dropout, is_mutating, nested_graphs, same_shape
+from fxshard.passes.autocast import (
+    Casts,
+    Effect,
+    Unknown,
+    WithDtype,
+    casts_of,
+    occurrences,
+    set_dtype,
+    stay_under_autocast,
+    with_occurrences,
+)
+from fxshard.passes.functionalize import (
+    functionalize_graph,
+    infer_value,
+    is_inert_dropout,
+    is_mutating,
+    nested_graphs,
+    same_shape,
+)
+from fxshard.runtime.autocast import State, entered
 
 __all__ = ["normalize"]
 
 _aten = torch.ops.aten
 _hop = torch.ops.higher_order
 _SOURCE_META = ("nn_module_stack", "stack_trace", "torch_fn", "custom")
-_SET_GRAD = _hop.wrap_with_set_grad_enabled
+# They begin and end a region without gradient, or of autocast.
+_MARKS = (torch._C._set_grad_enabled, torch.amp.autocast_mode._enter_autocast, torch.amp.autocast_mode._exit_autocast)
 # Only memory or the name of the region differ; the values and their order are those of the graph inside.
 _PLAIN_WRAPPERS = frozenset(
     getattr(_hop, name) for name in ("tag_activation_checkpoint", "wrap") if hasattr(_hop, name)
@@ -59,8 +80,12 @@ _SIZED = {
 _DROPOUTS = frozenset(("dropout", "feature_dropout", "alpha_dropout", "feature_alpha_dropout"))
 
 
-def normalize(gm: fx.GraphModule) -> fx.GraphModule:
+def normalize(gm: fx.GraphModule, autocast: State = ()) -> fx.GraphModule:
     """Return the normal form of a captured graph; ``gm`` itself is not changed.
+
+    Args:
+        gm: what ``capture`` gave.
+        autocast: the autocast under which it was captured; the result has its casts, and runs without.
 
     Raises:
         CaptureError: an operator mutates its operand and has no functional counterpart.
@@ -71,7 +96,7 @@ def normalize(gm: fx.GraphModule) -> fx.GraphModule:
         >>> [str(node.target) for node in normalize(captured.graph_module).graph.nodes][3:]
         ['aten.linear.default', 'aten.add.Tensor', 'output']
     """
-    graph = functionalize_graph(_Inliner(gm).run(), gm)
+    graph = functionalize_graph(_Inliner(gm, autocast).run(), gm)
     _simplify(graph, gm)
     # Its Python code is written when it is first called or printed: most stages are only read by the next one.
     result = _LazyGraphModule(gm, graph, class_name=type(gm).__name__)
@@ -86,7 +111,9 @@ def _kind(target: Any) -> str:
         return "getitem"
     if target in _SIZED or target is _aten.type_as.default:
         return "like"
-    if target is _SET_GRAD or target in _PLAIN_WRAPPERS:
+    if target in _MARKS:
+        return "mark"
+    if target in _PLAIN_WRAPPERS:
         return "wrapper"
     if not isinstance(target, torch._ops.OpOverload) or target.namespace != "aten":
         return ""
@@ -103,17 +130,29 @@ def is_effect(target: Any) -> bool:
     return is_mutating(target) or torch.Tag.nondeterministic_seeded in target.tags or not target._schema.returns
 
 
+@dataclass(frozen=True)
+class _Mode:
+    """What surrounds a call: whether autograd records it, which autocast it is under, and in how many of them."""
+
+    grad: bool
+    autocast: State
+    depth: int
+
+
 @dataclass
 class _Inliner:
-    """Copies a graph without its guards, and with the graphs of pure wrappers in place of the wrappers."""
+    """Copies a graph without its guards, and with the graphs of wrappers in place of the wrappers."""
 
     root: fx.GraphModule
+    autocast: State = ()
     graph: fx.Graph = field(default_factory=fx.Graph)
     without_grad: set[fx.Node] = field(default_factory=set)
     detached: dict[fx.Node, fx.Node] = field(default_factory=dict)
+    effects: dict[Any, Effect] = field(default_factory=dict)
+    kept: dict[tuple[fx.Node, torch.dtype], fx.Node] = field(default_factory=dict)
 
     def run(self) -> fx.Graph:
-        self._region(self.root, "", {}, grad=True)
+        self._region(self.root, "", {}, _Mode(True, self.autocast, bool(self.autocast)))
         return self.graph
 
     @functools.cached_property
@@ -121,42 +160,100 @@ class _Inliner:
         graphs = [module.graph for module in self.root.modules() if isinstance(module, fx.GraphModule)]
         return any(is_mutating(node.target) for graph in graphs for node in graph.nodes)
 
-    def _region(self, owner: fx.GraphModule, prefix: str, env: dict[fx.Node, Any], *, grad: bool) -> Any:
+    def _region(self, owner: fx.GraphModule, prefix: str, env: dict[fx.Node, Any], mode: _Mode) -> Any:
         """Copy the graph of ``owner``, whose operands are in ``env``; return what it returns."""
-        read = env.__getitem__ if grad else lambda node: self._quiet(env[node])
+        outside: dict[fx.Node, _Mode] = {}
         for node in owner.graph.nodes:
             if node.op == "output" and prefix:
                 return map_arg(node.args[0], env.__getitem__)
             kind = _kind(node.target) if node.op == "call_function" else ""
             if node in env or kind == "guard" or (node.op == "call_module" and node.target.endswith("_guards_fn")):
                 continue
-            if kind == "wrapper":
-                env[node] = self._inline(node, owner, prefix, env, grad=grad)
+            if kind == "mark":
+                mode = self._enter_or_leave(node, mode, outside)
+            elif kind == "wrapper":
+                env[node] = self._inline(node, owner, prefix, env, mode)
             elif kind == "getitem" and isinstance(env[node.args[0]], tuple | list):
                 env[node] = env[node.args[0]][node.args[1]]
             elif (kind == "dropout" and is_inert_dropout(node)) or (kind == "detach_" and _is_fresh_constant(node)):
                 # Before anything is functionalized: the result of an inert dropout is its operand, not a copy.
                 env[node] = env[node.args[0]]
             else:
-                env[node] = new = self.graph.node_copy(node, read)
-                if prefix and node.op == "get_attr":
-                    new.target = prefix + node.target
-                if not grad:
-                    self.without_grad.add(new)
+                env[node] = self._copy(node, prefix, env, mode)
         return None
 
-    def _inline(self, node: fx.Node, owner: fx.GraphModule, prefix: str, env: dict[fx.Node, Any], *, grad: bool) -> Any:
+    def _copy(self, node: fx.Node, prefix: str, env: dict[fx.Node, Any], mode: _Mode) -> fx.Node:
+        """Copy one node, with what its mode does to it."""
+        new = self.graph.node_copy(node, env.__getitem__ if mode.grad else lambda n: self._quiet(env[n]))
+        if prefix and node.op == "get_attr":
+            new.target = prefix + str(node.target)
+        if not mode.grad:
+            self.without_grad.add(new)
+        if mode.autocast and node.op == "call_function":
+            self._write_casts(new, mode)
+        return new
+
+    def _enter_or_leave(self, node: fx.Node, mode: _Mode, outside: dict[fx.Node, _Mode]) -> _Mode:
+        """Return the mode behind a call that enters or leaves a region."""
+        if node.target is torch._C._set_grad_enabled:
+            return replace(mode, grad=bool(node.args[0]))
+        if node.target is torch.amp.autocast_mode._exit_autocast:
+            before = outside[node.args[0]]  # type: ignore[index]
+            return replace(mode, autocast=before.autocast, depth=before.depth)
+        outside[node] = mode
+        if not mode.depth:
+            self.kept = {}
+        device, dtype, enabled, _ = node.args
+        return replace(mode, autocast=entered(mode.autocast, device, dtype, enabled), depth=mode.depth + 1)  # type: ignore[arg-type]
+
+    def _inline(self, node: fx.Node, owner: fx.GraphModule, prefix: str, env: dict[fx.Node, Any], mode: _Mode) -> Any:
         """Copy the graph that the wrapper ``node`` calls; return the values of its result."""
-        args = list(node.args)
-        if node.target is _SET_GRAD:
-            grad = bool(args.pop(0))
-        name, *operands = args
+        name, *operands = node.args
         assert isinstance(name, fx.Node)
         inner = functools.reduce(getattr, str(name.target).split("."), owner)
         assert isinstance(inner, fx.GraphModule)
         values = [env[operand] if isinstance(operand, fx.Node) else operand for operand in operands]
         inputs = dict(zip(inner.graph.find_nodes(op="placeholder"), values, strict=True))
-        return self._region(inner, f"{prefix}{name.target}.", inputs, grad=grad)
+        return self._region(inner, f"{prefix}{name.target}.", inputs, mode)
+
+    def _write_casts(self, node: fx.Node, mode: _Mode) -> None:
+        """Make the casts of autocast nodes in front of ``node``."""
+        effect = casts_of(node, mode.autocast, self.effects)
+        if isinstance(effect, Unknown):
+            stay_under_autocast(node, mode.autocast)
+        elif isinstance(effect, WithDtype):
+            set_dtype(node, effect.dtype)
+        elif isinstance(effect, Casts):
+            values = [
+                self._cast(node, operand, effect.dtypes[i], mode, i not in effect.views)
+                if i in effect.dtypes
+                else operand
+                for i, operand in enumerate(occurrences(node))
+            ]
+            node.args, node.kwargs = with_occurrences(node, values)
+
+    def _cast(self, node: fx.Node, operand: fx.Node, dtype: torch.dtype, mode: _Mode, direct: bool) -> fx.Node:
+        """Return ``operand`` cast for ``node``: a weight once in its outermost region, anything else every time."""
+        value = operand.meta["val"]
+        is_kept = direct and dtype in dict(mode.autocast).values() and self._is_trained(operand, value)
+        if is_kept and (operand, dtype) in self.kept:
+            return self.kept[operand, dtype]
+        with self.graph.inserting_before(node):
+            cast = self.graph.call_function(_aten.to.dtype, (operand, dtype))
+        cast.meta = {key: node.meta[key] for key in _SOURCE_META if key in node.meta}
+        cast.meta["val"] = infer_value(cast)
+        if is_kept:
+            self.kept[operand, dtype] = cast
+        if not mode.grad:
+            self.without_grad.add(cast)
+        return cast
+
+    def _is_trained(self, operand: fx.Node, value: Any) -> bool:
+        if operand.op == "placeholder":
+            return value.dtype == torch.float32 and bool(value.requires_grad)
+        if operand.op != "get_attr" or value.dtype != torch.float32:
+            return False
+        return bool(functools.reduce(getattr, str(operand.target).split("."), self.root).requires_grad)
 
     def _quiet(self, node: Any) -> Any:
         """Return ``node`` as an operator sees it that runs without gradient."""

@@ -4,6 +4,8 @@ In: a local graph.   Out: an equal one.
 
 - ``add(linear(x, w), b)`` whose halves ``normalize`` had taken apart, and between which no reduction came, is
   ``linear(x, w, b)`` again; likewise ``addmm``.
+- where a weight, or a value that several calls read, is cast to a lower precision first and made Varying then, it is
+  made Varying first: one sum of its gradients, in its own precision, and not one for each cast in theirs.
 - conversions and other pure nodes that nobody reads are gone.
 
     %h = linear(%x, %w)             %y = linear(%x, %w, %b)
@@ -16,20 +18,23 @@ import torch
 from torch import fx
 
 from fxshard.passes.normalize import is_effect
-from fxshard.passes.typing import copy_graph
-from fxshard.runtime.collectives import dropout_mask
+from fxshard.passes.typing import copy_graph, info_of, set_info
+from fxshard.runtime.collectives import dropout_mask, vary
 
 aten = torch.ops.aten
 
 
 def optimize(graph: fx.Graph) -> fx.Graph:
     """Applies the rewrites of the module's text to a copy; a graph with nothing to do comes back as it is."""
-    if not any(n.meta.get("split_bias") or _is_dead(n) for n in graph.nodes):
+    if not any(n.meta.get("split_bias") or _is_dead(n) or _varied_cast(n) for n in graph.nodes):
         return graph
     graph = copy_graph(graph)
     for node in graph.nodes:
         if node.meta.get("split_bias") and node.target is aten.add.Tensor:
             _fuse_bias(graph, node)
+    for node in graph.nodes:
+        if node.target is vary:
+            _vary_before_casts(graph, node)
     for node in reversed(graph.nodes):
         if _is_dead(node):
             graph.erase_node(node)
@@ -48,6 +53,39 @@ def _fuse_bias(graph: fx.Graph, node: fx.Node) -> None:
         return
     node.kwargs = {}
     graph.erase_node(product)
+
+
+def _varied_cast(node: fx.Node) -> fx.Node | None:
+    """The source of a cast to a lower precision that only the conversion ``node`` reads, which makes it Varying."""
+    if node.target is not vary:
+        return None
+    cast = node.args[0]
+    if not isinstance(cast, fx.Node) or cast.target is not aten.to.dtype or len(cast.users) != 1:
+        return None
+    source = cast.args[0]
+    assert isinstance(source, fx.Node)
+    before, after = source.meta["val"].dtype, cast.meta["val"].dtype
+    return source if before.is_floating_point and before.itemsize > after.itemsize else None
+
+
+def _vary_before_casts(graph: fx.Graph, node: fx.Node) -> None:
+    """Move ``node``, and the conversions like it behind other casts of the same value, in front of the casts."""
+    source = _varied_cast(node)
+    if source is None:
+        return
+    readers = [user for cast in source.users for user in cast.users if cast.target is aten.to.dtype]
+    group = [user for user in readers if user.args[1:] == node.args[1:] and _varied_cast(user) is source]
+    if len(group) < 2 and source.op != "get_attr":
+        return
+    casts = [item.all_input_nodes[0] for item in group]
+    with graph.inserting_before(min(casts)):
+        varied = graph.call_function(vary, (source, *node.args[1:]))
+    varied.meta = {**node.meta, "val": source.meta["val"]}
+    for item, cast in zip(group, casts, strict=True):
+        cast.replace_input_with(source, varied)
+        set_info(cast, info_of(item))
+        item.replace_all_uses_with(cast)
+        graph.erase_node(item)
 
 
 def _is_dead(node: fx.Node) -> bool:

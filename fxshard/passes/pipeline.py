@@ -7,7 +7,7 @@ import gc
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -18,6 +18,7 @@ from fxshard.mesh import Mesh
 from fxshard.passes.annotate import annotate
 from fxshard.passes.capture import Captured, module_of
 from fxshard.passes.check import check
+from fxshard.passes.functionalize import nested_graphs
 from fxshard.passes.insert_collectives import insert_collectives
 from fxshard.passes.localize import localize
 from fxshard.passes.normalize import normalize
@@ -44,6 +45,7 @@ class Compiled:
         resolved: the plan, made explicit.
         stages: the graph after every stage.
         times_s: seconds that every stage took.
+        reduce_dtype: the least precision in which the program makes sums over ranks.
     """
 
     captured: Captured
@@ -52,6 +54,7 @@ class Compiled:
     root: fx.GraphModule
     stages: Mapping[str, fx.Graph]
     times_s: Mapping[str, float]
+    reduce_dtype: torch.dtype | None = None
 
     @property
     def graph(self) -> fx.Graph:
@@ -131,13 +134,20 @@ class Compiled:
     @cached_property
     def draws(self) -> bool:
         """Whether the program draws random numbers."""
-        return any(node.target is dropout_mask or draws(node) for node in self.graph.nodes)
+        inner = [each.graph.nodes for node in self.graph.nodes for each in nested_graphs(node, self.root)]
+        return any(node.target is dropout_mask or draws(node) for nodes in (self.graph.nodes, *inner) for node in nodes)
 
 
-def compile_graph(captured: Captured, plan: Plan, model: torch.nn.Module, capture_s: float) -> Compiled:
+def compile_graph(
+    captured: Captured,
+    plan: Plan,
+    model: torch.nn.Module,
+    capture_s: float,
+    reduce_dtype: torch.dtype | None = None,
+) -> Compiled:
     """Compiles a captured model: the pipeline."""
     with _collector_paused():
-        return _compile(captured, plan, model, capture_s)
+        return replace(_compile(captured, plan, model, capture_s), reduce_dtype=reduce_dtype)
 
 
 @contextlib.contextmanager
@@ -165,7 +175,7 @@ def _compile(captured: Captured, plan: Plan, model: torch.nn.Module, capture_s: 
             stages[name] = out
         return out
 
-    root: fx.GraphModule = stage("normalize", normalize, captured.graph_module)
+    root: fx.GraphModule = stage("normalize", normalize, captured.graph_module, captured.autocast)
     graph = stages["normalize"] = root.graph
     mark_parameters(graph, root)
     resolved = stage("resolve", resolve, plan, graph, names_of(graph, captured, model))

@@ -11,6 +11,7 @@ from torch import fx
 from fxshard.placement import Placement
 from fxshard.rules.recipe import At, Call, Operand, Recipe, Shape, bind, operands_of, shape_of, signature_of
 from fxshard.rules.table import find_rule, generation, name_of
+from fxshard.runtime.autocast import operator_named, under_autocast
 
 _CUTS = {"aten.split", "aten.split_with_sizes", "aten.chunk", "aten.slice", "aten.narrow", "aten.tensor_split"}
 _LITERAL = _CUTS | {"aten.embedding", "aten.group_norm"}
@@ -63,7 +64,8 @@ def draws(node: fx.Node) -> bool:
     """Whether the call draws random numbers: then only a lowering may split it."""
     if node.target is torch.ops.aten.scaled_dot_product_attention.default:
         return bool(bind(node)["dropout_p"])
-    return torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ())
+    target = operator_named(str(node.args[1])) if node.target is under_autocast else node.target
+    return torch.Tag.nondeterministic_seeded in getattr(target, "tags", ())
 
 
 def _affine(node: fx.Node) -> bool:

@@ -11,6 +11,9 @@ The forward type decides the backward one (``g`` is a gradient):
     chunk(x, axis, d)           this rank's part              all_gather(g)
     all_to_all(x, axis, i, j)   parts along i -> parts of j   all_to_all(g, j, i)
 
+Sums are made in the dtype of what is summed, each addition rounded to it, or, where the program asks for it
+(``reduce_dtype``), in a wider one, and rounded once.
+
 ``concat`` turns parts stacked along dim 0 into the whole tensor where the split dim is another one, or has blocks.
 Where the ranks hold different sizes (``lengths``), parts are padded before a collective and cut after it, so that all
 ranks bring the same shape; the padding is zeros, and nothing reads it.
@@ -52,6 +55,16 @@ class Axis:
     size: int
     index: int
     group: Group
+
+
+def sum_dtype(name: str, dtype: torch.dtype, asked: torch.dtype | None) -> torch.dtype:
+    """The dtype in which the collective ``name`` communicates values of ``dtype``.
+
+    >>> sum_dtype("all_reduce", torch.bfloat16, torch.float32), sum_dtype("all_gather", torch.bfloat16, torch.float32)
+    (torch.float32, torch.bfloat16)
+    """
+    sums = name in ("all_reduce", "reduce_scatter") and dtype.is_floating_point
+    return asked if sums and asked is not None and asked.itemsize > dtype.itemsize else dtype
 
 
 def vary(x: torch.Tensor, axis: Axis) -> torch.Tensor:
@@ -177,11 +190,12 @@ def local_index(index: int, axis: Axis, size: int) -> int:
 class ProcessAxisGroup:
     """A process group of torch.distributed along one mesh axis."""
 
-    def __init__(self, group: dist.ProcessGroup) -> None:
+    def __init__(self, group: dist.ProcessGroup, reduce_dtype: torch.dtype | None = None) -> None:
         # weakly: destroy_process_group must be able to end the group's threads before the interpreter does
         self.reference = weakref.ref(group)
         self.size = dist.get_world_size(group)
         self.index = dist.get_rank(group)
+        self.reduce_dtype = reduce_dtype
 
     @property
     def group(self) -> dist.ProcessGroup:
@@ -200,7 +214,7 @@ class ProcessAxisGroup:
 
     def raw(self, name: str, x: torch.Tensor) -> torch.Tensor:
         """Runs one collective without a gradient."""
-        return _RAW[name](self, x)
+        return _RAW[name](self, x.to(sum_dtype(name, x.dtype, self.reduce_dtype))).to(x.dtype)
 
 
 class _Collective(torch.autograd.Function):

@@ -7,6 +7,7 @@ then goes through all ranks, as the backward passes of real ranks do together. E
 
 from __future__ import annotations
 
+import functools
 import threading
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -15,7 +16,7 @@ import torch
 
 from fxshard.errors import FxshardError
 from fxshard.mesh import Mesh
-from fxshard.runtime.collectives import Axis
+from fxshard.runtime.collectives import Axis, sum_dtype
 
 
 class _Stopped(Exception):
@@ -79,8 +80,9 @@ class Turns:
 class LockstepGroup:
     """The ranks of one group along one axis: what they brought to the collective at hand."""
 
-    def __init__(self, turns: Turns, ranks: Sequence[int]) -> None:
+    def __init__(self, turns: Turns, ranks: Sequence[int], reduce_dtype: torch.dtype | None = None) -> None:
         self.turns = turns
+        self.reduce_dtype = reduce_dtype
         self.ranks = tuple(ranks)
         self.slots: dict[int, tuple[str, str, torch.Tensor]] = {}
         self.results: dict[int, torch.Tensor] = {}
@@ -94,7 +96,7 @@ class LockstepGroup:
                 pairs = zip(self.ranks, brought, strict=True)
                 what = "; ".join(f"rank {r}: {n} of {list(t.shape)}" for r, (n, _, t) in pairs)
                 raise FxshardError(f"the ranks issued different collectives: {what}")
-            outs = _Lockstep.apply(name, backward, *(t for _, _, t in brought))  # type: ignore[no-untyped-call]
+            outs = _Lockstep.apply(name, backward, self.reduce_dtype, *(t for _, _, t in brought))  # type: ignore[no-untyped-call]
             self.results = dict(zip(self.ranks, outs, strict=True))
             self.slots = {}
         else:
@@ -117,26 +119,37 @@ class LockstepAxisGroup:
 
 class _Lockstep(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, name: str, backward: str, *xs: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        ctx.backward_name = backward
-        return tuple(out.clone() for out in COLLECTIVES[name](xs))
+    def forward(ctx: Any, name: str, backward: str, dtype: Any, *xs: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        ctx.backward_name, ctx.dtype = backward, dtype
+        return _communicate(name, xs, dtype)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[Any, ...]:
-        return (None, None, *(out.clone() for out in COLLECTIVES[ctx.backward_name](grads)))
+        return (None, None, None, *_communicate(ctx.backward_name, grads, ctx.dtype))
 
 
 Tensors = Sequence[torch.Tensor]
 
 
+def _communicate(name: str, xs: Tensors, reduce_dtype: torch.dtype | None) -> tuple[torch.Tensor, ...]:
+    own = xs[0].dtype
+    wide = sum_dtype(name, own, reduce_dtype)
+    return tuple(out.to(own, copy=True) for out in COLLECTIVES[name]([x.to(wide) for x in xs]))
+
+
+def _sum(xs: Tensors) -> torch.Tensor:
+    """The sum as a ring of real ranks makes it: rounded after every addition."""
+    return functools.reduce(torch.add, xs)
+
+
 def _all_reduce(xs: Tensors) -> list[torch.Tensor]:
-    total = torch.stack(tuple(xs)).sum(0)
+    total = _sum(xs)
     return [total for _ in xs]
 
 
 def _reduce_scatter(xs: Tensors) -> list[torch.Tensor]:
-    return list(torch.stack(tuple(xs)).sum(0).chunk(len(xs), 0))
+    return list(_sum(xs).chunk(len(xs), 0))
 
 
 def _all_gather(xs: Tensors) -> list[torch.Tensor]:
@@ -164,30 +177,29 @@ COLLECTIVES: dict[str, Callable[[Tensors], list[torch.Tensor]]] = {
 """What every collective gives each rank, from what all ranks bring."""
 
 
-def lockstep_axes(mesh: Mesh, turns: Turns) -> list[dict[str, Axis]]:
-    """For every rank, its axes over lockstep groups."""
+def lockstep_axes(mesh: Mesh, turns: Turns, reduce_dtype: torch.dtype | None = None) -> list[dict[str, Axis]]:
+    """For every rank, its axes over lockstep groups, which make sums at least in ``reduce_dtype``."""
     out: list[dict[str, Axis]] = [{} for _ in range(mesh.world_size)]
     for name in mesh.names:
         for ranks in mesh.groups_along(name):
-            group = LockstepGroup(turns, ranks)
+            group = LockstepGroup(turns, ranks, reduce_dtype)
             for position, rank in enumerate(ranks):
                 out[rank][name] = Axis(name, len(ranks), position, LockstepAxisGroup(group, rank))
     return out
 
 
 def run_ranks(count: int, turns: Turns, run: Callable[[int], Any]) -> list[Any]:
-    """Runs ``run(rank)`` for every rank, in lockstep; returns the results in rank order."""
+    """Runs ``run(rank)`` for every rank, in lockstep; returns the results in rank order.
+
+    The ranks run without autocast, as new threads do: a program has its casts written out.
+    """
     results: list[Any] = [None] * count
     grad, inference = torch.is_grad_enabled(), torch.is_inference_mode_enabled()
-    autocast = {d: (torch.is_autocast_enabled(d), torch.get_autocast_dtype(d)) for d in ("cpu", "cuda")}
 
     def body(rank: int) -> None:
         failure: BaseException | None = None
         try:
             turns.start(rank)
-            for device, (enabled, dtype) in autocast.items():
-                torch.set_autocast_enabled(device, enabled)
-                torch.set_autocast_dtype(device, dtype)
             with torch.inference_mode(inference), torch.set_grad_enabled(grad and not inference):
                 results[rank] = run(rank)
         except BaseException as error:

@@ -24,13 +24,16 @@ def check_world(mesh: Mesh) -> None:
         )
 
 
-def process_axes(mesh: Mesh, device_mesh: Any, device_type: str) -> dict[str, Axis]:
+def process_axes(
+    mesh: Mesh, device_mesh: Any, device_type: str, reduce_dtype: torch.dtype | None = None
+) -> dict[str, Axis]:
     """This process's axes.
 
     Args:
         mesh: the mesh.
         device_mesh: a torch ``DeviceMesh`` of the same axes, or None to make one.
         device_type: ``cpu`` or ``cuda``.
+        reduce_dtype: the least precision in which sums over the ranks are made; None leaves each value's own.
 
     Raises:
         DistributedError: when no process group was initialised.
@@ -49,7 +52,7 @@ def process_axes(mesh: Mesh, device_mesh: Any, device_type: str) -> dict[str, Ax
         device_mesh = init_device_mesh(device_type, mesh.sizes, mesh_dim_names=mesh.names)
     out = {}
     for name, size in zip(mesh.names, mesh.sizes, strict=True):
-        group = ProcessAxisGroup(device_mesh.get_group(name))
+        group = ProcessAxisGroup(device_mesh.get_group(name), reduce_dtype)
         out[name] = Axis(name, size, group.index, group)
     return out
 

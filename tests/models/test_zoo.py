@@ -207,7 +207,7 @@ ZOO: dict[str, Entry] = {
     ),
 }  # fmt: skip
 
-REFUSED = {"bloom": "GeLUFunction is a custom autograd.Function; its backward would be lost"}
+REFUSED: dict[str, str] = {}
 """Models that cannot be captured faithfully: what the error says."""
 
 IN_FLOAT32 = {"gemma", "gemma2", "cohere", "mamba"}

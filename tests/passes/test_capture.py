@@ -14,9 +14,11 @@ import pytest
 import torch
 from torch import fx, nn
 from torch.export import Dim
+from torch.utils.checkpoint import checkpoint
 
 from fxshard.errors import CaptureError, InputError
 from fxshard.passes.capture import capture, module_of, signature_key, source_of
+from fxshard.passes.functions import NAMESPACE
 
 torch.set_num_threads(1)
 
@@ -272,15 +274,113 @@ class Custom(nn.Module):
         return self.inner(x)  # type: ignore[no-any-return]
 
 
-def test_custom_autograd_function_is_refused_where_its_backward_would_be_lost() -> None:
-    with pytest.raises(CaptureError, match=r"Square is a custom autograd\.Function") as info:
-        capture(Custom(), (torch.randn(2, 4),))
-    assert info.value.module == "inner.down"
-    assert info.value.source.startswith("test_capture.py:")
-    x = torch.randn(2, 4)
-    model = Custom().requires_grad_(False)
-    assert torch.equal(run(capture(model, (x,)), x), model(x))
+def test_custom_autograd_function_keeps_its_backward() -> None:
+    model, x = Custom(), torch.randn(2, 4)
+    captured = capture(model, (x,))
+    (call,) = (n for n in captured.graph_module.graph.nodes if getattr(n.target, "namespace", "") == NAMESPACE)
+    assert str(call.target).endswith("Square.default")
+    assert module_of(call) == "inner.down"
+    assert source_of(call).startswith("test_capture.py:")
+    grads = []
+    for out in (run(captured, x), model(x)):
+        model.zero_grad()
+        out.sum().backward()
+        grads.append([p.grad for p in model.parameters()])
+        assert torch.equal(out, model(x))
+    assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True))
+    frozen = Custom().requires_grad_(False)
+    assert torch.equal(run(capture(frozen, (x,)), x), frozen(x))
     assert Square.apply(torch.ones(1, requires_grad=True)).requires_grad
+
+
+class Several(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, power: int, y: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        ctx.save_for_backward(x, y)
+        return x**power * torch.rand(()), y + x
+
+    @staticmethod
+    def backward(ctx: Any, a: torch.Tensor, b: torch.Tensor) -> tuple[Any, ...]:
+        x, y = ctx.saved_tensors
+        return 2 * a * y, None, 3 * b * x
+
+
+class Dirty(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
+        ctx.mark_dirty(x)
+        return x.mul_(2)
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> torch.Tensor:
+        return grad * 2
+
+
+class Calls(nn.Module):
+    def __init__(self, call: Any) -> None:
+        super().__init__()
+        self.up, self.down, self.call = nn.Linear(4, 8), nn.Linear(8, 4), [call]
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.down(self.call[0](self.up(x)))  # type: ignore[no-any-return]
+
+
+def test_custom_autograd_function_of_several_tensors_that_draws() -> None:
+    model, x = Calls(lambda h: sum(Several.apply(h, 2, h * 3)) + sum(Several.apply(h, 3, h))), torch.randn(2, 4)
+    captured = capture(model, (x,))
+    nodes = captured.graph_module.graph.nodes
+    calls = [n.target for n in nodes if getattr(n.target, "namespace", "") == NAMESPACE]
+    assert len(set(calls)) == 2, "other constants, another operator"
+    assert all(torch.Tag.nondeterministic_seeded in target.tags for target in calls)
+    grads = []
+    for call in (lambda: run(captured, x), lambda: model(x)):
+        model.zero_grad()
+        torch.manual_seed(3)
+        call().sum().backward()
+        grads.append([p.grad for p in model.parameters()])
+    assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True))
+
+
+def test_custom_autograd_function_that_a_graph_cannot_hold() -> None:
+    x = torch.randn(2, 4)
+    with pytest.raises(CaptureError, match=r"Dirty is a custom autograd\.Function; it changes its operands in place"):
+        capture(Calls(lambda h: Dirty.apply(h * 1)), (x,))
+    block = nn.Linear(8, 8)
+    with pytest.raises(CaptureError, match=r"CheckpointFunction .* is given a Linear") as info:
+        capture(Calls(lambda h: checkpoint(block, h, use_reentrant=True)), (x,))
+    assert "use_reentrant=False" in info.value.fix
+    assert info.value.source.startswith("test_capture.py:")
+
+
+def mapped(h: torch.Tensor) -> torch.Tensor:
+    b, i = torch.arange(h.shape[0]), torch.arange(h.shape[1])
+
+    def inner(b: torch.Tensor, i: torch.Tensor, j: torch.Tensor) -> torch.Tensor:
+        return (i >= j) & ((b * i + j) % 3 > 0)
+
+    keep = torch.vmap(torch.vmap(torch.vmap(inner, (None, None, 0)), (None, 0, None)), (0, None, None))(b, i, i)
+    return torch.vmap(lambda row, mask: (row * mask).sum(-1).sin())(h[:, None], keep)
+
+
+def test_vmap_is_written_out() -> None:
+    model, x = Calls(mapped), torch.randn(3, 4)
+    captured = capture(model, (x,))
+    assert all(n.op != "call_function" or "aten" in str(n.target) for n in captured.graph_module.graph.nodes)
+    grads = []
+    for out in (run(captured, x), model(x)):
+        torch.testing.assert_close(out, model(x))
+        model.zero_grad()
+        out.square().sum().backward()
+        grads.append([p.grad for p in model.parameters()])
+    assert all(torch.allclose(a, b) for a, b in zip(*grads, strict=True))
+
+
+def test_vmap_with_a_dynamic_batch() -> None:
+    model = Calls(mapped)
+    captured = capture(model, (torch.randn(3, 4),), dynamic_shapes={"x": {0: Dim("batch", min=2)}})
+    for size in (2, 5):
+        x = torch.randn(size, 4)
+        torch.testing.assert_close(run(captured, x), model(x))
 
 
 class Branch(nn.Module):
@@ -290,7 +390,7 @@ class Branch(nn.Module):
         return -x
 
 
-def test_data_dependent_branch() -> None:
+def test_data_dependent_branch(capfd: pytest.CaptureFixture[str]) -> None:
     model = nn.Sequential(nn.Linear(4, 4), Branch())
     with pytest.raises(CaptureError, match="cannot be captured") as info:
         capture(model, (torch.randn(2, 4),))
@@ -298,6 +398,7 @@ def test_data_dependent_branch() -> None:
     assert info.value.source.startswith("test_capture.py:")
     assert "torch.where" in info.value.fix
     assert len(str(info.value)) < 900
+    assert capfd.readouterr().err == "", "torch prints the whole graph"
     assert not model._forward_hooks
 
 

@@ -198,16 +198,17 @@ def test_checkpointed_block() -> None:
     assert "relu.default" in ops(check(Fn(fn), {"x": X.clone()}))
 
 
-def test_regions_with_a_policy_of_their_own_stay() -> None:
+def test_gradient_is_off_where_the_model_turned_it_off() -> None:
     def fn(m: Fn, x: Tensor) -> Any:
-        with torch.autocast("cpu", dtype=torch.bfloat16):
+        with torch.autocast("cpu", dtype=torch.bfloat16), torch.no_grad():
             y = m.linear(x.float())
-        return y
+        with torch.no_grad(), torch.enable_grad():
+            z = m.linear(x)
+        return x.float() * y, z
 
-    captured = capture(Fn(fn), (X,))
-    gm = normalize(captured.graph_module)
-    assert "wrap_with_autocast" in ops(gm)
-    assert gm(X)[0].dtype == torch.bfloat16
+    out = normalize(capture(Fn(fn), (X,)).graph_module)(X)
+    assert not out[0].requires_grad
+    assert out[1].requires_grad
 
 
 def test_dynamic_batch_and_sequence() -> None:
