@@ -28,7 +28,7 @@ from torch import fx
 
 from fxshard.errors import RuleError
 from fxshard.mesh import Mesh
-from fxshard.passes.facts import split_choice
+from fxshard.passes.facts import may_lower, split_choice
 from fxshard.passes.localize import localize
 from fxshard.passes.typing import Choice, Info, set_info, values_of
 from fxshard.placement import (
@@ -207,6 +207,8 @@ class _Trial:
         for current in _layouts(shapes, size, plain=len(sizes) > 1):
             recipe = self.recipe(current, outer, sizes[: len(outer)])
             for factor in recipe.factors:
+                if not may_lower(outer, factor):
+                    continue
                 for i, at in enumerate(factor.inputs):
                     blocks = factor.blocks_for(at, At.of(current[i]), size)
                     if blocks is None or i in recipe.unread:

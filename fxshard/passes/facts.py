@@ -87,6 +87,14 @@ def output_shapes(fact: Facts, sizes: Sequence[int]) -> tuple[Shape, ...]:
     )
 
 
+def may_lower(choices: Sequence[Choice | None], factor: Factor) -> bool:
+    """Whether the lowering of a factor goes with those that the outer axes chose: a call has one kind of them."""
+    earlier = {c.lowering for c in choices if c is not None and c.lowering}
+    if factor.lowering == "embedding":
+        return not earlier
+    return not earlier or factor.lowering in earlier or (factor.lowering is None and earlier != {"attention"})
+
+
 def split_choice(
     factor: Factor, blocks: tuple[int, ...], differentiable: Sequence[bool], unread: frozenset[int], leader: int
 ) -> Choice:
@@ -99,5 +107,6 @@ def split_choice(
             inputs.append(at.placement(blocks))
         else:
             inputs.append(VARYING if differentiable[i] else REPLICATE)
-    outputs = tuple(PARTIAL if at is None else at.placement(blocks) for at in factor.outputs)
+    lacking = REPLICATE if factor.reduced else PARTIAL
+    outputs = tuple(lacking if at is None else at.placement(blocks) for at in factor.outputs)
     return Choice("split", tuple(inputs), outputs, factor.name, factor.lowering, f"operand {leader}")

@@ -20,8 +20,9 @@ import torch
 from torch import fx
 
 from fxshard.mesh import Mesh
-from fxshard.passes import losses
+from fxshard.passes import losses, norms, reductions
 from fxshard.passes.propagate import METADATA
+from fxshard.passes.statistics import Lowered
 from fxshard.passes.typing import Info, info_of, set_info, values_of
 from fxshard.passes.writer import Writer
 from fxshard.placement import REPLICATE, Placement, blocks_of, is_shard
@@ -60,8 +61,12 @@ _CUTS = {
 def localize(graph: fx.Graph, mesh: Mesh) -> fx.Graph:
     """Rewrites sizes from global to local, and applies lowerings. See the module's text."""
     new = fx.Graph()
-    copies: dict[fx.Node, fx.Node] = {}
+    copies: dict[fx.Node, Any] = {}
     for node in graph.nodes:
+        if node.target is operator.getitem and isinstance(copies[node.args[0]], tuple):
+            copies[node] = copies[node.args[0]][node.args[1]]  # of a lowering that gives each result by itself
+            copies[node]._rename(node.name)
+            continue
         copy = new.node_copy(node, copies.__getitem__)
         copies[node] = copy
         if node.op != "call_function":
@@ -77,7 +82,8 @@ def localize(graph: fx.Graph, mesh: Mesh) -> fx.Graph:
             copies[node] = lowered
             if copy.name == node.name:
                 copy._rename(f"{node.name}_local")
-            lowered._rename(node.name)  # the value keeps its name through all stages
+            if isinstance(lowered, fx.Node):
+                lowered._rename(node.name)  # the value keeps its name through all stages
         elif any(map(is_shard, (p for output in info.outputs for p in output))):
             _local_sizes(new, copy, info, mesh)
     return new
@@ -173,7 +179,7 @@ def _local_cut(node: fx.Node, info: Info, mesh: Mesh) -> None:
     node.args, node.kwargs = (source, [v.shape[dim] // parts for v in values_of(node)], dim), {}
 
 
-def _lower(new: fx.Graph, node: fx.Node, info: Info, mesh: Mesh) -> fx.Node | None:
+def _lower(new: fx.Graph, node: fx.Node, info: Info, mesh: Mesh) -> Lowered | None:
     """Applies the lowerings of a node's choices; None where it has none."""
     names = {c.lowering for c in info.choices if c is not None and c.lowering}
     if not names:
@@ -324,7 +330,7 @@ def _global_layout(
     return shape, list(value.stride()) if contiguous else None
 
 
-LOWERINGS: dict[str, Callable[[fx.Graph, fx.Node, Info, Mesh, list[int]], fx.Node]] = {
+LOWERINGS: dict[str, Callable[[fx.Graph, fx.Node, Info, Mesh, list[int]], Lowered]] = {
     "mean": _mean,
     "embedding": _embedding,
     "dropout": _dropout,
@@ -333,4 +339,9 @@ LOWERINGS: dict[str, Callable[[fx.Graph, fx.Node, Info, Mesh, list[int]], fx.Nod
     "softmax": losses.softmax,
     "loss": losses.loss,
     "attention": _attention,
+    "norm": norms.norm,
+    "reduction": reductions.reduction,
+    "position": reductions.reduction,
+    "extreme": reductions.reduction,
+    "cumsum": reductions.cumsum,
 }

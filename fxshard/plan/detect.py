@@ -243,7 +243,8 @@ class _Walk:
                 (
                     (factor, inner)
                     for factor in recipe.factors
-                    if len({factor.outputs[result] for result in results}) == 1
+                    if factor.lowering != "norm"  # it communicates: no pair has one inside
+                    and len({factor.outputs[result] for result in results}) == 1
                     and (inner := factor.blocks_for(factor.outputs[results[0]], At(dim, blocks), self.size)) is not None
                 ),
                 None,

@@ -189,8 +189,8 @@ def test_a_lowering_with_a_wrong_gradient_is_refuted(monkeypatch: pytest.MonkeyP
     def without_vary(self: Any, function: Any, x: Any, axis: int) -> Any:
         return x if function is vary else collective(self, function, x, axis)
 
-    collective = losses._Writer.collective
-    monkeypatch.setattr(losses._Writer, "collective", without_vary)
+    collective = losses.Writer.collective
+    monkeypatch.setattr(losses.Writer, "collective", without_vary)
     with pytest.raises(RuleError, match="gradient of operand 0 differs"):
         check_rule(aten.log_softmax.int, [(x(), 1)])
 
