@@ -15,7 +15,6 @@ Reference: Ioffe & Szegedy, 2015; Ba et al., 2016; Wu & He, 2018; Zhang & Sennri
 from __future__ import annotations
 
 import operator
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -38,19 +37,31 @@ def norm(new: fx.Graph, node: fx.Node, info: Info, mesh: Mesh, axes: list[int]) 
     return replace(new, node, out)
 
 
-def _scaled(write: Statistics, x: fx.Node, squares: fx.Node, count: Any, eps: float) -> tuple[fx.Node, fx.Node]:
-    """``x`` over the root of the mean square, and one over that root."""
+def _scale(write: Statistics, squares: fx.Node, count: Any, eps: float) -> fx.Node:
+    """One over the root of the mean square."""
     mean = write(aten.div.Tensor, squares, count)
-    scale = write(aten.rsqrt.default, write(aten.add.Tensor, mean, eps))
-    return write(aten.mul.Tensor, x, write.varied(scale)), scale
+    return write(aten.rsqrt.default, write(aten.add.Tensor, mean, eps))
 
 
-def _affine(write: Statistics, x: fx.Node, arguments: dict[str, Any], shape: Sequence[int] | None) -> fx.Node:
-    """Weight and bias, where there are any; ``shape``: what aligns them with the dims of ``x``."""
-    for name, function in (("weight", aten.mul.Tensor), ("bias", aten.add.Tensor)):
-        if (operand := arguments.get(name)) is not None:
-            operand = write.cast(operand, x.meta["val"].dtype)
-            x = write(function, x, write(aten.reshape.default, operand, list(shape)) if shape else operand)
+def _by_features(write: Statistics, x: fx.Node, scale: fx.Node, arguments: dict[str, Any]) -> fx.Node:
+    """``x`` scaled, then weight and bias, which have its last dims."""
+    x = write(aten.mul.Tensor, x, write.varied(scale))
+    if (weight := arguments["weight"]) is not None:
+        x = write(aten.mul.Tensor, x, write.cast(weight, x.meta["val"].dtype))
+    if (bias := arguments.get("bias")) is not None:
+        x = write(aten.add.Tensor, x, write.cast(bias, x.meta["val"].dtype))
+    return write.cast(x, values_of(write.node)[0].dtype)
+
+
+def _by_channels(write: Statistics, x: fx.Node, scale: fx.Node, arguments: dict[str, Any]) -> fx.Node:
+    """``x`` scaled, weight and bias of its dim 1; the scale takes up the weight, which saves an activation."""
+    dtype = x.meta["val"].dtype
+    aligned = [-1] + [1] * (x.meta["val"].dim() - 2)
+    if (weight := arguments["weight"]) is not None:
+        scale = write(aten.mul.Tensor, scale, write(aten.reshape.default, write.cast(weight, dtype), aligned))
+    x = write(aten.mul.Tensor, x, scale)
+    if (bias := arguments["bias"]) is not None:
+        x = write(aten.add.Tensor, x, write(aten.reshape.default, write.cast(bias, dtype), aligned))
     return write.cast(x, values_of(write.node)[0].dtype)
 
 
@@ -68,8 +79,8 @@ def _layer_norm_statistics(write: Statistics, arguments: dict[str, Any]) -> tupl
     dims = _trailing(arguments, x)
     count = write.count(x, dims)
     mean, away, squares = write.moments(x, dims, count)
-    out, scale = _scaled(write, away, squares, count, arguments["eps"])
-    return _affine(write, out, arguments, None), mean, scale
+    scale = _scale(write, squares, count, arguments["eps"])
+    return _by_features(write, away, scale, arguments), mean, scale
 
 
 def _native_layer_norm(write: Statistics, arguments: dict[str, Any], info: Info) -> tuple[fx.Node, ...]:
@@ -84,12 +95,7 @@ def _rms_norm(write: Statistics, arguments: dict[str, Any], info: Info) -> fx.No
     dims = _trailing(arguments, x)
     eps = arguments["eps"] if arguments["eps"] is not None else torch.finfo(x.meta["val"].dtype).eps
     squares = write.total(write(aten.square.default, x), dims)
-    return _affine(write, _scaled(write, x, squares, write.count(x, dims), eps)[0], arguments, None)
-
-
-def _channels(x: fx.Node) -> list[int]:
-    """The shape of a tensor of channels that aligns it with dim 1 of ``x``."""
-    return [-1] + [1] * (x.meta["val"].dim() - 2)
+    return _by_features(write, x, _scale(write, squares, write.count(x, dims), eps), arguments)
 
 
 def _instance_norm(write: Statistics, arguments: dict[str, Any], info: Info) -> fx.Node:
@@ -97,7 +103,8 @@ def _instance_norm(write: Statistics, arguments: dict[str, Any], info: Info) -> 
     dims = list(range(2, x.meta["val"].dim()))
     count = write.count(x, dims)
     _, away, squares = write.moments(x, dims, count)
-    return _affine(write, _scaled(write, away, squares, count, arguments["eps"])[0], arguments, _channels(x))
+    scale = write.varied(_scale(write, squares, count, arguments["eps"]))
+    return _by_channels(write, away, scale, arguments)
 
 
 def _batch_norm(write: Statistics, arguments: dict[str, Any], info: Info) -> fx.Node:
@@ -110,7 +117,8 @@ def _batch_norm(write: Statistics, arguments: dict[str, Any], info: Info) -> fx.
         unbiased = write(aten.div.Tensor, squares, write.calculated(operator.sub, count, 1))
         _run(write, arguments["running_mean"], mean, arguments["momentum"])
         _run(write, arguments["running_var"], unbiased, arguments["momentum"])
-    return _affine(write, _scaled(write, away, squares, count, arguments["eps"])[0], arguments, _channels(x))
+    scale = write.varied(_scale(write, squares, count, arguments["eps"]))
+    return _by_channels(write, away, scale, arguments)
 
 
 def _run(write: Statistics, buffer: fx.Node, statistic: fx.Node, momentum: float) -> None:
@@ -148,10 +156,8 @@ def _group_norm(write: Statistics, arguments: dict[str, Any], info: Info) -> fx.
 
     mean = write(aten.div.Tensor, grouped(x), count)
     away = write(aten.sub.Tensor, x, write.varied(mean, along))
-    squares = write(aten.div.Tensor, grouped(write(aten.square.default, away)), count)
-    scale = write(aten.rsqrt.default, write(aten.add.Tensor, squares, arguments["eps"]))
-    out = write(aten.mul.Tensor, away, write.varied(scale, along))
-    return _affine(write, out, arguments, _channels(x))
+    squares = grouped(write(aten.square.default, away))
+    return _by_channels(write, away, write.varied(_scale(write, squares, count, arguments["eps"]), along), arguments)
 
 
 NORMS: dict[Any, Any] = {
