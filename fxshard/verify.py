@@ -95,7 +95,12 @@ def verify(program: ParallelModule, *args: Any, **kwargs: Any) -> VerifyReport:
             trace = None
             got, got_grads = _real(program, args, kwargs)
         else:
-            trace = _Run(program, compiled, args, kwargs)
+            try:
+                trace = _Run(program, compiled, args, kwargs)
+            except Exception:
+                torch.set_rng_state(state)
+                _Trace(program, compiled, args, kwargs)  # fails at the same call, and names it
+                raise
             got, got_grads = trace.outputs, trace.grads
         differing = trace.disagreements() if trace is not None else []
     rows = [

@@ -210,9 +210,8 @@ class Between(nn.Module):
         return self.down(self.norm(self.up(x)))  # type: ignore[no-any-return]
 
 
-@pytest.mark.parametrize("plan", [tensor_parallel(2), tensor_parallel(3)])
-def test_no_pair_is_a_note_never_silent(plan: Plan) -> None:
-    program = fxshard.parallelize(Between() if plan.mesh.sizes == (2,) else MLP(), plan, (torch.randn(2, 8),))
+def test_no_pair_is_a_note_never_silent() -> None:
+    program = fxshard.parallelize(Between(), tensor_parallel(2), (torch.randn(2, 8),))
     assert program.plan.params == {}
     assert "found no weight" in "\n".join(program.compiled.resolved.notes)
     assert "found no weight" in program.explain()

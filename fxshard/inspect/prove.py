@@ -28,7 +28,7 @@ from torch import fx
 
 from fxshard.errors import RuleError
 from fxshard.mesh import Mesh
-from fxshard.passes.facts import recipe_on_parts, split_choice
+from fxshard.passes.facts import may_lower, recipe_on_parts, split_choice
 from fxshard.passes.localize import localize
 from fxshard.passes.propagate import may_be_empty
 from fxshard.passes.typing import Choice, Info, set_info, values_of
@@ -205,6 +205,8 @@ class _Trial:
         for current in _layouts(shapes, size, plain=len(sizes) > 1):
             recipe = self.recipe(current, outer, sizes[: len(outer)])
             for factor in recipe.factors:
+                if not may_lower(outer, factor):
+                    continue
                 for i, at in enumerate(factor.inputs):
                     cut = factor.cut_for(at, At.of(current[i]), size)
                     if cut is None or i in recipe.unread or (0 in cut.shares and not may_be_empty(factor)):

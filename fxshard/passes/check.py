@@ -5,7 +5,8 @@ Nothing is taken from ``propagate``'s choices. For every call and every axis the
 
 1. all operands replicated, result replicated; or
 2. some factor of the rule, cut in some blocks: each operand that has it is split there, each operand that lacks it is
-   Varying where a gradient flows through it, and the result is split there, or Partial where the factor is missing; or
+   Varying where a gradient flows through it, and the result is split there, or Partial where the factor is missing
+   (replicated, where the factor's lowering reduces it); or
 3. the Partial operands are one of the rule's linear sets, the others are replicated and carry no gradient, and the
    result is Partial.
 
@@ -111,7 +112,8 @@ def _fits(
         elif _interesting(now[i]) != facts[i].differentiable or is_shard(now[i]):
             return False
     expected = (None if at is None else at.placement(cut) for at in factor.outputs)
-    return all(is_partial(p) if e is None else same(p, e) for p, e in zip(after, expected, strict=True))
+    lacks = _replicated if factor.reduced else is_partial
+    return all(lacks(p) if e is None else same(p, e) for p, e in zip(after, expected, strict=True))
 
 
 def _check_conversion(node: fx.Node, mesh: Mesh) -> None:

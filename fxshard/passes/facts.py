@@ -127,6 +127,14 @@ def _common(factor: Factor, others: Sequence[Factor]) -> Factor | None:
     return None
 
 
+def may_lower(choices: Sequence[Choice | None], factor: Factor) -> bool:
+    """Whether the lowering of a factor goes with those that the outer axes chose: a call has one kind of them."""
+    earlier = {c.lowering for c in choices if c is not None and c.lowering}
+    if factor.lowering == "embedding":
+        return not earlier
+    return not earlier or factor.lowering in earlier or (factor.lowering is None and earlier != {"attention"})
+
+
 def split_choice(
     factor: Factor, cut: Cut, differentiable: Sequence[bool], unread: frozenset[int], leader: int
 ) -> Choice:
@@ -139,5 +147,6 @@ def split_choice(
             inputs.append(at.placement(cut))
         else:
             inputs.append(VARYING if differentiable[i] else REPLICATE)
-    outputs = tuple(PARTIAL if at is None else at.placement(cut) for at in factor.outputs)
+    lacking = REPLICATE if factor.reduced else PARTIAL
+    outputs = tuple(lacking if at is None else at.placement(cut) for at in factor.outputs)
     return Choice("split", tuple(inputs), outputs, factor.name, factor.lowering, f"operand {leader}")

@@ -192,13 +192,14 @@ def _convert(new: fx.Graph, versions: _Versions, wanted: Placements, mesh: Mesh,
     for step in path:
         done = versions.find(step.after)
         if done is None:
-            done = _emit(new, node, step, mesh, reader)
+            done = emit(new, node, step, mesh, reader)
             versions.made.append((step.after, done))
         node = done
     return node
 
 
-def _emit(new: fx.Graph, node: fx.Node, step: Step, mesh: Mesh, reader: fx.Node) -> fx.Node:
+def emit(new: fx.Graph, node: fx.Node, step: Step, mesh: Mesh, reader: fx.Node) -> fx.Node:
+    """Writes one conversion of ``node``, which ``reader`` asks for."""
     axis = mesh.names[step.axis]
     after = step.after[step.axis]
     known = info_of(node)

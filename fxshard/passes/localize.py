@@ -20,11 +20,12 @@ import torch
 from torch import fx
 
 from fxshard.mesh import Mesh, RankMesh
-from fxshard.passes import losses
+from fxshard.passes import losses, norms, reductions
 from fxshard.passes.insert_collectives import how
 from fxshard.passes.propagate import METADATA
+from fxshard.passes.statistics import Lowered
 from fxshard.passes.typing import Info, info_of, set_info, values_of
-from fxshard.passes.writer import Writer
+from fxshard.passes.writer import Writer, give_lengths
 from fxshard.placement import (
     REPLICATE,
     Placement,
@@ -32,7 +33,6 @@ from fxshard.placement import (
     cut_of,
     is_shard,
     is_uneven,
-    lengths_of,
     local_shape,
 )
 from fxshard.rules.recipe import bind, operands_of, signature_of
@@ -71,8 +71,12 @@ def localize(graph: fx.Graph, whole_mesh: Mesh, rank: int = 0) -> fx.Graph:
     """Rewrites sizes from global to ``rank``'s, and applies lowerings. See the module's text."""
     mesh = whole_mesh.seen_by(rank)
     new = fx.Graph()
-    copies: dict[fx.Node, fx.Node] = {}
+    copies: dict[fx.Node, Any] = {}
     for node in graph.nodes:
+        if node.target is operator.getitem and isinstance(copies[node.args[0]], tuple):
+            copies[node] = copies[node.args[0]][node.args[1]]  # of a lowering that gives each result by itself
+            copies[node]._rename(node.name)
+            continue
         copy = new.node_copy(node, copies.__getitem__)
         copies[node] = copy
         if node.op != "call_function":
@@ -80,8 +84,7 @@ def localize(graph: fx.Graph, whole_mesh: Mesh, rank: int = 0) -> fx.Graph:
         if node.target in METADATA:
             copies[node] = _global_size(new, copy, mesh)
             continue
-        if "lengths" in node.kwargs:
-            _give_lengths(copy, mesh)
+        give_lengths(copy, mesh)
         info = info_of(node)
         if not any(info.choices):
             continue
@@ -90,7 +93,8 @@ def localize(graph: fx.Graph, whole_mesh: Mesh, rank: int = 0) -> fx.Graph:
             copies[node] = lowered
             if copy.name == node.name:
                 copy._rename(f"{node.name}_local")
-            lowered._rename(node.name)  # the value keeps its name through all stages
+            if isinstance(lowered, fx.Node):
+                lowered._rename(node.name)  # the value keeps its name through all stages
         elif any(map(is_shard, (p for output in info.outputs for p in output))):
             _local_sizes(new, copy, info, mesh)
     return new
@@ -131,28 +135,6 @@ def _read_size(new: fx.Graph, node: fx.Node, size: torch.SymInt, parts: int, mes
             if alike and parts_along(info_of(operand), 0, dim, mesh) == parts:
                 return _call(new, aten.sym_size.int, (operand, dim), node)
     return None
-
-
-def _give_lengths(node: fx.Node, mesh: RankMesh) -> None:
-    """A conversion speaks of the shares of the ranks: in this rank's group those are so many elements."""
-    source = node.args[0]
-    assert isinstance(source, fx.Node)
-    axis = mesh.index(str(node.args[1]))
-    before, after = info_of(source).placements, info_of(node).placements
-    whole = values_of(source)[0].shape if node.target is not run.concat else values_of(node)[0].shape
-    if node.target is run.concat:
-        assert isinstance(source.args[0], fx.Node)
-        before = info_of(source.args[0]).placements
-
-    def lengths(placements: Placements) -> tuple[int, ...]:
-        cut = placements[axis]
-        outer = local_shape(whole, placements[:axis], mesh.sizes[:axis], mesh.at[:axis])
-        return lengths_of(outer[cut.dim], cut, mesh.sizes[axis])  # type: ignore[attr-defined]
-
-    found: Any = lengths(before if is_shard(before[axis]) else after)
-    if node.target is run.all_to_all:
-        found = found, lengths(after)
-    node.kwargs = {**node.kwargs, "lengths": found}
 
 
 def local_sizes(value: Any, placements: Placements, mesh: RankMesh) -> tuple[Any, ...]:
@@ -261,7 +243,7 @@ def _along(placements: Placements, dim: int) -> Placements:
     return tuple(p if p.is_shard(dim) else REPLICATE for p in placements)
 
 
-def _lower(new: fx.Graph, node: fx.Node, info: Info, mesh: RankMesh) -> fx.Node | None:
+def _lower(new: fx.Graph, node: fx.Node, info: Info, mesh: RankMesh) -> Lowered | None:
     """Applies the lowerings of a node's choices; None where it has none."""
     names = {c.lowering for c in info.choices if c is not None and c.lowering}
     if not names:
@@ -382,8 +364,7 @@ def _mask_part(new: fx.Graph, node: fx.Node, args: tuple[Any, ...], info: Info, 
             now[axis] = placement
             mask = _call(new, run.chunk, args, node, **how(placement))
             set_info(mask, Info((tuple(now),)))
-            if "lengths" in mask.kwargs:
-                _give_lengths(mask, mesh)
+            give_lengths(mask, mesh)
     return mask
 
 
@@ -440,7 +421,7 @@ def _global_layout(
     return shape, list(value.stride()) if contiguous else None
 
 
-LOWERINGS: dict[str, Callable[[fx.Graph, fx.Node, Info, RankMesh, list[int]], fx.Node]] = {
+LOWERINGS: dict[str, Callable[[fx.Graph, fx.Node, Info, RankMesh, list[int]], Lowered]] = {
     "mean": _mean,
     "embedding": _embedding,
     "dropout": _dropout,
@@ -449,4 +430,9 @@ LOWERINGS: dict[str, Callable[[fx.Graph, fx.Node, Info, RankMesh, list[int]], fx
     "softmax": losses.softmax,
     "loss": losses.loss,
     "attention": _attention,
+    "norm": norms.norm,
+    "reduction": reductions.reduction,
+    "position": reductions.reduction,
+    "extreme": reductions.reduction,
+    "cumsum": reductions.cumsum,
 }

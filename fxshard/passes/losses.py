@@ -54,8 +54,7 @@ def _normalized(
     x = source if value.dtype == exact else write(aten.to.dtype, source, exact)
     top = write(aten.amax.default, write(aten.detach.default, x), [dim], True)
     for axis in axes:
-        parts = write.collective(run.all_gather, top, axis)
-        top = write(aten.amax.default, write(aten.unflatten.int, parts, 0, [write.mesh.sizes[axis], -1]), [0])
+        top = write(aten.amax.default, write.gathered(top, axis), [0])
     shifted = write(aten.sub.Tensor, x, top)
     exps = write(aten.exp.default, shifted)
     total = write(aten.sum.dim_IntList, exps, [dim], True)

@@ -73,9 +73,7 @@ class Compiled:
             return self.graph
         if rank not in self._graphs:
             with _collector_paused():
-                graph = localize(self.stages["insert_collectives"], self.mesh, rank)
-                optimize(graph)
-                self._graphs[rank] = graph
+                self._graphs[rank] = optimize(localize(self.stages["insert_collectives"], self.mesh, rank))
         return self._graphs[rank]
 
     @cached_property

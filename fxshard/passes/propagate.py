@@ -23,7 +23,7 @@ import torch
 from torch import fx
 
 from fxshard.mesh import Mesh
-from fxshard.passes.facts import Facts, recipe_of, split_choice
+from fxshard.passes.facts import Facts, may_lower, recipe_of, split_choice
 from fxshard.passes.hoist import hoist_cuts
 from fxshard.passes.typing import Choice, Info, copy_graph, set_info
 from fxshard.placement import PARTIAL, REPLICATE, Cut, Placement, is_partial, is_shard, same
@@ -133,7 +133,7 @@ def _choose(fact: Facts, size: int, sizes: Sequence[int], axis: int) -> Choice:
         return _pass_partial(fact, recipe, partial)
     best: tuple[float, Factor, Cut, int] | None = None
     for factor in recipe.factors:
-        if not _may_lower(fact, factor):
+        if not may_lower(fact.choices, factor):
             continue
         for i, at in enumerate(factor.inputs):
             found = factor.cut_for(at, At.of(current[i]), size)
@@ -146,7 +146,7 @@ def _choose(fact: Facts, size: int, sizes: Sequence[int], axis: int) -> Choice:
                 best = (cost, factor, found, i)
     if best is None and partial:
         ahead = _scatter_ahead(fact, recipe, partial, size, axis, sizes)
-        if ahead is not None:
+        if ahead is not None and may_lower(fact.choices, ahead[0]):
             return split_choice(*ahead, [o.differentiable for o in fact.operands], recipe.unread, min(partial))
     if best is None:
         return _whole(fact, recipe.unread, "no factor that an operand carries can be split")
@@ -157,14 +157,6 @@ def _choose(fact: Facts, size: int, sizes: Sequence[int], axis: int) -> Choice:
 def may_be_empty(factor: Factor) -> bool:
     """Whether a rank may have nothing of the factor."""
     return factor.lowering in MAY_BE_EMPTY and (factor.lowering, factor.name) != ("loss", "v")
-
-
-def _may_lower(fact: Facts, factor: Factor) -> bool:
-    """Whether the lowering of a factor goes with those that the outer axes chose: a call has one kind of them."""
-    earlier = {c.lowering for c in fact.choices if c is not None and c.lowering}
-    if factor.lowering == "embedding":
-        return not earlier
-    return not earlier or factor.lowering in earlier or (factor.lowering is None and earlier != {"attention"})
 
 
 def _would_lose_update(fact: Facts, factor: Factor, cut: Cut, current: Sequence[Placement]) -> bool:

@@ -10,8 +10,20 @@ from torch import fx
 
 from fxshard.mesh import RankMesh
 from fxshard.passes.facts import recipe_on_parts, split_choice
-from fxshard.passes.typing import Info, info_of, is_float, set_info
-from fxshard.placement import PARTIAL, REPLICATE, VARYING, Placement, is_partial, lengths_of
+from fxshard.passes.typing import Info, info_of, is_float, set_info, values_of
+from fxshard.placement import (
+    PARTIAL,
+    REPLICATE,
+    VARYING,
+    Placement,
+    Placements,
+    cut_of,
+    is_partial,
+    is_shard,
+    lengths_of,
+    local_shape,
+    shard,
+)
 from fxshard.rules.recipe import At, operands_of, shape_of
 from fxshard.runtime import collectives as run
 
@@ -55,6 +67,15 @@ class Writer:
             out.append(found)
         return tuple(out)
 
+    def gathered(self, x: fx.Node, axis: int) -> fx.Node:
+        """The ranks' results in a new first dim."""
+        parts = self.collective(run.all_gather, x, axis)
+        made = self(run.by_rank, parts, self.mesh.names[axis])
+        made.meta["val"] = torch.stack([x.meta["val"]] * self.mesh.sizes[axis])
+        placed = (shard(p.dim + 1, *cut_of(p)) if is_shard(p) else p for p in info_of(parts).placements)  # type: ignore[attr-defined]
+        set_info(made, Info((tuple(placed),), differentiable=info_of(x).differentiable))
+        return made
+
     def number(self, function: Any, *args: Any) -> fx.Node:
         """A number that depends on the rank: an offset, a local index."""
         made = self(function, *args)
@@ -95,3 +116,27 @@ class Writer:
         after = tuple(equal if a == axis else p for a, p in enumerate(info_of(x).placements))
         set_info(made, Info((after,), differentiable=info_of(x).differentiable))
         return made
+
+
+def give_lengths(node: fx.Node, mesh: RankMesh) -> None:
+    """Where a conversion speaks of the shares of the ranks: in this rank's group those are so many elements."""
+    if "lengths" not in node.kwargs:
+        return
+    source = node.args[0]
+    assert isinstance(source, fx.Node)
+    axis = mesh.index(str(node.args[1]))
+    before, after = info_of(source).placements, info_of(node).placements
+    whole = values_of(source)[0].shape if node.target is not run.concat else values_of(node)[0].shape
+    if node.target is run.concat:
+        assert isinstance(source.args[0], fx.Node)
+        before = info_of(source.args[0]).placements
+
+    def lengths(placements: Placements) -> tuple[int, ...]:
+        cut = placements[axis]
+        outer = local_shape(whole, placements[:axis], mesh.sizes[:axis], mesh.at[:axis])
+        return lengths_of(outer[cut.dim], cut, mesh.sizes[axis])  # type: ignore[attr-defined]
+
+    found: Any = lengths(before if is_shard(before[axis]) else after)
+    if node.target is run.all_to_all:
+        found = found, lengths(after)
+    node.kwargs = {**node.kwargs, "lengths": found}

@@ -280,6 +280,8 @@ class _Walk:
         """The factor that cuts results as ``wanted``, and how it is cut; what only its size forbids is an obstacle."""
         for factor in recipe.factors:
             at = factor.outputs[results[0]]
+            if factor.lowering == "norm":
+                continue  # it communicates: no pair has one inside
             if len({factor.outputs[result] for result in results}) != 1 or at is None or at.dim != wanted.dim:
                 continue
             inner = factor.cut_for(at, wanted, self.size)

@@ -33,10 +33,11 @@ def whole(names: Sequence[tuple[str, ...]], dims: Collection[int]) -> dict[str, 
 
 
 def lowered(
-    factors: Sequence[Factor], lowering: str | None, names: Collection[str] | None = None
+    factors: Sequence[Factor], lowering: str | None, names: Collection[str] | None = None, *, reduced: bool = False
 ) -> tuple[Factor, ...]:
-    """The factors, those of ``names`` (by default all) with a lowering."""
-    return tuple(replace(f, lowering=lowering) if names is None or f.name in names else f for f in factors)
+    """The factors, those of ``names`` (by default all) with a lowering; ``reduced``: it gives whole results."""
+    mine = (names is None or f.name in names for f in factors)
+    return tuple(replace(f, lowering=lowering, reduced=reduced) if m else f for f, m in zip(factors, mine, strict=True))
 
 
 def resized(factors: Sequence[Factor], name: str, size: Dim, lowering: str | None) -> tuple[Factor, ...]:

@@ -67,6 +67,7 @@ class Factor:
         inputs: where it sits in each tensor operand, in order; None where that operand lacks it.
         outputs: likewise for each result; a result that lacks it is ``Partial(sum)``.
         lowering: the name of the local replacement, where computing on a slice differs from slicing the result.
+        reduced: the lowering gives results that lack the factor whole, not as summands.
     """
 
     name: str
@@ -74,6 +75,7 @@ class Factor:
     inputs: tuple[At | None, ...]
     outputs: tuple[At | None, ...]
     lowering: str | None = None
+    reduced: bool = False
 
     def cut_for(self, at: At | None, wanted: At | None, parts: int) -> Cut | None:
         """How to cut the factor so that the dim in which it sits at ``at`` is cut as ``wanted``.

@@ -1,8 +1,10 @@
-"""Rules of operators that run along some dims: reductions, scans, norms, transforms."""
+"""Rules of operators that run along some dims: reductions, scans, losses, transforms."""
 
 from __future__ import annotations
 
-from fxshard.rules.names import ONE, Names, left, lowered, resized, right, whole
+import math
+
+from fxshard.rules.names import ONE, Names, left, lowered, whole
 from fxshard.rules.notation import make_factors
 from fxshard.rules.recipe import Call, Recipe
 
@@ -82,7 +84,7 @@ def _reduction(call: Call, mark: str, lowering: str | None = None) -> Recipe:
         return Recipe()  # dim=[] reduces nothing in some operators
     reduced = {names[d][0] for d in dims}
     factors = make_factors([names], [out] * len(call.outputs), call, dict.fromkeys(reduced, mark))
-    return Recipe(lowered(factors, lowering, reduced))
+    return Recipe(lowered(factors, lowering, reduced, reduced=mark == "~"))
 
 
 def sums(call: Call) -> Recipe:
@@ -101,66 +103,63 @@ def means(call: Call) -> Recipe:
 
 
 def reduces(call: Call) -> Recipe:
-    """amax, prod, var, argmax, ...: the reduced dims are whole."""
+    """median, kthvalue, mode: the reduced dims are whole."""
     return _reduction(call, "!")
 
 
-def trailing_norm(call: Call) -> Recipe:
-    """layer_norm, rms_norm: the normalised dims are whole, the leading ones follow; weights lack them."""
+def shares(call: Call) -> Recipe:
+    """prod, any, all: over a split dim, the ranks share the results of their parts."""
+    return _reduction(call, "~", "reduction")
+
+
+def moments(call: Call) -> Recipe:
+    """var, std, var_mean: over a split dim, the ranks share sums, then those of squared deviations."""
+    correction = call.arguments.get("correction")
+    several = any(not isinstance(size, int) for size in call.inputs[0]) and correction not in (None, 0, 1)
+    wrong = call.arguments.get("dim") == ()  # ATen's gradient is then not that of what it gives
+    return _reduction(call, "!" if _is_complex(call) or several or wrong else "~", "reduction")
+
+
+def extremes(call: Call) -> Recipe:
+    """amax, amin, aminmax, max, min, logsumexp: over a split dim, the ranks share their maxima."""
+    return _reduction(call, "!" if _is_complex(call) else "~", "extreme")
+
+
+def vector_norms(call: Call) -> Recipe:
+    """norm, linalg_vector_norm: over a split dim, the norm of the ranks' norms; whole where its order is negative."""
+    order = call.arguments["ord"] if "ord" in call.arguments else call.arguments.get("p")
+    order = 2 if order is None else order
+    if math.isinf(order):
+        return _reduction(call, "~", "extreme")
+    return _reduction(call, "~" if order >= 0 else "!", "reduction")
+
+
+def positions(call: Call) -> Recipe:
+    """argmax, argmin, max and min with indices: over a dim that one axis splits, the ranks share values and indices."""
     ndim = len(call.inputs[0])
-    count = len(call.arguments["normalized_shape"])
-    names = right(ndim)
-    ins = [names] + [names[ndim - len(s) :] for s in call.inputs[1:]]
-    statistics: Names = [*names[: ndim - count], *[ONE] * count]
-    outs = [names, *[statistics] * (len(call.outputs) - 1)]
-    return Recipe(make_factors(ins, outs, call, whole(names, range(ndim - count, ndim))))
+    if call.arguments.get("dim") is None or not ndim:
+        return _reduction(call, "!")
+    dim = call.dim("dim", ndim)
+    cut = call.is_cut and call.whole_inputs[0][dim] != call.inputs[0][dim]
+    known = isinstance(call.inputs[0][dim], int) and not call.in_blocks(0, dim)
+    return _reduction(call, "~" if known and not cut else "!", "position")
 
 
-def group_norm(call: Call) -> Recipe:
-    """group_norm: the batch, and the groups of channels (``num_groups`` becomes this rank's)."""
+def _is_complex(call: Call) -> bool:
+    dtype = call.dtype("self")
+    return dtype is not None and dtype.is_complex
+
+
+def cumsum(call: Call) -> Recipe:
+    """cumsum: over a split dim, every rank adds the totals of the ranks before it. It is linear unless it casts."""
     ndim = len(call.inputs[0])
-    groups = call.arguments["num_groups"]
-    if ndim < 2 or not isinstance(groups, int):
-        return Recipe()
-    if call.is_cut:  # an outer axis may have split some of the groups
-        now, before = call.inputs[0][1], call.whole_inputs[0][1]
-        if not isinstance(now, int) or not isinstance(before, int):
-            return Recipe()
-        groups = groups * now // before
-    channels: Names = [("g", "c")]
-    ins: list[Names] = [[("b",), *channels, *[ONE] * (ndim - 2)], *[channels] * (len(call.inputs) - 1)]
-    factors = make_factors(ins, [ins[0]], call, {})
-    return Recipe(resized(factors, "g", groups, "groups"))
-
-
-def batch_norm(call: Call) -> Recipe:
-    """batch_norm: in eval mode pointwise; in training every channel's statistics need the whole batch."""
-    ndim = len(call.inputs[0])
-    if ndim < 2:
-        return Recipe()
     names = left(ndim)
-    marks = whole(names, [d for d in range(ndim) if d != 1]) if call.arguments.get("training") else {}
-    return Recipe(make_factors([names] + [[names[1]]] * (len(call.inputs) - 1), [names], call, marks))
-
-
-def instance_norm(call: Call) -> Recipe:
-    """instance_norm: channels, and the batch; each instance's own statistics need its other dims whole."""
-    ndim = len(call.inputs[0])
-    if ndim < 3 or call.operand("running_mean") is not None:
-        return Recipe()
-    names = left(ndim)
-    ins = [names] + [[names[1]]] * (len(call.inputs) - 1)
-    return Recipe(make_factors(ins, [names], call, whole(names, range(2, ndim))))
-
-
-def weight_norm(call: Call) -> Recipe:
-    """_weight_norm(v, g, dim): each index of ``dim`` has a norm over all other dims."""
-    ndim = len(call.inputs[0])
-    if call.arguments["dim"] == -1 or len(call.inputs[1]) != ndim:
-        return Recipe()  # -1 means one norm over all
-    names = left(ndim)
-    others = [d for d in range(ndim) if d != call.dim("dim", ndim)]
-    return Recipe(make_factors([names, names], [names], call, whole(names, others)))
+    if not ndim:
+        return scan(call)
+    dim = call.dim("dim", ndim)
+    factors = make_factors([names], [names], call, {names[dim][0]: "!"} if call.in_blocks(0, dim) else {})
+    linear = LINEAR if call.arguments.get("dtype") is None else ()
+    return Recipe(lowered(factors, "cumsum", (names[dim][0],)), linear)
 
 
 def cross_entropy(call: Call) -> Recipe:

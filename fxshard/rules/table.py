@@ -17,7 +17,7 @@ from functools import cache
 import torch
 
 from fxshard.errors import RuleError
-from fxshard.rules import contractions, indexing, pointwise, reductions, views
+from fxshard.rules import contractions, indexing, norms, pointwise, reductions, views
 from fxshard.rules.notation import apply, fits, parse
 from fxshard.rules.recipe import Call, Recipe, RuleFunction
 
@@ -59,7 +59,8 @@ TABLE = """
     cosine_similarity linalg_cross cross | @cosine_similarity                   |
     softmax log_softmax             | @softmax                                  |
     _softmax _log_softmax _safe_softmax cumprod logcumsumexp sort argsort topk cummax cummin glu       | @dim_whole |
-    cumsum flip roll diff           | @scan                                     |
+    cumsum                          | @cumsum                                   |
+    flip roll diff                  | @scan                                     |
     renorm                          | @renorm                                   |
     unfold                          | @unfold                                   |
     fft_fft fft_ifft fft_rfft fft_irfft fft_hfft fft_ihfft fft_fft2 fft_ifft2 fft_rfft2 fft_irfft2 fft_fftn fft_ifftn
@@ -67,8 +68,12 @@ TABLE = """
     sum                             | @sums                                     |
     nansum count_nonzero            | @counts                                   |
     mean                            | @means                                    |
-    amax amin prod any all var std norm linalg_vector_norm logsumexp argmax argmin max min var_mean std_mean
-    median nanmedian kthvalue mode aminmax                         | @reduces   |
+    amax amin aminmax max min logsumexp                            | @extremes |
+    argmax argmin max.dim min.dim                                  | @positions |
+    var std var_mean std_mean                                      | @moments |
+    norm linalg_vector_norm                                        | @vector_norms |
+    prod any all                                                   | @shares |
+    median nanmedian kthvalue mode                                 | @reduces   |
     layer_norm rms_norm native_layer_norm                          | @trailing_norm |
     group_norm                      | @group_norm                               |
     batch_norm                      | @batch_norm                               |
@@ -149,7 +154,7 @@ class Rule:
     linear: str = ""
 
 
-_MODULES = (pointwise, reductions, contractions, views, indexing)
+_MODULES = (pointwise, reductions, norms, contractions, views, indexing)
 _rules: dict[str, Rule] = {}
 
 

@@ -92,6 +92,11 @@ def all_gather(x: torch.Tensor, axis: Axis, summed: bool = False, dim: int = 0, 
     return axis.group.run("all_gather", "reduce_scatter" if summed else "own_part", x)
 
 
+def by_rank(x: torch.Tensor, axis: Axis) -> torch.Tensor:
+    """Parts stacked along dim 0, in a dim of their own: ``[n * d0, ...] -> [n, d0, ...]``."""
+    return x.view(axis.size, x.shape[0] // axis.size, *x.shape[1:])
+
+
 def _pad(x: torch.Tensor, dim: int, length: int) -> torch.Tensor:
     missing = length - x.shape[dim]
     if missing == 0:

@@ -122,6 +122,39 @@ def train_gpt2(plan: str, steps: int = 20) -> None:
     assert len(moved) > len(start) / 2, moved
 
 
+class Statistics(torch.nn.Module):
+    """A norm over the batch, and all that ranks share of a split dim in other ways than by sums."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.norm = torch.nn.Linear(8, 12), torch.nn.BatchNorm1d(12)
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        h = self.norm(self.up(x))
+        best, where = h.max(0)
+        found = (h > 1).any(0) | (h.argmin(0) > 3)
+        return h.var(0), h.logsumexp(0), h.cumsum(0), best * where, h.prod(0) * found, h.amax()
+
+
+def statistics_of_a_split_batch() -> None:
+    """Two steps: outputs, gradients and the running buffers are one device's."""
+    model, x = Statistics().double(), torch.randn(8, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    program = fxshard.parallelize(model, data_parallel(2), (x,))
+    for _ in range(2):
+        expected, found = model(x), program(x)
+        for made, want in zip(found, expected, strict=True):
+            torch.testing.assert_close(made, want, rtol=1e-10, atol=1e-10)
+        for trained, outputs in ((model, expected), (program, found)):
+            trained.zero_grad(set_to_none=True)
+            weighted_loss(outputs).backward()
+    grads = program.full_grads()
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(grads[name], parameter.grad, rtol=1e-8, atol=1e-8)
+    for name, want in model.state_dict().items():
+        torch.testing.assert_close(program.full_state_dict()[name], want, rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(program.state_dict()[name], want, rtol=1e-12, atol=1e-12)
+
+
 def verify_and_refuse() -> None:
     """What fxshard says on two real ranks: of a right program, of a wrong collective, of a mesh that does not fit."""
     model, inputs = build("llama", torch.float32)

@@ -28,6 +28,10 @@ def test_training_follows_one_device() -> None:
     ranks.launch(2, ranks.train_gpt2, "tp2")
 
 
+def test_norms_and_reductions_over_a_split_batch() -> None:
+    ranks.launch(2, ranks.statistics_of_a_split_batch)
+
+
 def test_verify_and_what_is_refused() -> None:
     ranks.launch(2, ranks.verify_and_refuse)
 

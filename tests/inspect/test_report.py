@@ -210,9 +210,9 @@ def test_every_collective_is_explained(plan: str) -> None:
     assert all(r.reason for r in program.collectives())
 
 
-@pytest.mark.parametrize("plan", [tensor_parallel(3), sequence_parallel(3)], ids=["tp", "sp"])
+@pytest.mark.parametrize("plan", [tensor_parallel(2), sequence_parallel(2)], ids=["tp", "sp"])
 def test_notes_stand_where_there_are_no_collectives(plan: Any) -> None:
-    text = mlp(plan=plan).explain()
+    text = fxshard.parallelize(nn.LayerNorm(8), plan, (torch.randn(2, 4, 8),)).explain()
     assert "split" in text.splitlines()[0]
     assert text.endswith("No collectives: every rank computes the whole model.")
 

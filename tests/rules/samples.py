@@ -673,7 +673,7 @@ _makers["mean.dim"] = lambda: [
     call(r(12, 24).float(), [0], dtype=D, gradients=False),
     call(cplx(12, 4), [0]),
 ]
-_makers["amax.default"] = _makers["amin.default"] = _makers["linalg_vector_norm.default"] = lambda: [
+_DIMS = lambda: [  # noqa: E731
     call(r(12, 24)),
     call(r(12, 24), dim=[0]),
     call(r(12, 24), dim=[-1], keepdim=True),
@@ -681,9 +681,37 @@ _makers["amax.default"] = _makers["amin.default"] = _makers["linalg_vector_norm.
 ]
 
 
+def _ties() -> torch.Tensor:
+    """Every value several times, among them infinities; and a row of -inf."""
+    x = ints(3, 12, 24).to(D)
+    x[0, ::5], x[1, 3], x[2, 5:9], x[3] = float("inf"), -float("inf"), -float("inf"), -float("inf")
+    return x
+
+
+_makers["amax.default"] = _makers["amin.default"] = lambda: [
+    *_DIMS(),
+    *(call(_ties(), dim=d) for d in ([0], [1], [0, 1])),
+    call(ints(9, 12, 24), dim=[1]),
+    call(bools(12, 24), dim=[0]),
+    call(torch.where(bools(12, 24) & bools(12, 24) & bools(12, 24), float("nan"), r(12, 24)), dim=[1], gradients=False),
+]
+_makers["linalg_vector_norm.default"] = lambda: [
+    *_DIMS(),
+    *(call(r(12, 24), p, [d], True) for p in (0, 0.5, 1, 3, float("inf"), -float("inf"), -1) for d in (0, 1)),
+    call(ints(3, 12, 24).to(D), float("inf"), [1]),
+    call(torch.zeros(12, 24, dtype=D), 2, [1]),
+    call(cplx(12, 24), 2, [0]),
+    call(cplx(12, 24), float("inf"), [0]),
+]
+
+
 @samples("count_nonzero.dim_IntList")
 def _() -> list[Any]:
     return [call(bools(12, 24), [0]), call(ints(3, 12, 24), [-1]), call(r(4, 12, 6), [0, 1])]
+
+
+_prod = _makers["prod.default"]
+_makers["prod.default"] = lambda: [*_prod(), call(ints(3, 12)), call(ints(3, 4, 6), dtype=D), call(bools(12, 24))]
 
 
 @samples("any.dim", "all.dim")
@@ -704,12 +732,20 @@ def _() -> list[Any]:
 @samples("prod.dim_int", "argmax.dim_", "max.dim", "min.dim", "median.dim", "nanmedian.dim", "mode.default")
 def _() -> list[Any]:
     out = [call(x, d, k) for x, d in _dims((12, 24), (4, 12, 6), (24,)) for k in (False, True)]
-    return [*out, call(r(12, 24), 1)]
+    return [*out, call(r(12, 24), 1), call(ints(3, 12, 24).to(D), 1), call(ints(9, 12, 24), 0)]
 
 
+for _name in ("max.dim", "min.dim"):
+    _makers[_name] = lambda made=_makers[_name]: [  # type: ignore[misc]
+        *made(),
+        call(_ties(), 1),
+        call(torch.where(bools(12, 24), float("nan"), r(12, 24)), 1, gradients=False),
+    ]
 del _makers["argmax.dim_"]
 _makers["argmax.default"] = _makers["argmin.default"] = lambda: [
     call(r(12, 24)),
+    call(_ties(), 1),
+    call(ints(3, 12, 24), 0, True),
     call(r(12, 24), 0),
     call(r(12, 24), -1, True),
     call(r(12, 24), None, True),
@@ -729,6 +765,9 @@ def _() -> list[Any]:
         call(r(12, 24), [-1], correction=1, keepdim=True),
         call(r(12, 24), correction=1),
         call(r(4, 12, 6), [0, 1]),
+        call(r(12, 24) + 100, [1], correction=2.5),
+        call(torch.ones(12, 24, dtype=D), [1]),
+        call(cplx(12, 24), [0], gradients=False),
     ]
 
 
@@ -744,14 +783,19 @@ def _() -> list[Any]:
 
 @samples("logsumexp.default")
 def _() -> list[Any]:
-    return [call(r(12, 24), [0]), call(r(12, 24), [-1], True), call(r(4, 12, 6), [0, 2])]
+    masked = r(12, 24)
+    masked[:6, :12], masked[:3, 12:20] = -float("inf"), -float("inf")
+    return [
+        *(call(r(12, 24), [0]), call(r(12, 24), [-1], True), call(r(4, 12, 6), [0, 2]), call(masked, [1])),
+        *(call(ints(9, 12, 24), [1]), call(r(12, 24) + 1000, [1]), call(_ties(), [1], gradients=False)),
+    ]
 
 
 @samples("layer_norm.default")
 def _() -> list[Any]:
     return [
         call(r(12, 24, 6), [6]), call(r(12, 24, 6), [6], r(6), r(6)), call(r(12, 24, 6), [6], r(6)), call(r(12, 6), [6], None, r(6)),
-        call(r(12, 4, 6), [4, 6], r(4, 6), r(4, 6)), call(r(6), [6]), call(bias=r(6), input=r(12, 6), normalized_shape=[6], weight=r(6)),
+        call(r(12, 4, 6), [4, 6], r(4, 6), r(4, 6)), call(r(6), [6]), call(r(6, 12) + 100, [12], r(12), r(12)), call(bias=r(6), input=r(12, 6), normalized_shape=[6], weight=r(6)),
     ]  # fmt: skip
 
 
@@ -762,7 +806,12 @@ def _() -> list[Any]:
 
 @samples("rms_norm.default")
 def _() -> list[Any]:
-    return [call(r(12, 24, 6), [6]), call(r(12, 24, 6), [6], r(6), 1e-6), call(r(12, 4, 6), [4, 6], r(4, 6))]
+    return [
+        call(r(12, 24, 6), [6]),
+        call(r(12, 24, 6), [6], r(6), 1e-6),
+        call(r(12, 4, 6), [4, 6], r(4, 6)),
+        call(r(12) / 1e8, [12]),
+    ]
 
 
 @samples("group_norm.default")
@@ -774,6 +823,10 @@ def _() -> list[Any]:
         call(r(12, 6), 1),
         call(r(4, 24), 24),
         call(num_groups=12, input=r(2, 24, 3)),
+        call(r(2, 12, 6), 1, r(12), r(12)),
+        call(r(2, 24, 4), 2, r(24), r(24)),
+        call(r(3, 24), 3, r(24), r(24)),
+        call(r(2, 6, 4, 6) + 100, 3, r(6)),
     ]
 
 
@@ -789,6 +842,8 @@ def _() -> list[Any]:
         *out,
         call(r(12, 24, 2), r(24), r(24), None, None, True, *rest),
         call(r(12, 24), None, None, None, None, True, *rest),
+        call(r(12, 24) + 100, r(24), r(24), r(24), pos(24), True, *rest, constants=(3, 4)),
+        call(r(4, 2, 6, 2), r(2), None, None, None, True, *rest),
     ]
 
 

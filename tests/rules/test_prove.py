@@ -162,8 +162,12 @@ def test_a_wrong_rule_is_refuted(what: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "lowering", ["mean", "softmax", "loss", "embedding", "dropout", "groups", "share", "attention"]
-)
+    "lowering",
+    [
+        "mean", "softmax", "loss", "embedding", "dropout", "groups", "share", "attention", "norm", "reduction", "extreme",
+        "position", "cumsum",
+    ],
+)  # fmt: skip
 def test_a_lowering_that_does_nothing_is_refuted(lowering: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The rules' lowerings are needed: the call as it stands would be wrong on a part."""
     operator, args = {
@@ -174,6 +178,11 @@ def test_a_lowering_that_does_nothing_is_refuted(lowering: str, monkeypatch: pyt
         "dropout": (aten.dropout.default, (x(), 0.5, True)),
         "groups": (aten.group_norm.default, (r(4, 24, 5), 12)),
         "share": (aten.addmm.default, (r(6), x(), r(24, 6))),
+        "norm": (aten.batch_norm.default, (x(), None, None, None, None, True, 0.1, 1e-5, False)),
+        "reduction": (aten.var.dim, (x(), [1])),
+        "extreme": (aten.amax.default, (x(), [1])),
+        "position": (aten.max.dim, (x(), 1)),
+        "cumsum": (aten.cumsum.default, (x(), 1)),
         "attention": (aten.scaled_dot_product_attention.default, (*(r(2, 6, 4, 4) for _ in range(3)), None, 0.5)),
     }[lowering]
     check_rule(operator, [args], meshes=[(2,)])
