@@ -6,8 +6,8 @@ Nothing is taken from ``propagate``'s choices. For every call and every axis the
 1. all operands replicated, result replicated; or
 2. some factor of the rule, cut in some blocks: each operand that has it is split there, each operand that lacks it is
    Varying where a gradient flows through it, and the result is split there, or Partial where the factor is missing; or
-3. the Partial operands are one of the rule's linear sets, the others are replicated and carry no gradient, and the
-   result is Partial.
+3. the Partial operands are one of the rule's linear sets, the others are replicated, and Varying where a gradient
+   flows through them, and the result is Partial.
 
 Conversions are checked against the table of ``runtime.collectives``; a Varying value is only made by one.
 """
@@ -97,7 +97,7 @@ def _follows(
     if partial:
         others = [i for i in read if i not in partial]
         fits = partial in recipe.linear and all(is_partial(p) for p in after)
-        return fits and all(not _interesting(now[i]) and not facts[i].differentiable for i in others)
+        return fits and all(_interesting(now[i]) == facts[i].differentiable and not is_shard(now[i]) for i in others)
     return any(_fits(f, facts, now, after, read, mesh.sizes[axis]) for f in recipe.factors)
 
 

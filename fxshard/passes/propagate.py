@@ -26,7 +26,7 @@ from fxshard.mesh import Mesh
 from fxshard.passes.facts import Facts, input_shapes, output_shapes, split_choice
 from fxshard.passes.hoist import hoist_cuts
 from fxshard.passes.typing import Choice, Info, copy_graph, set_info
-from fxshard.placement import PARTIAL, REPLICATE, Placement, is_partial, is_shard, same
+from fxshard.placement import PARTIAL, REPLICATE, VARYING, Placement, is_partial, is_shard, same
 from fxshard.rules.lookup import WEIGHT_VIEWS, recipe_for
 from fxshard.rules.recipe import At, Factor, Recipe, operands_of, written
 from fxshard.rules.table import name_of
@@ -126,7 +126,7 @@ def _choose(fact: Facts, size: int, sizes: Sequence[int], axis: int) -> Choice:
     if recipe is None:
         return _whole(fact, frozenset(), "has no rule")
     partial = frozenset(i for i, p in enumerate(current) if is_partial(p) and i not in recipe.unread)
-    if partial in recipe.linear and _floats(fact, partial):
+    if partial in recipe.linear and _floats(fact, partial, sizes):
         return _pass_partial(fact, recipe, partial)
     best: tuple[float, Factor, tuple[int, ...], int] | None = None
     for factor in recipe.factors:
@@ -235,18 +235,44 @@ def _whole(fact: Facts, unread: frozenset[int], reason: str) -> Choice:
 
 def _pass_partial(fact: Facts, recipe: Recipe, partial: frozenset[int]) -> Choice:
     inputs: list[Placement | None] = []
-    for i in range(len(fact.operands)):
-        inputs.append(PARTIAL if i in partial else None if i in recipe.unread else REPLICATE)
+    for i, operand in enumerate(fact.operands):
+        other = VARYING if operand.differentiable else REPLICATE
+        inputs.append(PARTIAL if i in partial else None if i in recipe.unread else other)
     return Choice("partial", tuple(inputs), (PARTIAL,) * len(fact.shapes))
 
 
-def _floats(fact: Facts, partial: frozenset[int]) -> bool:
-    """Whether it is worth to leave a sum unreduced: it does not grow, nor make other gradients partial."""
-    operands = fact.operands
-    if any(o.differentiable for i, o in enumerate(operands) if i not in partial):
+def _floats(fact: Facts, partial: frozenset[int], sizes: Sequence[int]) -> bool:
+    """Whether it is worth to leave a sum unreduced: it does not grow; or what follows makes it so much smaller that
+    it pays to sum the gradients of the other operands instead, as those of the weights of a token's experts.
+    """
+    sources = [fact.operands[i] for i in partial]
+    if any(len(s.node.users) != 1 for s in sources) or fact.num_bytes > sum(s.num_bytes for s in sources):
         return False
-    sources = [operands[i] for i in partial]
-    return all(len(s.node.users) == 1 for s in sources) and fact.num_bytes <= sum(s.num_bytes for s in sources)
+    others = [o for i, o in enumerate(fact.operands) if i not in partial and o.differentiable]
+    return not others or _smallest_ahead(fact, sizes) + sum(o.num_bytes for o in others) < fact.num_bytes
+
+
+def _smallest_ahead(fact: Facts, sizes: Sequence[int]) -> int:
+    """The fewest bytes that a sum has on its way through linear operators whose other operands carry no gradient.
+
+    None at all, where it is added to another unreduced sum.
+    """
+    smallest = fact.num_bytes
+    for _ in range(LOOK_AHEAD):
+        reader, position = _only_reader(fact)
+        if reader is None or any(len(o.shapes) > 1 for o in reader.operands):
+            break
+        current = [o.current[0] if o.current else REPLICATE for o in reader.operands]
+        recipe = recipe_for(reader.node, input_shapes(reader, sizes), output_shapes(reader, sizes), current)
+        others = [o for i, o in enumerate(reader.operands) if i != position]
+        waiting = frozenset({position} | {i for i, p in enumerate(current) if is_partial(p)})
+        if recipe is not None and len(waiting) > 1 and waiting in recipe.linear:
+            return 0
+        if recipe is None or frozenset({position}) not in recipe.linear or any(o.differentiable for o in others):
+            break
+        fact = reader
+        smallest = min(smallest, fact.num_bytes)
+    return smallest
 
 
 def _cost(fact: Facts, factor: Factor, blocks: tuple[int, ...], current: Sequence[Placement]) -> float:

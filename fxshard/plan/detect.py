@@ -60,11 +60,27 @@ class Graph:
             elif node.op == "call_function":
                 ops = facts.operands[node] = operands_of(node)
                 if any(o in learned or o in weights for o in ops):
-                    if name_of(node.target)[1] in WEIGHT_VIEWS and len(ops) == 1 and ops[0] in weights:
+                    if ops[0] in weights and facts._is_of_weight(node):
                         weights[node] = weights[ops[0]]
                     else:
                         learned.add(node)
         return facts
+
+    def _is_of_weight(self, node: fx.Node) -> bool:
+        """Whether a call gives a weight in another form: a view, or the matrices of it that positions pick.
+
+        The experts' matrices that a router picks for each token are weights; the vectors of a table are activations.
+        """
+        ops = self.operands[node]
+        if len(ops) == 1 and (name_of(node.target)[1] in WEIGHT_VIEWS | _CUTS or node.target is operator.getitem):
+            return True
+        if any(o.meta["val"].is_floating_point() for o in ops[1:]):
+            return False
+        recipe = self.recipe(node)
+        if recipe is None or frozenset({0}) not in recipe.linear:
+            return False
+        kept = [f.inputs[0].dim for f in recipe.factors if f.inputs[0] and all(f.outputs) and not any(f.inputs[1:])]
+        return len(set(kept)) > 1
 
     def recipe(self, node: fx.Node) -> Recipe | None:
         """The recipe of a call on whole operands; None where it has no rule."""
@@ -367,10 +383,9 @@ def _bias(node: fx.Node, facts: Graph, skip: set[fx.Node]) -> dict[fx.Node, Shar
 def residuals(facts: Graph, rows: Iterable[fx.Node]) -> list[fx.Node]:
     """The values to which the results of ``rows`` are added: the residual streams, at every place they are read."""
     fresh = set(rows)
-    passing = {"aten.add", "aten.dropout", "aten.mul", "aten.div", "aten.to", "aten.clone", "aten.contiguous"}
     found: dict[fx.Node, None] = {}
     for node in facts.order:
-        if node.op != "call_function" or name_of(node.target)[1] not in passing | {"aten.view", "aten.reshape"}:
+        if node.op != "call_function":
             continue
         shape = facts.shapes[node]
         sources = [o for o in facts.operands[node] if o not in facts.weights]
@@ -379,8 +394,18 @@ def residuals(facts: Graph, rows: Iterable[fx.Node]) -> list[fx.Node]:
         if not new:
             continue
         old = [o for o in sources if o not in fresh]
-        if not old:
+        if _passes_on(node, facts, new, old):
             fresh.add(node)
         elif name_of(node.target)[1] == "aten.add" and facts.shapes[old[0]] == shape:
             found[old[0]] = None
     return list(found)
+
+
+def _passes_on(node: fx.Node, facts: Graph, new: list[fx.Node], old: list[fx.Node]) -> bool:
+    """Whether a call hands on what is computed from ``new``: it is linear in these alone, and contracts nothing."""
+    if name_of(node.target)[1] in ("aten.add", "aten.dropout"):
+        return not old
+    recipe = facts.recipe(node)
+    if recipe is None or frozenset(i for i, o in enumerate(facts.operands[node]) if o in new) not in recipe.linear:
+        return False
+    return all(sum(at is not None for at in f.inputs) < 2 for f in recipe.factors if None in f.outputs)

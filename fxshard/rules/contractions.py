@@ -70,6 +70,27 @@ def _letters(term: str, ndim: int) -> Names:
     return [*((c,) for c in before), *((f".{i}",) for i in reversed(range(count))), *((c,) for c in after)]
 
 
+def grouped_mm(call: Call) -> Recipe:
+    """grouped_mm(x, w, offsets): each group of rows of x with its own matrix of w, as experts compute; the groups are
+    whole, since the offsets speak of all rows. Both of 3 dims, or groups of columns, as well.
+    """
+    x, w = call.inputs[:2]
+    rule = _GROUPED.get((len(x), len(w), len(call.inputs)))
+    if rule is None:
+        return Recipe()
+    ins, out = rule
+    return Recipe(make_factors(ins, [out], call, {"k": "+", "s": "!", "g": "!"}))
+
+
+_GROUPED: dict[tuple[int, int, int], tuple[list[Names], Names]] = {
+    (2, 3, 3): ([[("s",), ("k",)], [("g",), ("k",), ("n",)], [("g",)]], [("s",), ("n",)]),
+    (3, 2, 3): ([[("g",), ("m",), ("k",)], [("k",), ("s",)], [("g",)]], [("m",), ("s",)]),
+    (2, 2, 3): ([[("m",), ("s",)], [("s",), ("n",)], [("g",)]], [("g",), ("m",), ("n",)]),
+    (3, 3, 2): ([[("b",), ("m",), ("k",)], [("b",), ("k",), ("n",)]], [("b",), ("m",), ("n",)]),
+}
+"""The dims of x and w, and the number of operands -> how they are named; ``s`` is cut in groups by the offsets."""
+
+
 def embedding(call: Call) -> Recipe:
     """embedding(weight, ids): the vocabulary splits by offset and mask, over one axis; where gradients are scaled by
     counts, every rank needs all ids.

@@ -95,6 +95,14 @@ def counts(call: Call) -> Recipe:
     return _reduction(call, "+")
 
 
+def histc(call: Call) -> Recipe:
+    """histc(x, bins, min, max): counts sum; without bounds these are those of all values, and it stays whole."""
+    if call.arguments.get("min", 0) == call.arguments.get("max", 0):
+        return Recipe()
+    names = left(len(call.inputs[0]))
+    return Recipe(make_factors([names], [[ONE]], call, {n[0]: "+" for n in names}))
+
+
 def means(call: Call) -> Recipe:
     """mean: each rank's mean is weighed by its share of the elements, then summed."""
     return Recipe(_reduction(call, "+", "mean").factors, LINEAR if call.arguments.get("dtype") is None else ())

@@ -4,7 +4,8 @@ A row is: operators | notation or rule function | the operands through which it 
 sets of operands: ``0`` alone, ``0;1`` either, ``0,1`` both at once, ``all`` every tensor operand at once. Where exactly
 the operands of one set are Partial, the result is Partial too, and nothing is reduced yet.
 
-An operator without a row is right all the same: its operands are gathered and the report says so.
+An operator of another library is written with its namespace, ``lib::op``. An operator without a row is right all the
+same: its operands are gathered and the report says so.
 """
 
 from __future__ import annotations
@@ -67,6 +68,7 @@ TABLE = """
     sum                             | @sums                                     |
     nansum count_nonzero            | @counts                                   |
     mean                            | @means                                    |
+    histc                           | @histc                                    |
     amax amin prod any all var std norm linalg_vector_norm logsumexp argmax argmin max min var_mean std_mean
     median nanmedian kthvalue mode aminmax                         | @reduces   |
     layer_norm rms_norm native_layer_norm                          | @trailing_norm |
@@ -85,6 +87,7 @@ TABLE = """
     matmul linalg_matmul            | @matmul                                   |
     addmm baddbmm                   | @addmm                                    |
     einsum                          | @einsum                                   |
+    _grouped_mm transformers::grouped_mm_fallback                  | @grouped_mm | 0;1
     embedding                       | @embedding                                |
     conv1d conv2d conv3d            | @conv                                     |
     conv_transpose1d conv_transpose2d conv_transpose3d             | @conv_transpose |
@@ -205,9 +208,10 @@ def _load() -> None:
             rows.append((names, cells[1], cells[2]))
             names = ""
     for operators, text, linear in rows:
-        for name in operators.split():
-            assert f"aten.{name}" not in _rules, name
-            _rules[f"aten.{name}"] = make_rule(f"aten.{name}", text, linear, strict=False)
+        for operator in operators.split():
+            name = operator.replace("::", ".") if "::" in operator else f"aten.{operator}"
+            assert name not in _rules, name
+            _rules[name] = make_rule(name, text, linear, strict=False)
 
 
 @cache

@@ -265,7 +265,7 @@ def cut(call: Call) -> Recipe:
     if all(shape[dim] == call.inputs[0][dim] for shape in call.outputs):
         marks = {}
     factors = make_factors([names], outs, call, marks)
-    return Recipe(factors + tuple(_block_cut(call, dim)), LINEAR)
+    return Recipe(factors + tuple(_block_cut(call, dim)) + _every_nth(call, dim), LINEAR)
 
 
 def segments(call: Call, dim: int) -> list[tuple[int, int]] | None:
@@ -298,6 +298,17 @@ def segments_of(node: fx.Node, dim: int) -> list[tuple[int, int]] | None:
         return None
     name = "aten." + node.target._schema.name.split("::")[1]
     return segments(Call(name, inputs, outputs, arguments, inputs), dim)
+
+
+def _every_nth(call: Call, dim: int) -> tuple[Factor, ...]:
+    """``x[..., 1::2]`` of interleaved pairs: ``(f step) -> f``, every rank takes its own ones."""
+    step, size, kept = call.arguments.get("step", 1), call.inputs[0][dim], call.outputs[0][dim]
+    start = call.arguments.get("start") or 0
+    if call.name != "aten.slice" or step == 1 or not isinstance(step, int) or not isinstance(start, int):
+        return ()
+    if not isinstance(size, int) or not 0 <= start < step or kept * step != size:
+        return ()
+    return (Factor("nth", kept, (At(dim),), (At(dim),)),)
 
 
 def _block_cut(call: Call, dim: int) -> list[Factor]:
