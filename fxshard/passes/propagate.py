@@ -29,7 +29,7 @@ from fxshard.passes.typing import Choice, Info, copy_graph, set_info
 from fxshard.placement import PARTIAL, REPLICATE, VARYING, Placement, is_partial, is_shard, same
 from fxshard.rules.lookup import WEIGHT_VIEWS, recipe_for
 from fxshard.rules.recipe import At, Factor, Recipe, operands_of, written
-from fxshard.rules.table import name_of
+from fxshard.rules.table import find_rule, name_of
 
 WEIGHT_STAYS = 1000.0
 """How much dearer it is to move a weight than an activation of its size: weights stay where they are stored."""
@@ -125,6 +125,8 @@ def _choose(fact: Facts, size: int, sizes: Sequence[int], axis: int) -> Choice:
     recipe = recipe_for(fact.node, input_shapes(fact, sizes), output_shapes(fact, sizes), current)
     if recipe is None:
         return _whole(fact, frozenset(), "has no rule")
+    if not recipe.factors and (rule := find_rule(fact.node.target)) is not None and rule.whole:
+        return _whole(fact, recipe.unread, f"stays whole: {rule.whole}")
     partial = frozenset(i for i, p in enumerate(current) if is_partial(p) and i not in recipe.unread)
     if partial in recipe.linear and _floats(fact, partial, sizes):
         return _pass_partial(fact, recipe, partial)

@@ -366,3 +366,22 @@ def stack(call: Call) -> Recipe:
     outs: Names = [*names[:dim], ("1",), *names[dim:]]
     count = len(call.inputs)
     return Recipe(make_factors([names] * count, [outs], call, {}), (frozenset(range(count)),))
+
+
+def joined(call: Call) -> Recipe:
+    """hstack, vstack, dstack, column_stack: the joined dim is whole; every other one follows, where none is new."""
+    ndim = len(call.outputs[0])
+    dim = {"vstack": 0, "row_stack": 0, "dstack": 2}.get(call.name.split(".")[-1], 1)
+    if any(len(shape) != ndim for shape in call.inputs) or dim >= ndim:
+        return Recipe()
+    names: Names = [(f"d{i}",) for i in range(ndim)]
+    return Recipe(make_factors([names] * len(call.inputs), [names], call, {f"d{dim}": "!"}))
+
+
+def diag_embed(call: Call) -> Recipe:
+    """diag_embed(x, offset, dim1, dim2): the last dim becomes two; the others follow."""
+    ndim = len(call.outputs[0])
+    gone = {call.dim("dim1", ndim, -2), call.dim("dim2", ndim, -1)}
+    rest = iter([(f"d{i}",) for i in range(ndim - 2)])
+    out: Names = [("1",) if i in gone else next(rest) for i in range(ndim)]
+    return Recipe(make_factors([[*[(f"d{i}",) for i in range(ndim - 2)], ("1",)]], [out], call, {}))

@@ -72,7 +72,7 @@ def overload(name: str) -> torch._ops.OpOverload:
 
 def all_samples() -> dict[str, Maker]:
     """Overload name -> a function that makes its samples; without those of libraries that are not installed."""
-    from tests.rules import samples_more  # noqa: F401, PLC0415 (it registers its own)
+    from tests.rules import samples_more  # noqa: F401 (it registers its own)
 
     return {name: maker for name, maker in _makers.items() if "::" not in name or _installed(name.split("::")[0])}
 
@@ -84,7 +84,7 @@ def _installed(library: str) -> bool:
 
 def _transformers() -> bool:
     try:
-        import transformers.integrations.moe  # noqa: F401, PLC0415
+        import transformers.integrations.moe  # noqa: F401
     except ImportError:
         return False
     return True
@@ -106,6 +106,8 @@ BINARY_SHAPES = (
 )
 INTEGER = {
     "bitwise_and",
+    "gcd",
+    "lcm",
     "bitwise_not",
     "bitwise_or",
     "bitwise_xor",
@@ -119,7 +121,16 @@ INTEGER = {
 }
 ABOVE_ONE = {"acosh", "mvlgamma", "special_zeta"}
 RANDOM = {"rand_like", "randn_like", "bernoulli"}
-NO_GRADIENT = RANDOM | {"floor_divide", "heaviside", "special_zeta", "remainder"}
+NO_GRADIENT = RANDOM | {
+    "igamma",
+    "igammac",
+    "special_gammainc",
+    "special_gammaincc",
+    "floor_divide",
+    "heaviside",
+    "special_zeta",
+    "remainder",
+}
 UNUSUAL = {"bernoulli.p", "bernoulli.Tensor"}
 # Arguments that the schema does not give a default for.
 EXTRA: dict[str, tuple[Any, ...]] = {

@@ -38,7 +38,7 @@ SLOW = (*MESHES, (3, 2), (4, 3), (2, 2, 2))
 PLAIN = re.compile(r"@(pointwise|elementwise|dim_whole|scan|reduces|sums|counts|fft|cast)")
 
 
-@pytest.mark.parametrize("name", sorted(all_rules()))
+@pytest.mark.parametrize("name", sorted(name for name, rule in all_rules().items() if not rule.whole))
 def test_every_rule_is_of_an_operator_and_has_samples(name: str) -> None:
     library, packet = name.split(".")[:2]
     if library != "aten" and not ROWS[name]:
@@ -191,8 +191,8 @@ def test_a_lowering_with_a_wrong_gradient_is_refuted(monkeypatch: pytest.MonkeyP
     def without_vary(self: Any, function: Any, x: Any, axis: int) -> Any:
         return x if function is vary else collective(self, function, x, axis)
 
-    collective = losses._Writer.collective
-    monkeypatch.setattr(losses._Writer, "collective", without_vary)
+    collective = losses.Writer.collective
+    monkeypatch.setattr(losses.Writer, "collective", without_vary)
     with pytest.raises(RuleError, match="gradient of operand 0 differs"):
         check_rule(aten.log_softmax.int, [(x(), 1)])
 
@@ -208,7 +208,7 @@ def test_the_error_names_the_call_and_the_placements() -> None:
 
 def test_an_operator_without_a_rule_is_an_error() -> None:
     with pytest.raises(RuleError, match="there is no rule"):
-        check_rule(aten.linalg_matrix_exp.default, [(r(4, 4),)])
+        check_rule(aten.linalg_ldl_factor.default, [(r(4, 4),)])
 
 
 def test_a_rule_that_no_sample_can_try_is_reported() -> None:
