@@ -291,11 +291,17 @@ class _Walk:
 
     def read_outside(self) -> set[fx.Node]:
         """The split values that are read by others than the region, and not just handed out."""
-        return {node for node in self.split if not all(self._inside(user) for user in node.users)}
+        return {node for node in self.split if not all(self._inside(u) or self._unread(node, u) for u in node.users)}
 
     def closed(self) -> bool:
         """Whether no split value is read outside."""
         return not self.read_outside()
+
+    def _unread(self, node: fx.Node, user: fx.Node) -> bool:
+        """Whether a call takes no more than shape or dtype of a value."""
+        recipe = self.facts.recipe(user) if user.op == "call_function" else None
+        at = {i for i, o in enumerate(self.facts.operands.get(user, ())) if o is node}
+        return recipe is not None and at <= recipe.unread
 
     def _inside(self, user: fx.Node) -> bool:
         if user in self.region or user in self.split or user.op == "output":

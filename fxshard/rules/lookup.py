@@ -61,9 +61,13 @@ def recipe_for(
 
 def draws(node: fx.Node) -> bool:
     """Whether the call draws random numbers: then only a lowering may split it."""
-    if node.target is torch.ops.aten.scaled_dot_product_attention.default:
-        return bool(bind(node)["dropout_p"])
-    return torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ())
+    if not isinstance(node.target, torch._ops.OpOverload):
+        return False
+    chances = [name for name in ("dropout_p", "dropout") if name in signature_of(node.target).names]
+    if chances:  # an operator with a dropout inside: an attention, an lstm
+        arguments = bind(node)
+        return bool(arguments[chances[0]]) and bool(arguments.get("train", True))
+    return torch.Tag.nondeterministic_seeded in node.target.tags
 
 
 def _affine(node: fx.Node) -> bool:
