@@ -244,9 +244,12 @@ def _pass_partial(fact: Facts, recipe: Recipe, partial: frozenset[int]) -> Choic
 
 
 def _floats(fact: Facts, partial: frozenset[int], sizes: Sequence[int]) -> bool:
-    """Whether it is worth to leave a sum unreduced: it does not grow; or what follows makes it so much smaller that
-    it pays to sum the gradients of the other operands instead, as those of the weights of a token's experts.
+    """Whether it is worth to leave a sum unreduced: it does not grow, nor fall in pieces; or what follows makes it so
+    much smaller that it pays to sum the gradients of the other operands instead, as those of the weights of a token's
+    experts.
     """
+    if len(fact.shapes) > 1:
+        return False
     sources = [fact.operands[i] for i in partial]
     if any(len(s.node.users) != 1 for s in sources) or fact.num_bytes > sum(s.num_bytes for s in sources):
         return False

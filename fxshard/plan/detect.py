@@ -160,22 +160,26 @@ def _pair(row: fx.Node, facts: Graph, size: int) -> Pair | None:
     if not _Walk(facts, size, {row}, set(), split={operands[value]}).closed():
         return None  # its input is read by others: a norm's result, a residual stream
     whole: set[fx.Node] = set()
+    rows = {row: (factor, value, weight)}
     while True:
-        walk = _Walk(facts, size, {row}, whole)
-        for position in (value, weight):
-            at = factor.inputs[position]
-            assert at is not None
-            walk.ask(operands[position], 0, at.dim, at.blocks)
+        walk = _Walk(facts, size, set(rows), whole)
+        for each, (along, *positions) in rows.items():
+            for position in positions:
+                at = along.inputs[position]
+                assert at is not None
+                walk.ask(facts.operands[each][position], 0, at.dim, at.blocks)
         walk.run()
         if not walk.sound:
             return None
         read_outside = walk.read_outside()
         if not read_outside:
             break
-        whole |= (
-            read_outside  # shared with others, as a position bias is by all layers: whole, and cut where it is read
-        )
-    columns = [w for w in walk.leaves if w is not facts.weights[operands[weight]] and len(facts.shapes[w][0]) > 1]
+        more = walk.narrow_rows(read_outside)
+        rows |= more
+        # what is shared with others, as a position bias is by all layers, is whole, and cut where it is read
+        whole |= read_outside - {facts.operands[each][at] for each, (_, at, _) in more.items()}
+    own = {facts.weights[facts.operands[each][position]] for each, (_, _, position) in rows.items()}
+    columns = [w for w in walk.leaves if w not in own and sum(s != 1 for s in facts.shapes[w][0]) > 1]
     return Pair(row, walk.leaves) if columns else None
 
 
@@ -293,6 +297,29 @@ class _Walk:
         """The split values that are read by others than the region, and not just handed out."""
         return {node for node in self.split if not all(self._inside(u) or self._unread(node, u) for u in node.users)}
 
+    def narrow_rows(self, values: set[fx.Node]) -> dict[fx.Node, tuple[Factor, int, int]]:
+        """Products by which alone split values are read outside, and which make fewer features of them: more rows.
+
+        A state-space mixer computes its steps from the very features that it scans; their sum is small.
+        """
+        out: dict[fx.Node, tuple[Factor, int, int]] = {}
+        for node in values:
+            found = {}
+            for user in node.users:
+                if self._inside(user) or self._unread(node, user):
+                    continue
+                row = contraction(user, self.facts) if user.op == "call_function" else None
+                if row is None or self.facts.operands[user][row[1]] is not node:
+                    break
+                at, (result, dim) = row[0].inputs[row[1]], next(iter(self.asked[node]))
+                size, made = self.facts.shapes[node][result], self.facts.shapes[user][0]
+                if at is None or at.dim != dim or at.blocks != (1,) or not _narrower(made, size):
+                    break
+                found[user] = row
+            else:
+                out |= found
+        return out
+
     def closed(self) -> bool:
         """Whether no split value is read outside."""
         return not self.read_outside()
@@ -311,6 +338,12 @@ class _Walk:
             return True
         handed_out = name in WEIGHT_VIEWS or name in _CUTS or name in ("aten.cat", "aten.clone", "aten.contiguous")
         return (handed_out or user.target is operator.getitem) and all(self._inside(u) for u in user.users)
+
+
+def _narrower(made: Shape, source: Shape) -> bool:
+    """Whether a product has at most half the features of what it is made of."""
+    few, many = made[-1], source[-1]
+    return made[:-1] == source[:-1] and isinstance(few, int) and isinstance(many, int) and few * 2 <= many
 
 
 def _merge(demand: Demand, size: Dim) -> tuple[int, ...] | None:
