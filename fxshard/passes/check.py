@@ -3,7 +3,7 @@
 Nothing is taken from ``propagate``'s choices. For every call and every axis the checker looks at what the operands
 *are* and what the result *is said to be*, and asks the operator's rule whether the one follows from the other:
 
-1. all operands replicated, result replicated; or
+1. all operands replicated, result replicated; or the same with all that carry a gradient Varying, and the result; or
 2. some factor of the rule, cut in some blocks: each operand that has it is split there, each operand that lacks it is
    Varying where a gradient flows through it, and the result is split there, or Partial where the factor is missing; or
 3. the Partial operands are one of the rule's linear sets, the others are replicated, and Varying where a gradient
@@ -28,7 +28,7 @@ from fxshard.passes.insert_collectives import CONVERSIONS
 from fxshard.passes.propagate import METADATA
 from fxshard.passes.typing import Info, info_of, values_of
 from fxshard.placement import Placement, Varying, blocks_of, describe, is_partial, is_shard, local_shape, same, shard
-from fxshard.rules.lookup import recipe_for
+from fxshard.rules.lookup import draws, recipe_for
 from fxshard.rules.recipe import At, Factor, operands_of, shape_of, written
 from fxshard.runtime import collectives as run
 
@@ -69,6 +69,10 @@ def _interesting(placement: Placement) -> bool:
     return is_shard(placement) or is_partial(placement) or isinstance(placement, Varying)
 
 
+def _cut(placement: Placement) -> bool:
+    return is_shard(placement) or is_partial(placement)
+
+
 def _follows(
     node: fx.Node,
     operands: Sequence[fx.Node],
@@ -93,6 +97,9 @@ def _follows(
     read = [i for i in range(len(now)) if i not in recipe.unread]
     if not any(_interesting(now[i]) for i in read):
         return not any(map(_interesting, after))
+    if all(isinstance(p, Varying) for p in after):
+        varied = [isinstance(now[i], Varying) == facts[i].differentiable and not _cut(now[i]) for i in read]
+        return all(varied) and not recipe.unread and not draws(node)
     partial = frozenset(i for i in read if is_partial(now[i]))
     if partial:
         others = [i for i in read if i not in partial]

@@ -9,17 +9,25 @@ front of the first of them, and a small embedding is looked up for this rank's i
     %e = embedding(%w, %ids1)     Shard(0),  %ids1 = chunk(%ids)  backward: all_reduce of %w's gradient
 
 A call is changed only if that moves no more bytes in the backward pass than before.
+
+``hoist_varies`` does the same for values whose readers all need them Varying, that is, whose gradients the ranks must
+sum: it is cheaper to sum the gradient of what they were made of, where that is smaller, or summed already.
+
+    %r = index(%x, %rows), %r1 = vary(%r)     backward: all_reduce of a row for each of a token's experts
+    %x1 = vary(%x), %r = index(%x1, %rows)    backward: all_reduce of a row for each token
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
+
 from fxshard.passes.facts import Facts, input_shapes, output_shapes, split_choice
 from fxshard.passes.typing import Choice
-from fxshard.placement import REPLICATE, Placement, Varying, is_shard, same
-from fxshard.rules.lookup import recipe_for
-from fxshard.rules.recipe import At
+from fxshard.placement import REPLICATE, VARYING, Placement, Varying, is_shard, same
+from fxshard.rules.lookup import draws, recipe_for
+from fxshard.rules.recipe import At, written
 
 
 def hoist_cuts(facts: Sequence[Facts], size: int, sizes: Sequence[int]) -> None:
@@ -33,6 +41,36 @@ def hoist_cuts(facts: Sequence[Facts], size: int, sizes: Sequence[int]) -> None:
         choice = _split(fact, wanted, size, sizes)
         if choice is not None and _moves(fact, choice) <= fact.num_bytes:
             fact.replace(choice)
+
+
+def hoist_varies(facts: Sequence[Facts]) -> None:
+    """Lets calls give Varying results, on the latest axis, where every reader wants such, and the backward pass moves
+    less for it: every rank runs the same call, so its gradients sum before the call as well as behind it.
+    """
+    for fact in reversed(facts):
+        if not fact.differentiable or len(fact.shapes) != 1 or fact.current[0] is not REPLICATE:
+            continue
+        readers = list(dict.fromkeys(fact.readers))
+        made = [r for r in readers if _only_varied(r, fact)]
+        varied = any(isinstance(w, Varying) for r in readers for w in _wants(r, fact))
+        if made and (varied or sum(r.num_bytes for r in made) > fact.num_bytes):
+            for reader in made:
+                inputs = tuple(VARYING if o is fact else REPLICATE for o in reader.operands)
+                reader.replace(Choice("vary", inputs, (VARYING,), reason="every reader sums its gradient"))
+
+
+def _only_varied(reader: Facts, operand: Facts) -> bool:
+    """Whether a call turns ``operand``, and nothing else that has a gradient, into a value that all readers vary."""
+    if reader.choices[-1:] != [None] or reader.node.op != "call_function" or not reader.differentiable or reader.stored:
+        return False
+    if len(reader.shapes) != 1 or len(reader.readers) < len(reader.node.users) or not reader.readers:
+        return False
+    if draws(reader.node) or written(reader.node) or not isinstance(reader.node.target, torch._ops.OpOverload):
+        return False
+    if any(o.current[0] is not REPLICATE or (o.differentiable and o is not operand) for o in reader.operands):
+        return False
+    same_type = reader.node.meta["val"].dtype == operand.node.meta["val"].dtype  # sums are rounded as they were
+    return same_type and all(isinstance(w, Varying) for r in reader.readers for w in _wants(r, reader))
 
 
 def _wants(reader: Facts, fact: Facts) -> list[Placement | None]:

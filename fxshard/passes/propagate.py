@@ -24,7 +24,7 @@ from torch import fx
 
 from fxshard.mesh import Mesh
 from fxshard.passes.facts import Facts, input_shapes, output_shapes, split_choice
-from fxshard.passes.hoist import hoist_cuts
+from fxshard.passes.hoist import hoist_cuts, hoist_varies
 from fxshard.passes.typing import Choice, Info, copy_graph, set_info
 from fxshard.placement import PARTIAL, REPLICATE, VARYING, Placement, is_partial, is_shard, same
 from fxshard.rules.lookup import WEIGHT_VIEWS, recipe_for
@@ -71,6 +71,7 @@ def propagate(graph: fx.Graph, mesh: Mesh) -> fx.Graph:
         if mesh.sizes[axis] > 1:
             _propagate_axis(facts, axis, mesh)
             hoist_cuts(facts, mesh.sizes[axis], mesh.sizes[:axis])
+            hoist_varies(facts)
         else:
             for fact in facts:
                 fact.close(None)
