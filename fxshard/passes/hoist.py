@@ -29,6 +29,9 @@ from fxshard.placement import REPLICATE, VARYING, Placement, Varying, is_shard, 
 from fxshard.rules.lookup import draws, recipe_for
 from fxshard.rules.recipe import At, written
 
+CHAIN = 4
+"""How many calls in a row may be passed by the sum of a gradient."""
+
 
 def hoist_cuts(facts: Sequence[Facts], size: int, sizes: Sequence[int]) -> None:
     """Splits calls whose readers all cut their result alike, on the latest axis; ``sizes``: of the outer ones."""
@@ -51,26 +54,47 @@ def hoist_varies(facts: Sequence[Facts]) -> None:
         if not fact.differentiable or len(fact.shapes) != 1 or fact.current[0] is not REPLICATE:
             continue
         readers = list(dict.fromkeys(fact.readers))
-        made = [r for r in readers if _only_varied(r, fact)]
-        varied = any(isinstance(w, Varying) for r in readers for w in _wants(r, fact))
-        if made and (varied or sum(r.num_bytes for r in made) > fact.num_bytes):
-            for reader in made:
-                inputs = tuple(VARYING if o is fact else REPLICATE for o in reader.operands)
-                reader.replace(Choice("vary", inputs, (VARYING,), reason="every reader sums its gradient"))
+        found = [chain for r in readers if (chain := _varied(r, fact, CHAIN)) is not None]
+        ends = [end for _, each in found for end in each]
+        moved = sum(end.num_bytes for end in ends)
+        already = any(isinstance(w, Varying) for r in readers for w in _wants(r, fact))
+        if ends and (already or moved > fact.num_bytes or (moved == fact.num_bytes and len(ends) > 1)):
+            calls = [call for each, _ in found for call in each]
+            for call in calls:
+                inputs = tuple(VARYING if o is fact or o in calls else REPLICATE for o in call.operands)
+                call.replace(Choice("vary", inputs, (VARYING,), reason="every reader sums its gradient"))
 
 
-def _only_varied(reader: Facts, operand: Facts) -> bool:
-    """Whether a call turns ``operand``, and nothing else that has a gradient, into a value that all readers vary."""
-    if reader.choices[-1:] != [None] or reader.node.op != "call_function" or not reader.differentiable or reader.stored:
+def _varied(call: Facts, operand: Facts, depth: int) -> tuple[list[Facts], list[Facts]] | None:
+    """The calls that turn ``operand``, and nothing else that has a gradient, into values that all their readers vary;
+    and those of them that are varied themselves. None where another reader needs one of them as it is.
+    """
+    if not _may_vary(call, operand):
+        return None
+    calls: list[Facts] = [call]
+    ends: list[Facts] = []
+    for reader in dict.fromkeys(call.readers):
+        if all(isinstance(w, Varying) for w in _wants(reader, call)):
+            ends = [call, *(end for end in ends if end is not call)]
+            continue
+        further = _varied(reader, call, depth - 1) if depth else None
+        if further is None:
+            return None
+        calls += further[0]
+        ends = [*ends, *further[1]]
+    return calls, ends
+
+
+def _may_vary(call: Facts, operand: Facts) -> bool:
+    if call.choices[-1:] != [None] or call.node.op != "call_function" or not call.differentiable or call.stored:
         return False
-    if len(reader.shapes) != 1 or len(reader.readers) < len(reader.node.users) or not reader.readers:
+    if len(call.shapes) != 1 or len(call.readers) < len(call.node.users) or not call.readers:
         return False
-    if draws(reader.node) or written(reader.node) or not isinstance(reader.node.target, torch._ops.OpOverload):
+    if draws(call.node) or written(call.node) or not isinstance(call.node.target, torch._ops.OpOverload):
         return False
-    if any(o.current[0] is not REPLICATE or (o.differentiable and o is not operand) for o in reader.operands):
+    if any(o.current[0] is not REPLICATE or (o.differentiable and o is not operand) for o in call.operands):
         return False
-    same_type = reader.node.meta["val"].dtype == operand.node.meta["val"].dtype  # sums are rounded as they were
-    return same_type and all(isinstance(w, Varying) for r in reader.readers for w in _wants(r, reader))
+    return bool(call.node.meta["val"].dtype == operand.node.meta["val"].dtype)  # sums are rounded as they were
 
 
 def _wants(reader: Facts, fact: Facts) -> list[Placement | None]:

@@ -151,6 +151,15 @@ WRONG: dict[str, tuple[Any, tuple[Any, ...], Any, str, str]] = {
     ),
     "values that are read": (aten.neg.default, (x(),), _reads_nothing, "", "whole operands"),
     "broadcast operand cut": (aten.add.Tensor, (r(12, 12), r(12)), "a b, a -> a b", "", "split over 'a'"),
+    "groups of rows, cut elsewhere": (
+        aten._grouped_mm.default,
+        (r(24, 48).float(), r(4, 48, 96).float(), torch.tensor([5, 5, 11, 24], dtype=torch.int32)),
+        "s k!, e! k! n, e! -> s n", "", "split over 's'",
+    ),
+    "histc between borders of its own": (aten.histc.default, (r(24), 6), "n+ -> b", "", "split over 'n'"),
+    "gru, states split": (
+        aten.gru_cell.default, (r(4, 6), r(4, 12), r(36, 6), r(36, 12)), "b! i!, b! h, g! i!, g! h -> b! h", "", "'h'",
+    ),
     "a result too few": (aten.chunk.default, (x(), 2), "... -> ...", "", "operands and"),
 }  # fmt: skip
 
