@@ -1,4 +1,4 @@
-"""Where the compiler had to gather because an operator has no rule, and how to mend that."""
+"""Where the compiler had to gather because an operator has no rule, or none that splits it, and how to mend that."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from fxshard.runtime.autocast import under_autocast
 
 @dataclass(frozen=True)
 class Fallback:
-    """One call that runs whole on every rank because its operator has no rule.
+    """One call that runs whole on every rank because its operator has no rule, or stays whole on purpose.
 
     Attributes:
         operator: e.g. ``mylib.scale``.
@@ -26,6 +26,7 @@ class Fallback:
         source: the line of the user's source.
         num_bytes: the bytes of the operands that are gathered, or reduced, for it.
         fix: a line that would teach fxshard the operator, to be completed.
+        why: why the operator stays whole on purpose; empty where it has no rule.
     """
 
     operator: str
@@ -33,12 +34,15 @@ class Fallback:
     source: str
     num_bytes: int
     fix: str
+    why: str = ""
 
     def __str__(self) -> str:
         where = ", ".join(x for x in (self.module, self.source) if x) or "the model"
+        what = f"stays whole, since {self.why}" if self.why else "has no rule"
+        mend = "" if self.why else f"; to split it, {self.fix}"
         return (
-            f"{self.operator} has no rule: {self.num_bytes:,} bytes are gathered for it in {where}, "
-            f"and every rank computes it whole; to split it, {self.fix}"
+            f"{self.operator} {what}: {self.num_bytes:,} bytes are gathered for it in {where}, "
+            f"and every rank computes it whole{mend}"
         )
 
 
@@ -48,14 +52,15 @@ def fallbacks_of(compiled: Compiled) -> list[Fallback]:
     for node in compiled.stages["propagate"].nodes:
         operator = str(node.args[1]) if node.target is under_autocast else name_of(node.target)[1]
         is_operator = node.target is under_autocast or isinstance(node.target, torch._ops.OperatorBase)
-        if not is_operator or find_rule(node.target) is not None:
+        rule = find_rule(node.target) if is_operator else None
+        if not is_operator or (rule is not None and not rule.whole):
             continue
         gathered = [o for o, wanted in _operands(node) if wanted]
         if gathered:
             teachable = isinstance(node.target, torch._ops.OpOverload)
             fix = _rule(operator, node) if teachable else "write it with operators that have rules"
             total = sum(num_bytes(values_of(o)[0]) for o in gathered)
-            out.append(Fallback(operator, module_of(node), source_of(node), total, fix))
+            out.append(Fallback(operator, module_of(node), source_of(node), total, fix, rule.whole if rule else ""))
     return out
 
 

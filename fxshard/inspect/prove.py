@@ -6,7 +6,7 @@ A rule claims three things of a call, and each is tried on sample calls, forward
                   missing): they are the whole call's. Gradients by the conversion table: an operand that has the factor
                   has its part of the gradient; of one that lacks it, the ranks' gradients sum; a Partial result hands
                   the whole cotangent to every rank.
-    linear sets   f(P1) + f(P2) == f(P1 + P2), the other operands equal.
+    linear sets   f(P1) + f(P2) == f(P1 + P2), the other operands equal; their gradients sum.
     unread        an operand that is not read may hold anything, in any local shape.
 
 What a rank runs is what the compiler would write: the call stands in a graph of one node, which ``localize`` makes
@@ -35,6 +35,7 @@ from fxshard.passes.typing import Choice, Info, set_info, values_of
 from fxshard.placement import (
     PARTIAL,
     REPLICATE,
+    VARYING,
     Placement,
     Placements,
     Varying,
@@ -248,7 +249,8 @@ class _Trial:
         if any(self.operands[i].dtype == torch.bool for i in members):
             return 0
         for size in (2, 3):
-            inputs = [(PARTIAL if i in members else REPLICATE,) for i in range(len(self.operands))]
+            others = [VARYING if _is_float(x) else REPLICATE for x in self.operands]
+            inputs = [(PARTIAL if i in members else other,) for i, other in enumerate(others)]
             choice = Choice("partial", tuple(p for (p,) in inputs), (PARTIAL,) * len(self.outputs))
             self._compare((choice,), (size,), inputs, [(PARTIAL,)] * len(self.outputs), frozenset())
         return 1
@@ -285,8 +287,7 @@ class _Trial:
                     _same(whole, expected, f"result {k}", self.tolerance, self.sample.values)
             grads = _gradients(results, leaves, cotangents)
             for i in range(len(self.grads)):
-                # Where a Partial passes, the other operands carry no gradient: check() sees to it.
-                if i not in unread and (is_partial(inputs[i][0]) or choices[0].kind != "partial"):
+                if i not in unread:
                     self._compare_grad(i, [g[i] for g in grads], inputs[i], sizes, leaves)
         except Exception as error:
             raise self._wrong(choices, sizes, inputs, outputs, error) from error

@@ -3,12 +3,12 @@
 Nothing is taken from ``propagate``'s choices. For every call and every axis the checker looks at what the operands
 *are* and what the result *is said to be*, and asks the operator's rule whether the one follows from the other:
 
-1. all operands replicated, result replicated; or
+1. all operands replicated, result replicated; or the same with all that carry a gradient Varying, and the result; or
 2. some factor of the rule, cut in some blocks: each operand that has it is split there, each operand that lacks it is
    Varying where a gradient flows through it, and the result is split there, or Partial where the factor is missing
    (replicated, where the factor's lowering reduces it); or
-3. the Partial operands are one of the rule's linear sets, the others are replicated and carry no gradient, and the
-   result is Partial.
+3. the Partial operands are one of the rule's linear sets, the others are replicated, and Varying where a gradient
+   flows through them, and the result is Partial.
 
 Conversions are checked against the table of ``runtime.collectives``; a Varying value is only made by one.
 """
@@ -30,6 +30,7 @@ from fxshard.passes.insert_collectives import CONVERSIONS
 from fxshard.passes.propagate import METADATA
 from fxshard.passes.typing import Info, info_of, values_of
 from fxshard.placement import Cut, Placement, Varying, cut_of, describe, is_partial, is_shard, same, shard
+from fxshard.rules.lookup import draws
 from fxshard.rules.recipe import At, Factor, operands_of, shape_of, written
 from fxshard.runtime import collectives as run
 
@@ -70,6 +71,10 @@ def _interesting(placement: Placement) -> bool:
     return is_shard(placement) or is_partial(placement) or isinstance(placement, Varying)
 
 
+def _cut(placement: Placement) -> bool:
+    return is_shard(placement) or is_partial(placement)
+
+
 def _follows(
     node: fx.Node,
     operands: Sequence[fx.Node],
@@ -89,11 +94,14 @@ def _follows(
     read = [i for i in range(len(now)) if i not in recipe.unread]
     if not any(_interesting(now[i]) for i in read):
         return not any(map(_interesting, after))
+    if all(isinstance(p, Varying) for p in after):
+        varied = [isinstance(now[i], Varying) == facts[i].differentiable and not _cut(now[i]) for i in read]
+        return all(varied) and not recipe.unread and not draws(node)
     partial = frozenset(i for i in read if is_partial(now[i]))
     if partial:
         others = [i for i in read if i not in partial]
         fits = partial in recipe.linear and all(is_partial(p) for p in after)
-        return fits and all(not _interesting(now[i]) and not facts[i].differentiable for i in others)
+        return fits and all(_interesting(now[i]) == facts[i].differentiable and not is_shard(now[i]) for i in others)
     return any(_fits(f, facts, now, after, read, mesh.sizes[axis]) for f in recipe.factors)
 
 

@@ -9,16 +9,28 @@ front of the first of them, and a small embedding is looked up for this rank's i
     %e = embedding(%w, %ids1)     Shard(0),  %ids1 = chunk(%ids)  backward: all_reduce of %w's gradient
 
 A call is changed only if that moves no more bytes in the backward pass than before.
+
+``hoist_varies`` does the same for values whose readers all need them Varying, that is, whose gradients the ranks must
+sum: it is cheaper to sum the gradient of what they were made of, where that is smaller, or summed already.
+
+    %r = index(%x, %rows), %r1 = vary(%r)     backward: all_reduce of a row for each of a token's experts
+    %x1 = vary(%x), %r = index(%x1, %rows)    backward: all_reduce of a row for each token
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
+
 from fxshard.passes.facts import Facts, recipe_of, split_choice
 from fxshard.passes.typing import Choice
-from fxshard.placement import REPLICATE, Placement, Varying, is_shard, same
-from fxshard.rules.recipe import At
+from fxshard.placement import REPLICATE, VARYING, Placement, Varying, is_shard, same
+from fxshard.rules.lookup import draws
+from fxshard.rules.recipe import At, written
+
+CHAIN = 4
+"""How many calls in a row may be passed by the sum of a gradient."""
 
 
 def hoist_cuts(facts: Sequence[Facts], size: int, sizes: Sequence[int]) -> None:
@@ -32,6 +44,57 @@ def hoist_cuts(facts: Sequence[Facts], size: int, sizes: Sequence[int]) -> None:
         choice = _split(fact, wanted, size, sizes)
         if choice is not None and _moves(fact, choice) <= fact.num_bytes:
             fact.replace(choice)
+
+
+def hoist_varies(facts: Sequence[Facts]) -> None:
+    """Lets calls give Varying results, on the latest axis, where every reader wants such, and the backward pass moves
+    less for it: every rank runs the same call, so its gradients sum before the call as well as behind it.
+    """
+    for fact in reversed(facts):
+        if not fact.differentiable or len(fact.shapes) != 1 or fact.current[0] is not REPLICATE:
+            continue
+        readers = list(dict.fromkeys(fact.readers))
+        found = [chain for r in readers if (chain := _varied(r, fact, CHAIN)) is not None]
+        ends = [end for _, each in found for end in each]
+        moved = sum(end.num_bytes for end in ends)
+        already = any(isinstance(w, Varying) for r in readers for w in _wants(r, fact))
+        if ends and (already or moved > fact.num_bytes or (moved == fact.num_bytes and len(ends) > 1)):
+            calls = [call for each, _ in found for call in each]
+            for call in calls:
+                inputs = tuple(VARYING if o is fact or o in calls else REPLICATE for o in call.operands)
+                call.replace(Choice("vary", inputs, (VARYING,), reason="every reader sums its gradient"))
+
+
+def _varied(call: Facts, operand: Facts, depth: int) -> tuple[list[Facts], list[Facts]] | None:
+    """The calls that turn ``operand``, and nothing else that has a gradient, into values that all their readers vary;
+    and those of them that are varied themselves. None where another reader needs one of them as it is.
+    """
+    if not _may_vary(call, operand):
+        return None
+    calls: list[Facts] = [call]
+    ends: list[Facts] = []
+    for reader in dict.fromkeys(call.readers):
+        if all(isinstance(w, Varying) for w in _wants(reader, call)):
+            ends = [call, *(end for end in ends if end is not call)]
+            continue
+        further = _varied(reader, call, depth - 1) if depth else None
+        if further is None:
+            return None
+        calls += further[0]
+        ends = [*ends, *further[1]]
+    return calls, ends
+
+
+def _may_vary(call: Facts, operand: Facts) -> bool:
+    if call.choices[-1:] != [None] or call.node.op != "call_function" or not call.differentiable or call.stored:
+        return False
+    if len(call.shapes) != 1 or len(call.readers) < len(call.node.users) or not call.readers:
+        return False
+    if draws(call.node) or written(call.node) or not isinstance(call.node.target, torch._ops.OpOverload):
+        return False
+    if any(o.current[0] is not REPLICATE or (o.differentiable and o is not operand) for o in call.operands):
+        return False
+    return bool(call.node.meta["val"].dtype == operand.node.meta["val"].dtype)  # sums are rounded as they were
 
 
 def _wants(reader: Facts, fact: Facts) -> list[Placement | None]:

@@ -222,6 +222,10 @@ def _local_cut(node: fx.Node, info: Info, mesh: RankMesh) -> None:
     if all(v.shape[dim] == value.shape[dim] for v in values_of(node)) and node.target is aten.slice.Tensor:
         node.args, node.kwargs = (source, dim, 0, torch.iinfo(torch.int64).max), {}
         return
+    if node.target is aten.slice.Tensor and arguments["step"] != 1:
+        node.args = (source, dim, arguments["start"], torch.iinfo(torch.int64).max, arguments["step"])
+        node.kwargs = {}
+        return
     if node.target in (aten.slice.Tensor, aten.narrow.default):
         start = arguments.get("start") or 0
         start = max(0, start + value.shape[dim] if start < 0 else start)

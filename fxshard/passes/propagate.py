@@ -24,12 +24,12 @@ from torch import fx
 
 from fxshard.mesh import Mesh
 from fxshard.passes.facts import Facts, may_lower, recipe_of, split_choice
-from fxshard.passes.hoist import hoist_cuts
+from fxshard.passes.hoist import hoist_cuts, hoist_varies
 from fxshard.passes.typing import Choice, Info, copy_graph, set_info
-from fxshard.placement import PARTIAL, REPLICATE, Cut, Placement, is_partial, is_shard, same
+from fxshard.placement import PARTIAL, REPLICATE, VARYING, Cut, Placement, is_partial, is_shard, same
 from fxshard.rules.lookup import WEIGHT_VIEWS
 from fxshard.rules.recipe import At, Factor, Recipe, operands_of, written
-from fxshard.rules.table import name_of
+from fxshard.rules.table import find_rule, name_of
 
 WEIGHT_STAYS = 1000.0
 """How much dearer it is to move a weight than an activation of its size: weights stay where they are stored."""
@@ -74,6 +74,7 @@ def propagate(graph: fx.Graph, mesh: Mesh) -> fx.Graph:
         if mesh.sizes[axis] > 1:
             _propagate_axis(facts, axis, mesh)
             hoist_cuts(facts, mesh.sizes[axis], mesh.sizes[:axis])
+            hoist_varies(facts)
         else:
             for fact in facts:
                 fact.close(None)
@@ -128,8 +129,10 @@ def _choose(fact: Facts, size: int, sizes: Sequence[int], axis: int) -> Choice:
     recipe = recipe_of(fact, sizes, current)
     if recipe is None:
         return _whole(fact, frozenset(), "has no rule")
+    if not recipe.factors and (rule := find_rule(fact.node.target)) is not None and rule.whole:
+        return _whole(fact, recipe.unread, f"stays whole: {rule.whole}")
     partial = frozenset(i for i, p in enumerate(current) if is_partial(p) and i not in recipe.unread)
-    if partial in recipe.linear and _floats(fact, partial):
+    if partial in recipe.linear and _floats(fact, partial, sizes):
         return _pass_partial(fact, recipe, partial)
     best: tuple[float, Factor, Cut, int] | None = None
     for factor in recipe.factors:
@@ -237,18 +240,47 @@ def _whole(fact: Facts, unread: frozenset[int], reason: str) -> Choice:
 
 def _pass_partial(fact: Facts, recipe: Recipe, partial: frozenset[int]) -> Choice:
     inputs: list[Placement | None] = []
-    for i in range(len(fact.operands)):
-        inputs.append(PARTIAL if i in partial else None if i in recipe.unread else REPLICATE)
+    for i, operand in enumerate(fact.operands):
+        other = VARYING if operand.differentiable else REPLICATE
+        inputs.append(PARTIAL if i in partial else None if i in recipe.unread else other)
     return Choice("partial", tuple(inputs), (PARTIAL,) * len(fact.shapes))
 
 
-def _floats(fact: Facts, partial: frozenset[int]) -> bool:
-    """Whether it is worth to leave a sum unreduced: it does not grow, nor make other gradients partial."""
-    operands = fact.operands
-    if any(o.differentiable for i, o in enumerate(operands) if i not in partial):
+def _floats(fact: Facts, partial: frozenset[int], sizes: Sequence[int]) -> bool:
+    """Whether it is worth to leave a sum unreduced: it does not grow, nor fall in pieces; or what follows makes it so
+    much smaller that it pays to sum the gradients of the other operands instead, as those of the weights of a token's
+    experts.
+    """
+    if len(fact.shapes) > 1:
         return False
-    sources = [operands[i] for i in partial]
-    return all(len(s.node.users) == 1 for s in sources) and fact.num_bytes <= sum(s.num_bytes for s in sources)
+    sources = [fact.operands[i] for i in partial]
+    if any(len(s.node.users) != 1 for s in sources) or fact.num_bytes > sum(s.num_bytes for s in sources):
+        return False
+    others = [o for i, o in enumerate(fact.operands) if i not in partial and o.differentiable]
+    return not others or _smallest_ahead(fact, sizes) + sum(o.num_bytes for o in others) < fact.num_bytes
+
+
+def _smallest_ahead(fact: Facts, sizes: Sequence[int]) -> int:
+    """The fewest bytes that a sum has on its way through linear operators whose other operands carry no gradient.
+
+    None at all, where it is added to another unreduced sum.
+    """
+    smallest = fact.num_bytes
+    for _ in range(LOOK_AHEAD):
+        reader, position = _only_reader(fact)
+        if reader is None or any(len(o.shapes) > 1 for o in reader.operands):
+            break
+        current = [o.current[0] if o.current else REPLICATE for o in reader.operands]
+        recipe = recipe_of(reader, sizes, current)
+        others = [o for i, o in enumerate(reader.operands) if i != position]
+        waiting = frozenset({position} | {i for i, p in enumerate(current) if is_partial(p)})
+        if recipe is not None and len(waiting) > 1 and waiting in recipe.linear:
+            return 0
+        if recipe is None or frozenset({position}) not in recipe.linear or any(o.differentiable for o in others):
+            break
+        fact = reader
+        smallest = min(smallest, fact.num_bytes)
+    return smallest
 
 
 def _cost(fact: Facts, factor: Factor, cut: Cut, current: Sequence[Placement]) -> float:

@@ -19,7 +19,8 @@ class Choice:
     """How one mesh axis runs one call.
 
     Attributes:
-        kind: ``split`` over ``factor``; ``partial``: a sum passes through unreduced; ``whole``: every rank the same.
+        kind: ``split`` over ``factor``; ``partial``: a sum passes through unreduced; ``whole``: every rank the same;
+            ``vary``: every rank the same, of which it goes on to compute something else.
         inputs: what each tensor operand must be along the axis; None where it is not read.
         outputs: what each result is along the axis.
         factor: the name of the split factor.

@@ -60,11 +60,27 @@ class Graph:
             elif node.op == "call_function":
                 ops = facts.operands[node] = operands_of(node)
                 if any(o in learned or o in weights for o in ops):
-                    if name_of(node.target)[1] in WEIGHT_VIEWS and len(ops) == 1 and ops[0] in weights:
+                    if ops[0] in weights and facts._is_of_weight(node):
                         weights[node] = weights[ops[0]]
                     else:
                         learned.add(node)
         return facts
+
+    def _is_of_weight(self, node: fx.Node) -> bool:
+        """Whether a call gives a weight in another form: a view, or the matrices of it that positions pick.
+
+        The experts' matrices that a router picks for each token are weights; the vectors of a table are activations.
+        """
+        ops = self.operands[node]
+        if len(ops) == 1 and (name_of(node.target)[1] in WEIGHT_VIEWS | _CUTS or node.target is operator.getitem):
+            return True
+        if any(o.meta["val"].is_floating_point() for o in ops[1:]):
+            return False
+        recipe = self.recipe(node)
+        if recipe is None or frozenset({0}) not in recipe.linear:
+            return False
+        kept = [f.inputs[0].dim for f in recipe.factors if f.inputs[0] and all(f.outputs) and not any(f.inputs[1:])]
+        return len(set(kept)) > 1
 
     def recipe(self, node: fx.Node) -> Recipe | None:
         """The recipe of a call on whole operands; None where it has no rule."""
@@ -166,25 +182,27 @@ def _walk_from(
     row: fx.Node, found: tuple[Factor, int, int], facts: Graph, cut: Cut, size: int
 ) -> tuple[Pair | None, set[int]]:
     """The pair of a row whose contracted factor is cut so, and the sizes of factors that do not fall into pieces."""
-    factor, value, weight = found
-    operands = facts.operands[row]
     whole: set[fx.Node] = set()
+    rows = {row: found}
     while True:
-        walk = _Walk(facts, cut, size, {row}, whole)
-        for position in (value, weight):
-            at = factor.inputs[position]
-            assert at is not None
-            walk.ask(operands[position], 0, at.dim, at.blocks)
+        walk = _Walk(facts, cut, size, set(rows), whole)
+        for each, (along, *positions) in rows.items():
+            for position in positions:
+                at = along.inputs[position]
+                assert at is not None
+                walk.ask(facts.operands[each][position], 0, at.dim, at.blocks)
         walk.run()
         if not walk.sound:
             return None, walk.obstacles
         read_outside = walk.read_outside()
         if not read_outside:
             break
-        whole |= (
-            read_outside  # shared with others, as a position bias is by all layers: whole, and cut where it is read
-        )
-    columns = [w for w in walk.leaves if w is not facts.weights[operands[weight]] and len(facts.shapes[w][0]) > 1]
+        more = walk.narrow_rows(read_outside)
+        rows |= more
+        # what is shared with others, as a position bias is by all layers, is whole, and cut where it is read
+        whole |= read_outside - {facts.operands[each][at] for each, (_, at, _) in more.items()}
+    own = {facts.weights[facts.operands[each][position]] for each, (_, _, position) in rows.items()}
+    columns = [w for w in walk.leaves if w not in own and sum(s != 1 for s in facts.shapes[w][0]) > 1]
     return (Pair(row, walk.leaves) if columns else None), walk.obstacles
 
 
@@ -309,11 +327,40 @@ class _Walk:
 
     def read_outside(self) -> set[fx.Node]:
         """The split values that are read by others than the region, and not just handed out."""
-        return {node for node in self.split if not all(self._inside(user) for user in node.users)}
+        return {node for node in self.split if not all(self._inside(u) or self._unread(node, u) for u in node.users)}
+
+    def narrow_rows(self, values: set[fx.Node]) -> dict[fx.Node, tuple[Factor, int, int]]:
+        """Products by which alone split values are read outside, and which make fewer features of them: more rows.
+
+        A state-space mixer computes its steps from the very features that it scans; their sum is small.
+        """
+        out: dict[fx.Node, tuple[Factor, int, int]] = {}
+        for node in values:
+            found = {}
+            for user in node.users:
+                if self._inside(user) or self._unread(node, user):
+                    continue
+                row = contraction(user, self.facts) if user.op == "call_function" else None
+                if row is None or self.facts.operands[user][row[1]] is not node:
+                    break
+                at, (result, dim) = row[0].inputs[row[1]], next(iter(self.asked[node]))
+                size, made = self.facts.shapes[node][result], self.facts.shapes[user][0]
+                if at is None or at.dim != dim or at.blocks != (1,) or not _narrower(made, size):
+                    break
+                found[user] = row
+            else:
+                out |= found
+        return out
 
     def closed(self) -> bool:
         """Whether no split value is read outside."""
         return not self.read_outside()
+
+    def _unread(self, node: fx.Node, user: fx.Node) -> bool:
+        """Whether a call takes no more than shape or dtype of a value."""
+        recipe = self.facts.recipe(user) if user.op == "call_function" else None
+        at = {i for i, o in enumerate(self.facts.operands.get(user, ())) if o is node}
+        return recipe is not None and at <= recipe.unread
 
     def _inside(self, user: fx.Node) -> bool:
         if user in self.region or user in self.split or user.op == "output":
@@ -323,6 +370,12 @@ class _Walk:
             return True
         handed_out = name in WEIGHT_VIEWS or name in _CUTS or name in ("aten.cat", "aten.clone", "aten.contiguous")
         return (handed_out or user.target is operator.getitem) and all(self._inside(u) for u in user.users)
+
+
+def _narrower(made: Shape, source: Shape) -> bool:
+    """Whether a product has at most half the features of what it is made of."""
+    few, many = made[-1], source[-1]
+    return made[:-1] == source[:-1] and isinstance(few, int) and isinstance(many, int) and few * 2 <= many
 
 
 def _merge(demand: Demand, size: Dim) -> tuple[int, ...] | None:
@@ -402,10 +455,9 @@ def _biases(node: fx.Node, facts: Graph) -> Iterator[fx.Node]:
 def residuals(facts: Graph, rows: Iterable[fx.Node]) -> list[fx.Node]:
     """The values to which the results of ``rows`` are added: the residual streams, at every place they are read."""
     fresh = set(rows)
-    passing = {"aten.add", "aten.dropout", "aten.mul", "aten.div", "aten.to", "aten.clone", "aten.contiguous"}
     found: dict[fx.Node, None] = {}
     for node in facts.order:
-        if node.op != "call_function" or name_of(node.target)[1] not in passing | {"aten.view", "aten.reshape"}:
+        if node.op != "call_function":
             continue
         shape = facts.shapes[node]
         sources = [o for o in facts.operands[node] if o not in facts.weights]
@@ -414,8 +466,18 @@ def residuals(facts: Graph, rows: Iterable[fx.Node]) -> list[fx.Node]:
         if not new:
             continue
         old = [o for o in sources if o not in fresh]
-        if not old:
+        if _passes_on(node, facts, new, old):
             fresh.add(node)
         elif name_of(node.target)[1] == "aten.add" and facts.shapes[old[0]] == shape:
             found[old[0]] = None
     return list(found)
+
+
+def _passes_on(node: fx.Node, facts: Graph, new: list[fx.Node], old: list[fx.Node]) -> bool:
+    """Whether a call hands on what is computed from ``new``: it is linear in these alone, and contracts nothing."""
+    if name_of(node.target)[1] in ("aten.add", "aten.dropout"):
+        return not old
+    recipe = facts.recipe(node)
+    if recipe is None or frozenset(i for i, o in enumerate(facts.operands[node]) if o in new) not in recipe.linear:
+        return False
+    return all(sum(at is not None for at in f.inputs) < 2 for f in recipe.factors if None in f.outputs)

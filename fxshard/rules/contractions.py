@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from fxshard.rules.names import ONE, Names, left, lowered, resized
 from fxshard.rules.notation import make_factors
-from fxshard.rules.recipe import Call, Dim, Recipe
+from fxshard.rules.recipe import Call, Dim, Factor, Recipe
 
 
 def linear(call: Call) -> Recipe:
@@ -68,6 +70,27 @@ def _letters(term: str, ndim: int) -> Names:
     before, dots, after = term.partition("...")
     count = ndim - len(before) - len(after) if dots else 0
     return [*((c,) for c in before), *((f".{i}",) for i in reversed(range(count))), *((c,) for c in after)]
+
+
+def grouped_mm(call: Call) -> Recipe:
+    """grouped_mm(x, w, offsets): each group of rows of x with its own matrix of w, as experts compute; the groups are
+    whole, since the offsets speak of all rows. Both of 3 dims, or groups of columns, as well.
+    """
+    x, w = call.inputs[:2]
+    rule = _GROUPED.get((len(x), len(w), len(call.inputs)))
+    if rule is None:
+        return Recipe()
+    ins, out = rule
+    return Recipe(make_factors(ins, [out], call, {"k": "+", "s": "!", "g": "!"}))
+
+
+_GROUPED: dict[tuple[int, int, int], tuple[list[Names], Names]] = {
+    (2, 3, 3): ([[("s",), ("k",)], [("g",), ("k",), ("n",)], [("g",)]], [("s",), ("n",)]),
+    (3, 2, 3): ([[("g",), ("m",), ("k",)], [("k",), ("s",)], [("g",)]], [("m",), ("s",)]),
+    (2, 2, 3): ([[("m",), ("s",)], [("s",), ("n",)], [("g",)]], [("g",), ("m",), ("n",)]),
+    (3, 3, 2): ([[("b",), ("m",), ("k",)], [("b",), ("k",), ("n",)]], [("b",), ("m",), ("n",)]),
+}
+"""The dims of x and w, and the number of operands -> how they are named; ``s`` is cut in groups by the offsets."""
 
 
 def embedding(call: Call) -> Recipe:
@@ -154,3 +177,98 @@ def attention(call: Call) -> Recipe:
     if call.arguments.get("dropout_p"):
         return Recipe(lowered(factors, "attention"))  # a rank drops its part of the one mask
     return Recipe(factors, (frozenset({2}),))
+
+
+def flash_attention(call: Call) -> Recipe:
+    """_scaled_dot_product_flash_attention_for_cpu: as ``attention``; of its second result the dims go likewise."""
+    recipe = attention(replace(call, outputs=call.outputs[:1]))
+    if call.arguments.get("dropout_p"):
+        return Recipe()
+    return Recipe(tuple(replace(f, outputs=f.outputs * 2) for f in recipe.factors if f.outputs[0] and _rows_only(f)))
+
+
+def _rows_only(factor: Factor) -> bool:
+    """Whether a factor is not the size of the values, which the log-sums lack."""
+    return factor.inputs[0] is not None
+
+
+def convolution(call: Call) -> Recipe:
+    """convolution: as ``conv``, or ``conv_transpose`` where it says so."""
+    return _conv(call, transposed=bool(call.arguments["transposed"]))
+
+
+def tensordot(call: Call) -> Recipe:
+    """tensordot(x, y, dims of x, dims of y): the named dims sum, pair by pair."""
+    a, b = (len(s) for s in call.inputs)
+    ins = [[(f"x{i}",) for i in range(a)], [(f"y{i}",) for i in range(b)]]
+    for k, (i, j) in enumerate(zip(call.dims("dims_self", a), call.dims("dims_other", b), strict=True)):
+        ins[0][i] = ins[1][j] = (f"k{k}",)
+    if call.arguments["dims_self"] == ():
+        return Recipe()
+    out = [n for names in ins for n in names if n[0][0] != "k"]
+    marks = {n[0]: "+" for n in ins[0] if n[0][0] == "k"}
+    return Recipe(make_factors(ins, [out], call, marks), _products(call, 2))
+
+
+def vecdot(call: Call) -> Recipe:
+    """linalg_vecdot(x, y, dim): the dim sums, the others follow."""
+    ndim = len(call.inputs[0])
+    if len(call.inputs[1]) != ndim or not ndim:
+        return Recipe()
+    names, dim = left(ndim), call.dim("dim", ndim)
+    return Recipe(make_factors([names, names], [names[:dim] + names[dim + 1 :]], call, {names[dim][0]: "+"}))
+
+
+def bilinear(call: Call) -> Recipe:
+    """bilinear(x, y, w, b): each output feature has a matrix of its own; without a bias, either of its dims sums."""
+    rows = left(len(call.inputs[0]) - 1)
+    bias: list[Names] = [[("o",)]] * (len(call.inputs) - 3)
+    ins: list[Names] = [[*rows, ("i",)], [*rows, ("j",)], [("o",), ("i",), ("j",)], *bias]
+    mark = "!" if bias else "+"
+    return Recipe(make_factors(ins, [[*rows, ("o",)]], call, {"i": mark, "j": mark}), _products(call, 3))
+
+
+def solve(call: Call) -> Recipe:
+    """linalg_solve, linalg_solve_triangular(A, B): batches, and the columns of B; its rows where A is on the right."""
+    if len(call.inputs[0]) != len(call.inputs[1]) or call.inputs[0][:-2] != call.inputs[1][:-2]:
+        return Recipe()  # B may be a batch of vectors
+    lead = left(len(call.inputs[0]) - 2)
+    sides: Names = [*lead, ("m",), ("k",)] if call.arguments.get("left", True) else [*lead, ("k",), ("m",)]
+    if len(call.outputs) > 1:
+        matrix: Names = [*lead, ONE, ONE]
+        return Recipe(make_factors([matrix, matrix], [matrix, lead], call, {}))
+    return Recipe(make_factors([[*lead, ("m",), ("n",)], sides], [sides], call, {"m": "!", "n": "!"}))
+
+
+def fused_layer(call: Call) -> Recipe:
+    """_transformer_encoder_layer_fwd, _native_multi_head_attention: a whole layer as one operator, of which the batch
+    may be split; all weights are whole.
+    """
+    count = sum(name in call.arguments for name in ("src", "query", "key", "value"))
+    ins: list[Names] = [[("b",), ONE, ONE]] * count + [[ONE] * len(s) for s in call.inputs[count:]]
+    mask = call.operand("mask")
+    if mask is not None and (call.arguments.get("mask_type") == 1 or len(call.inputs[mask]) > 2):
+        ins[mask] = [("b",), *[ONE] * (len(call.inputs[mask]) - 1)]
+    outs: list[Names] = [[("b",), *[ONE] * (len(s) - 1)] for s in call.outputs]
+    return Recipe(make_factors(ins, outs, call, {})) if all(call.outputs) else Recipe()
+
+
+def recurrent(call: Call) -> Recipe:
+    """lstm, gru, rnn: the batch; the time runs, and every gate of a step needs the whole state of the one before."""
+    if call.operand("input") is None or len(call.inputs[0]) != 3:
+        return Recipe()
+    states = 2 if "lstm" in call.name else 1
+    state: Names = [ONE, ("b",), ONE]
+    first: Names = [("b",), ONE, ONE] if call.arguments["batch_first"] else state
+    ins: list[Names] = [first, *[state] * states, *([ONE] * len(s) for s in call.inputs[1 + states :])]
+    return Recipe(make_factors(ins, [first, *[state] * states], call, {}))
+
+
+def recurrent_cell(call: Call) -> Recipe:
+    """lstm_cell, gru_cell, rnn_cell: one step; the batch."""
+    states = 2 if "lstm" in call.name else 1
+    if any(len(s) != 2 for s in call.inputs[: 1 + states]):
+        return Recipe()
+    row: Names = [("b",), ONE]
+    ins: list[Names] = [row, *[row] * states, *([ONE] * len(s) for s in call.inputs[1 + states :])]
+    return Recipe(make_factors(ins, [row] * len(call.outputs), call, {}))

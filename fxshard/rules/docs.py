@@ -4,18 +4,13 @@ from __future__ import annotations
 
 import sys
 
-from fxshard.rules.table import Rule, all_rules, rule_function
+from fxshard.rules.table import Rule, rule_function, table_rules
 
-UNSPLIT = {
-    "arange empty eye full ones rand randn zeros": "has no tensor operand: every rank makes the whole, and cuts "
-    "it where it meets a split tensor",
-    "bernoulli exponential normal rand_like randn_like randint_like uniform": "draws random numbers: a part of the "
-    "draw is not a draw of the part",
+NO_RULE = {
+    "arange empty eye full linspace ones rand randn tril_indices triu_indices zeros": "has no tensor operand: every "
+    "rank makes the whole, and cuts it where it meets a split tensor",
     "dropout (in training), scaled_dot_product_attention (with dropout)": "draws too, but has a lowering: each "
     "rank draws the whole mask, as one device does, and keeps its part",
-    "item, bincount, histc, nonzero, unique, masked_select": "what it gives, or its shape, depends on all values",
-    "masked_scatter": "where a value goes depends on the whole mask",
-    "as_strided, view.dtype": "speaks of memory, not of dims",
     "expand_as, reshape_as, type_as, view_as": "`normalize` rewrites it with sizes or a dtype: of its second operand "
     "no value is read",
     "sym_size and other readers of shapes": "gives the size of the whole tensor, from what a rank knows, without "
@@ -23,15 +18,15 @@ UNSPLIT = {
     "_assert_tensor_metadata and other guards": "`normalize` drops it",
     "in-place operators": "`normalize` rewrites them functionally",
 }
-"""Operators that are met in models and have no rule, or one that never splits, and why."""
+"""What is met in models and needs no rule, and why."""
 
 HEAD = """\
 # Operators
 
 <!-- Written by `python -m fxshard.rules.docs > docs/ops.md`; do not edit. -->
 
-What the rules of fxshard say of {count} ATen operators. A rule names the *factors* of an operator, those dims that a
-mesh axis may split:
+What the rules of fxshard say of {count} operators, those of ATen without their namespace. A rule names the *factors*
+of an operator, those dims that a mesh axis may split:
 
 | notation | the factor |
 |---|---|
@@ -60,15 +55,21 @@ def ops_page() -> str:
     >>> print(ops_page().splitlines()[0])
     # Operators
     """
-    rules = all_rules()
-    own = {name: rule for name, rule in rules.items() if name.startswith("aten.")}
     rows: dict[tuple[str, str], list[str]] = {}
-    for name, rule in own.items():
-        rows.setdefault((_describe(rule), rule.linear), []).append(name.removeprefix("aten."))
+    reasons: dict[str, list[str]] = {}
+    for name, rule in table_rules().items():
+        short = name.removeprefix("aten.")
+        if rule.whole:
+            reasons.setdefault(rule.whole, []).append(short)
+        else:
+            rows.setdefault((_describe(rule), rule.linear), []).append(short)
     lines = [f"| {' '.join(sorted(names))} | {text} | {linear} |" for (text, linear), names in rows.items()]
-    tail = ["", "## What is never split, and why", "", "| operators | |", "|---|---|"]
-    tail += [f"| {names} | {why} |" for names, why in UNSPLIT.items()]
-    return HEAD.format(count=len(own)) + "\n".join([*lines, *tail]) + "\n"
+    tail = ["", "## Whole on purpose", "", "Their operands are gathered, and every rank computes the whole.", ""]
+    tail += ["| operators | because |", "|---|---|"]
+    tail += [f"| {' '.join(sorted(names))} | {why} |" for why, names in reasons.items()]
+    tail += ["", "## Without a rule, and not gathered", "", "| operators | because |", "|---|---|"]
+    tail += [f"| {names} | {why} |" for names, why in NO_RULE.items()]
+    return HEAD.format(count=sum(map(len, rows.values()))) + "\n".join([*lines, *tail]) + "\n"
 
 
 def _describe(rule: Rule) -> str:

@@ -64,10 +64,14 @@ def recipe_for(
 
 def draws(node: fx.Node) -> bool:
     """Whether the call draws random numbers: then only a lowering may split it."""
-    if node.target is torch.ops.aten.scaled_dot_product_attention.default:
-        return bool(bind(node)["dropout_p"])
     target = operator_named(str(node.args[1])) if node.target is under_autocast else node.target
-    return torch.Tag.nondeterministic_seeded in getattr(target, "tags", ())
+    if not isinstance(target, torch._ops.OpOverload):
+        return False
+    chances = [name for name in ("dropout_p", "dropout") if name in signature_of(target).names]
+    if chances and target is node.target:  # an operator with a dropout inside: an attention, an lstm
+        arguments = bind(node)
+        return bool(arguments[chances[0]]) and bool(arguments.get("train", True))
+    return torch.Tag.nondeterministic_seeded in target.tags
 
 
 def _affine(node: fx.Node) -> bool:

@@ -9,7 +9,7 @@ from typing import TypeAlias
 from fxshard.rules.recipe import Dim, Factor
 
 Names: TypeAlias = list[tuple[str, ...]]
-ONE = ("1",)
+ONE: tuple[str, ...] = ("1",)
 """The name of a dim that takes no part."""
 
 

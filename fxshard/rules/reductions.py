@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from fxshard.rules.names import ONE, Names, left, lowered, whole
+from fxshard.rules.names import ONE, Names, left, lowered, right, whole
 from fxshard.rules.notation import make_factors
 from fxshard.rules.recipe import Call, Recipe
 
@@ -97,6 +97,14 @@ def counts(call: Call) -> Recipe:
     return _reduction(call, "+")
 
 
+def histc(call: Call) -> Recipe:
+    """histc(x, bins, min, max): counts sum; without bounds these are those of all values, and it stays whole."""
+    if call.arguments.get("min", 0) == call.arguments.get("max", 0):
+        return Recipe()
+    names = left(len(call.inputs[0]))
+    return Recipe(make_factors([names], [[ONE]], call, {n[0]: "+" for n in names}))
+
+
 def means(call: Call) -> Recipe:
     """mean: each rank's mean is weighed by its share of the elements, then summed."""
     return Recipe(_reduction(call, "+", "mean").factors, LINEAR if call.arguments.get("dtype") is None else ())
@@ -180,3 +188,41 @@ def cross_entropy(call: Call) -> Recipe:
         marks |= {n[0]: "+" for n in rows}
     factors = make_factors(ins, [rows if reduction == 0 else []], call, marks)
     return Recipe(lowered(factors, "loss", None if reduction == 1 else ("v",)))
+
+
+def stft(call: Call) -> Recipe:
+    """stft(x, ..., window): a batch of signals."""
+    batch: Names = [("b",)] * (len(call.inputs[0]) - 1)
+    ins = [[*batch, ONE], *([ONE] * len(s) for s in call.inputs[1:])]
+    return Recipe(make_factors(ins, [[*batch, *[ONE] * (len(call.outputs[0]) - len(batch))]], call, {}))
+
+
+def row_loss(call: Call) -> Recipe:
+    """cosine_embedding_loss, triplet_margin_loss, ...: a loss for each row; summed, or a mean of them."""
+    reduction = call.arguments.get("reduction", 1)
+    rows = call.inputs[0][:1]
+    if len(call.inputs[0]) != 2 or any(s[:1] != rows for s in call.inputs) or call.operand("weight") is not None:
+        return Recipe()
+    ins: list[Names] = [[("n",), *[ONE] * (len(s) - 1)] for s in call.inputs]
+    if reduction == 0:
+        return Recipe(make_factors(ins, [[("n",)]], call, {}) if len(call.outputs[0]) == 1 else ())
+    return Recipe(lowered(make_factors(ins, [[]], call, {"n": "+"}), "mean" if reduction == 1 else None))
+
+
+def ctc_loss(call: Call) -> Recipe:
+    """ctc_loss(log_probs, targets, lengths, lengths) of padded targets: the batch; summed, or a mean over it."""
+    reduction = call.arguments.get("reduction", 1)
+    if [len(s) for s in call.inputs] != [3, 2, 1, 1]:
+        return Recipe()
+    ins: list[Names] = [[ONE, ("n",), ONE], [("n",), ONE], [("n",)], [("n",)]]
+    if reduction == 0:
+        return Recipe(make_factors(ins, [[("n",)]], call, {}))
+    return Recipe(lowered(make_factors(ins, [[]], call, {"n": "+"}), "mean" if reduction == 1 else None))
+
+
+def pairwise_distance(call: Call) -> Recipe:
+    """pairwise_distance: operands broadcast, the last dim is whole."""
+    ins = [right(len(s)) for s in call.inputs]
+    names = right(max(len(s) for s in call.inputs))
+    out = [*names[:-1], ONE] if call.arguments.get("keepdim") else names[:-1]
+    return Recipe(make_factors(ins, [out], call, {"d0": "!"}))

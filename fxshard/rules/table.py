@@ -4,7 +4,8 @@ A row is: operators | notation or rule function | the operands through which it 
 sets of operands: ``0`` alone, ``0;1`` either, ``0,1`` both at once, ``all`` every tensor operand at once. Where exactly
 the operands of one set are Partial, the result is Partial too, and nothing is reduced yet.
 
-An operator without a row is right all the same: its operands are gathered and the report says so.
+An operator of another library is written with its namespace, ``lib::op``. An operator without a row is right all the
+same: its operands are gathered and the report says so.
 """
 
 from __future__ import annotations
@@ -27,14 +28,16 @@ POINTWISE = """
     clamp_min clip complex copysign cos cosh deg2rad digamma elu empty_like eq erf erfc erfinv exp exp2 expm1 floor
     floor_divide fmax fmin fmod frac full_like ge gelu greater greater_equal gt hardshrink hardsigmoid hardswish
     hardtanh heaviside hypot i0 isclose isfinite isinf isnan isneginf isposinf ldexp le leaky_relu less less_equal
-    lgamma log log10
-    log1p log2 log_sigmoid logaddexp logaddexp2 logical_and logical_not logical_or logical_xor logit lt max.other
-    maximum min.other minimum mish mvlgamma nan_to_num ne nextafter not_equal ones_like polar polygamma pow rad2deg
-    reciprocal relu relu6 remainder round rsqrt selu sgn sigmoid sign signbit silu sin sinc sinh softplus softshrink
-    special_erf special_erfcx special_entr special_expit special_i0e special_i1 special_log1p special_log_ndtr
-    special_ndtr special_xlog1py special_xlogy special_zeta sqrt square tan tanh threshold trunc xlogy
-    div.Tensor_mode div.Scalar_mode divide.Tensor_mode divide.Scalar_mode rand_like randn_like bernoulli
-    addcmul addcdiv
+    lgamma log log10 log1p log2 log_sigmoid logaddexp logaddexp2 logical_and logical_not logical_or logical_xor
+    logit lt max.other maximum min.other minimum mish mvlgamma nan_to_num ne nextafter not_equal ones_like polar
+    polygamma pow rad2deg reciprocal relu relu6 remainder round rsqrt selu sgn sigmoid sign signbit silu sin sinc
+    sinh softplus softshrink special_erf special_erfcx special_entr special_expit special_i0e special_i1
+    special_log1p special_log_ndtr special_ndtr special_xlog1py special_xlogy special_zeta sqrt square tan tanh
+    threshold trunc xlogy div.Tensor_mode div.Scalar_mode divide.Tensor_mode divide.Scalar_mode rand_like randn_like
+    bernoulli addcmul addcdiv absolute arccos arccosh arcsin arcsinh arctan arctan2 arctanh conj_physical fix
+    float_power frexp.Tensor gcd igamma igammac isreal lcm special_bessel_j0 special_bessel_j1 special_bessel_y0
+    special_bessel_y1 special_digamma special_erfinv special_exp2 special_expm1 special_gammainc special_gammaincc
+    special_gammaln special_i1e special_logit special_ndtri special_psi special_round special_sinc
 """
 """Operators that treat every element alike: every dim may be split, operands broadcast."""
 
@@ -74,6 +77,11 @@ TABLE = """
     norm linalg_vector_norm                                        | @vector_norms |
     prod any all                                                   | @shares |
     median nanmedian kthvalue mode                                 | @reduces   |
+    histc                           | @histc                                    |
+    nanmean linalg_norm linalg_matrix_norm                         | @reduces   |
+    msort flipud                    | n! ... -> n! ...                          |
+    fliplr                          | m n! ... -> m n! ...                      | 0
+    rot90                           | @dim_whole                                |
     layer_norm rms_norm native_layer_norm                          | @trailing_norm |
     group_norm                      | @group_norm                               |
     batch_norm                      | @batch_norm                               |
@@ -86,13 +94,40 @@ TABLE = """
     mv                              | m k+, k+ -> m                             | 0;1
     dot vdot                        | k+, k+ ->                                 | 0;1
     outer ger                       | m, n -> m n                               | 0;1
+    inner                           | m k+, n k+ -> m n                         | 0;1
+    kron                            | a b, c! d! -> (a c) (b d)                 | 0;1
+    addmv                           | m, m k!, k! -> m                          |
+    addr                            | m n, m, n -> m n                          |
+    addbmm                          | m n, b! m k!, b! k! n -> m n              |
+    tensordot                       | @tensordot                                |
+    linalg_vecdot                   | @vecdot                                   | 0;1
+    bilinear                        | @bilinear                                 |
+    linalg_inv inverse linalg_pinv linalg_matrix_power matrix_power linalg_cholesky cholesky cholesky_inverse
+                                    | ... m! n! -> ... p! q!                    |
+    linalg_matrix_exp matrix_exp    | b m! n! -> b p! q!                        |
+    linalg_inv_ex linalg_cholesky_ex                               | ... m! n! -> ... p! q!, ... |
+    linalg_det det logdet           | ... m! n! -> ...                          |
+    linalg_slogdet slogdet          | ... m! n! -> ..., ...                     |
+    linalg_lu_factor geqrf          | ... m! n! -> ... p! q!, ... r!            |
+    linalg_qr                       | ... m! n! -> ... p! q!, ... r! s!         |
+    linalg_svd                      | ... m! n! -> ... p! q!, ... r!, ... s! t! |
+    linalg_svdvals linalg_eigvalsh  | ... m! n! -> ... r!                       |
+    linalg_eigh                     | ... m! n! -> ... r!, ... s! t!            |
+    linalg_solve linalg_solve_ex linalg_solve_triangular           | @solve     |
+    cholesky_solve                  | ... m! k, ... m! n! -> ... m! k           |
     cdist                           | ... m d!, ... n d! -> ... m n             |
     matmul linalg_matmul            | @matmul                                   |
     addmm baddbmm                   | @addmm                                    |
     einsum                          | @einsum                                   |
+    _grouped_mm transformers::grouped_mm_fallback                  | @grouped_mm | 0;1
     embedding                       | @embedding                                |
     conv1d conv2d conv3d            | @conv                                     |
     conv_transpose1d conv_transpose2d conv_transpose3d             | @conv_transpose |
+    convolution                     | @convolution                              |
+    _scaled_dot_product_flash_attention_for_cpu                    | @flash_attention |
+    _native_multi_head_attention _transformer_encoder_layer_fwd    | @fused_layer |
+    lstm gru rnn_tanh rnn_relu      | @recurrent                                |
+    lstm_cell gru_cell rnn_tanh_cell rnn_relu_cell                 | @recurrent_cell |
     scaled_dot_product_attention    | @attention                                |
     max_pool1d                      | ... w! -> ... W!                          |
     avg_pool1d adaptive_avg_pool1d upsample_nearest1d upsample_linear1d | ... w! -> ... W! | 0
@@ -104,6 +139,17 @@ TABLE = """
     max_pool3d                      | ... t! h! w! -> ... T! H! W!              |
     avg_pool3d adaptive_avg_pool3d upsample_nearest3d upsample_trilinear3d
                                     | ... t! h! w! -> ... T! H! W!              | 0
+    max_pool1d_with_indices adaptive_max_pool1d                    | ... w! -> ... W!, ... W! |
+    max_pool3d_with_indices adaptive_max_pool3d | ... t! h! w! -> ... T! H! W!, ... T! H! W! |
+    fractional_max_pool2d           | b c h! w!, b c r! -> b c H! W!, b c H! W! |
+    max_unpool2d                    | ... h! w!, ... h! w! -> ... H! W!         | 0
+    max_unpool3d                    | ... t! h! w!, ... t! h! w! -> ... T! H! W! | 0
+    reflection_pad1d replication_pad1d _upsample_nearest_exact1d   | ... w! -> ... W! | 0
+    reflection_pad3d replication_pad3d _upsample_nearest_exact3d _adaptive_avg_pool3d
+                                    | ... t! h! w! -> ... T! H! W!              | 0
+    _adaptive_avg_pool2d            | ... h! w! -> ... H! W!                    | 0
+    grid_sampler_3d                 | b c t! h! w!, b x y z three! -> b c x y z | 0
+    stft                            | @stft                                     | 0
     pixel_shuffle                   | ... (c r) h! w! -> ... c H! W!            | 0
     pixel_unshuffle                 | ... c h! w! -> ... (c r) H! W!            | 0
     channel_shuffle                 | b c! ... -> b c! ...                      | 0
@@ -113,7 +159,6 @@ TABLE = """
     pad constant_pad_nd             | @pad                                      |
     tril triu                       | @triangle                                 |
     view reshape flatten unflatten unsqueeze squeeze _unsafe_view ravel | @view |
-    view.dtype                      | @never                                    |
     transpose swapaxes swapdims transpose_copy                     | @transpose |
     t numpy_T                       | @reverse                                  |
     mT mH adjoint                   | @matrix_transpose                         |
@@ -129,29 +174,71 @@ TABLE = """
     split split_with_sizes chunk slice narrow tensor_split         | @cut       |
     cat concat concatenate          | @cat                                      |
     stack                           | @stack                                    |
+    hstack vstack row_stack dstack column_stack                    | @joined    | all
+    atleast_1d atleast_2d atleast_3d                               | @view      |
+    diag_embed                      | @diag_embed                               | 0
     view_as_complex                 | ... c! -> ...                             | 0
     view_as_real                    | ... -> ... c!                             | 0
     index _unsafe_index             | @index                                    |
     index_put _unsafe_index_put     | @index_put                                |
     index_select                    | @index_select                             |
-    index_add index_copy index_fill | @index_write                              |
+    index_add index_copy index_fill index_reduce                   | @index_write |
     gather take_along_dim           | @gather                                   |
     scatter scatter_add scatter_reduce | @scatter                               |
     slice_scatter select_scatter    | @slice_scatter                            |
     searchsorted                    | @searchsorted                             |
     bucketize                       | @bucketize                                |
     one_hot                         | @one_hot                                  |
+    isin.Tensor_Tensor              | ..., n! -> ...                            |
+    hinge_embedding_loss poisson_nll_loss margin_ranking_loss      | @elementwise_loss |
+    cosine_embedding_loss triplet_margin_loss multi_margin_loss multilabel_margin_loss | @row_loss |
+    ctc_loss.Tensor                 | @ctc_loss                                 |
+    pairwise_distance               | @pairwise_distance                        |
 """
+
+WHOLE = """
+    nonzero nonzero_static argwhere masked_select unique_dim unique_consecutive _unique _unique2 bincount
+        | the shape of the result depends on all values
+    item is_nonzero equal _is_all_true _is_any_true
+        | it asks one question of all values
+    take put
+        | its positions count the elements of all dims
+    masked_scatter
+        | where a value goes depends on the whole mask
+    embedding_bag _embedding_bag
+        | it gives the ends and sizes of all bags as well, which have no part
+    linalg_eig linalg_eigvals
+        | the phase of the eigenvectors is free: one device decides it
+    linalg_multi_dot chain_matmul
+        | in which order it multiplies depends on the sizes
+    pdist combinations cartesian_prod block_diag vander cov corrcoef trace histogram
+        | every result needs all rows, or lies among those of all rows
+    quantile nanquantile
+        | it sorts the dim, and the results of several quantiles come first
+    as_strided view.dtype
+        | it speaks of memory, not of dims
+    istft affine_grid_generator
+        | an argument gives the size of the whole batch, or the windows overlap
+    lstm.data gru.data rnn_tanh.data rnn_relu.data _pack_padded_sequence _pad_packed_sequence ctc_loss.IntList
+        | lengths of the whole batch are numbers of the program
+    multinomial rrelu alpha_dropout feature_dropout feature_alpha_dropout native_dropout randint_like normal
+    exponential uniform geometric cauchy log_normal random
+        | it draws random numbers: a part of the draw is not a draw of the part
+"""
+"""Operators that stay whole on purpose, and why: their operands are gathered."""
 
 
 @dataclass(frozen=True)
 class Rule:
-    """One row: the name, how the recipe is made, the text that made it, and the linear sets as written."""
+    """One row: the name, how the recipe is made, the text that made it, the linear sets as written, and where the
+    operator stays whole on purpose, why.
+    """
 
     name: str
     function: RuleFunction
     text: str
     linear: str = ""
+    whole: str = ""
 
 
 _MODULES = (pointwise, reductions, norms, contractions, views, indexing)
@@ -200,19 +287,35 @@ def _with_linear(function: RuleFunction, linear: str) -> RuleFunction:
     return recipe
 
 
+@cache
+def table_rules() -> dict[str, Rule]:
+    """The rules of the table by their names, without those that were registered."""
+    rules: dict[str, Rule] = {}
+    for operators, text, linear in [(POINTWISE, "@pointwise", ""), *_rows(TABLE)]:
+        for operator in operators.split():
+            name = operator.replace("::", ".") if "::" in operator else f"aten.{operator}"
+            assert name not in rules, name
+            rules[name] = make_rule(name, text, linear, strict=False)
+    for operators, why in _rows(WHOLE):
+        for name in (f"aten.{operator}" for operator in operators.split()):
+            assert name not in rules, name
+            rules[name] = Rule(name, pointwise.never, "@never", whole=why)
+    return rules
+
+
 def _load() -> None:
-    rows = [(POINTWISE, "@pointwise", "")]
+    _rules.update(table_rules())
+
+
+def _rows(table: str) -> Iterator[list[str]]:
+    """The cells of each row; the operators of one may fill several lines."""
     names = ""
-    for line in TABLE.strip().splitlines():
-        cells = [cell.strip() for cell in line.split("|")]
-        names += f" {cells[0]}"
-        if len(cells) > 1:
-            rows.append((names, cells[1], cells[2]))
+    for line in table.strip().splitlines():
+        first, *cells = [cell.strip() for cell in line.split("|")]
+        names += f" {first}"
+        if cells:
+            yield [names, *cells]
             names = ""
-    for operators, text, linear in rows:
-        for name in operators.split():
-            assert f"aten.{name}" not in _rules, name
-            _rules[f"aten.{name}"] = make_rule(f"aten.{name}", text, linear, strict=False)
 
 
 @cache

@@ -265,7 +265,7 @@ def cut(call: Call) -> Recipe:
     if all(shape[dim] == call.inputs[0][dim] for shape in call.outputs):
         marks = {}
     factors = make_factors([names], outs, call, marks)
-    return Recipe(factors + tuple(_block_cut(call, dim)), LINEAR)
+    return Recipe(factors + tuple(_block_cut(call, dim)) + _every_nth(call, dim), LINEAR)
 
 
 def segments(call: Call, dim: int) -> list[tuple[int, int]] | None:
@@ -298,6 +298,17 @@ def segments_of(node: fx.Node, dim: int) -> list[tuple[int, int]] | None:
         return None
     name = "aten." + node.target._schema.name.split("::")[1]
     return segments(Call(name, inputs, outputs, arguments, inputs), dim)
+
+
+def _every_nth(call: Call, dim: int) -> tuple[Factor, ...]:
+    """``x[..., 1::2]`` of interleaved pairs: ``(f step) -> f``, every rank takes its own ones."""
+    step, size, kept = call.arguments.get("step", 1), call.inputs[0][dim], call.outputs[0][dim]
+    start = call.arguments.get("start") or 0
+    if call.name != "aten.slice" or step == 1 or not isinstance(step, int) or not isinstance(start, int):
+        return ()
+    if not isinstance(size, int) or not 0 <= start < step or kept * step != size:
+        return ()
+    return (Factor("nth", kept, (At(dim),), (At(dim),)),)
 
 
 def _block_cut(call: Call, dim: int) -> list[Factor]:
@@ -355,3 +366,22 @@ def stack(call: Call) -> Recipe:
     outs: Names = [*names[:dim], ("1",), *names[dim:]]
     count = len(call.inputs)
     return Recipe(make_factors([names] * count, [outs], call, {}), (frozenset(range(count)),))
+
+
+def joined(call: Call) -> Recipe:
+    """hstack, vstack, dstack, column_stack: the joined dim is whole; every other one follows, where none is new."""
+    ndim = len(call.outputs[0])
+    dim = {"vstack": 0, "row_stack": 0, "dstack": 2}.get(call.name.split(".")[-1], 1)
+    if any(len(shape) != ndim for shape in call.inputs) or dim >= ndim:
+        return Recipe()
+    names: Names = [(f"d{i}",) for i in range(ndim)]
+    return Recipe(make_factors([names] * len(call.inputs), [names], call, {f"d{dim}": "!"}))
+
+
+def diag_embed(call: Call) -> Recipe:
+    """diag_embed(x, offset, dim1, dim2): the last dim becomes two; the others follow."""
+    ndim = len(call.outputs[0])
+    gone = {call.dim("dim1", ndim, -2), call.dim("dim2", ndim, -1)}
+    rest = iter([(f"d{i}",) for i in range(ndim - 2)])
+    out: Names = [("1",) if i in gone else next(rest) for i in range(ndim)]
+    return Recipe(make_factors([[*[(f"d{i}",) for i in range(ndim - 2)], ("1",)]], [out], call, {}))

@@ -62,15 +62,35 @@ def samples(*overloads: str) -> Callable[[Maker], Maker]:
 
 
 def overload(name: str) -> torch._ops.OpOverload:
+    """The operator of a name such as ``add.Tensor``, or ``lib::op.default``."""
+    library, _, name = f"aten::{name}".split("::", 1)[1].rpartition("::")
     packet, _, rest = name.partition(".")
-    found = getattr(getattr(aten, packet), rest or "default")
+    found = getattr(getattr(getattr(torch.ops, library or "aten"), packet), rest or "default")
     assert isinstance(found, torch._ops.OpOverload)
     return found
 
 
 def all_samples() -> dict[str, Maker]:
-    """Overload name -> a function that makes its samples."""
-    return dict(_makers)
+    """Overload name -> a function that makes its samples; without those of libraries that are not installed."""
+    from tests.rules import samples_more  # noqa: F401 (it registers its own)
+
+    return {name: maker for name, maker in _makers.items() if "::" not in name or _installed(name.split("::")[0])}
+
+
+def _installed(library: str) -> bool:
+    """Whether a library is there; importing it makes its operators known."""
+    return _LIBRARIES[library]()
+
+
+def _transformers() -> bool:
+    try:
+        import transformers.integrations.moe  # noqa: F401
+    except ImportError:
+        return False
+    return True
+
+
+_LIBRARIES = {"transformers": _transformers}
 
 
 # Pointwise: found from the schema, so that every overload is tried.
@@ -86,6 +106,8 @@ BINARY_SHAPES = (
 )
 INTEGER = {
     "bitwise_and",
+    "gcd",
+    "lcm",
     "bitwise_not",
     "bitwise_or",
     "bitwise_xor",
@@ -99,7 +121,16 @@ INTEGER = {
 }
 ABOVE_ONE = {"acosh", "mvlgamma", "special_zeta"}
 RANDOM = {"rand_like", "randn_like", "bernoulli"}
-NO_GRADIENT = RANDOM | {"floor_divide", "heaviside", "special_zeta", "remainder"}
+NO_GRADIENT = RANDOM | {
+    "igamma",
+    "igammac",
+    "special_gammainc",
+    "special_gammaincc",
+    "floor_divide",
+    "heaviside",
+    "special_zeta",
+    "remainder",
+}
 UNUSUAL = {"bernoulli.p", "bernoulli.Tensor"}
 # Arguments that the schema does not give a default for.
 EXTRA: dict[str, tuple[Any, ...]] = {
