@@ -30,6 +30,7 @@ from torch import fx
 from torch.fx.node import map_arg
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from fxshard.passes.capture import quiet
 from fxshard.passes.functionalize import is_mutating
 from fxshard.runtime.autocast import State, under_autocast, using
 
@@ -248,6 +249,7 @@ def _record(node: fx.Node, values: Sequence[Any], more: Mapping[str, Any], state
     assert callable(node.target)
     try:
         with contextlib.ExitStack() as stack:
+            stack.enter_context(quiet())
             stack.enter_context(torch.no_grad())
             stack.enter_context(using(state))
             if modes:

@@ -47,7 +47,7 @@ from fxshard.passes.functions import call_whole
 from fxshard.passes.vmaps import unmap
 from fxshard.runtime.autocast import State, ambient
 
-__all__ = ["Captured", "Leaf", "capture", "module_of", "signature_key", "source_of"]
+__all__ = ["Captured", "Leaf", "capture", "module_of", "quiet", "signature_key", "source_of"]
 
 _TORCH_DIR = str(Path(torch.__file__).parent)
 _SYMBOLIC = (torch.SymInt, torch.SymFloat, torch.SymBool)
@@ -580,7 +580,7 @@ def _export(model: nn.Module, tree: Any, shapes: Any, outputs: _Outputs) -> torc
     drawn = random.getstate()
     try:
         with (
-            _quiet(),
+            quiet(),
             _uniform_device(model),
             _whole_functions(model),
             _flat_regions(),
@@ -620,7 +620,7 @@ def _distinct(tree: Any, *, on_meta: bool) -> Any:
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Silence warnings and log records of torch's exporter, and the graph that it prints; those of the user pass."""
     loggers = [logging.getLogger(name) for name in _NOISY_LOGGERS]
     levels = [logger.level for logger in loggers]
@@ -805,13 +805,14 @@ def _flat_graph(
     model: nn.Module, program: torch.export.ExportedProgram, outputs: _Outputs
 ) -> tuple[fx.GraphModule, tuple[str, ...], dict[str, str]]:
     """Turn export's program into a flat graph over the original parameters, each under one name."""
-    with _quiet():
+    with quiet():
         lifted = program.module(check_guards=False)
     assert isinstance(lifted, fx.GraphModule)
     names, aliases = _canonical_names(model)
     graph = lifted.graph
     graph.set_codegen(CodeGen())
-    unmap(graph)
+    with quiet():
+        unmap(graph)
     first: dict[str, fx.Node] = {}
     attributes: dict[str, Any] = {}
     for node in list(graph.nodes):

@@ -119,6 +119,7 @@ EXACT: dict[str, Callable[[Any, Tensor], Any]] = {
     "cdist": compute(lambda m, x: torch.cdist(m.b(x), m.b(x))),
     "interpolate": compute(lambda m, x: F.interpolate(m.b(x), scale_factor=2)),
     "pool": compute(lambda m, x: F.avg_pool1d(m.b(x), 2)),
+    "a recurrent layer": compute(lambda m, x: m.rnn(m.b(x))[0]),
     "norm": compute(lambda m, x: torch.linalg.vector_norm(m.b(x), dim=-1)),
 }
 
@@ -184,15 +185,27 @@ def test_capture_under_autocast_runs_without(name: str) -> None:
     assert_equal(got[1], want[1])
 
 
-def test_what_cannot_be_written_out_stays_under_autocast() -> None:
-    model = Net(compute(lambda m, x: m.rnn(m.b(x))[0]))
-    want = results(model, model)
-    gm = normalize(capture(model, (torch.randn(2, 4, 8, requires_grad=True),)).graph_module)
-    got = results(model, gm)
-    assert_equal(got[0], want[0])
-    program = fxshard.parallelize(model, fxshard.data_parallel(2), (torch.randn(2, 4, 8),))
-    for fallback in program.fallbacks():
-        assert "gru" in str(fallback)
+@pytest.mark.filterwarnings("ignore")  # of torch's own
+def test_what_cannot_be_written_out_stays_under_autocast(capfd: pytest.CaptureFixture[str]) -> None:
+    def branch(m: Net, x: Tensor) -> Tensor:
+        return torch.cond(x.sum() > 0, lambda y: m.b(y).float(), lambda y: m.b(y).float() * 2, (x,))  # type: ignore[no-any-return]
+
+    model, x = Net(compute(branch)), torch.randn(2, 4, 8)
+    captured = capture(model, (x,))
+    gm = normalize(captured.graph_module)
+    assert [node.args[1] for node in gm.graph.nodes if node.target is under_autocast] == ["higher_order.cond"]
+    want = captured.graph_module(x)[0]
+    assert torch.equal(gm(x)[0], want)
+    assert not torch.equal(want, m_in_float32(model, x)), "it computed in bfloat16"
+    program = fxshard.parallelize(model, fxshard.data_parallel(2), (x,))
+    assert [fallback.operator for fallback in program.fallbacks()] == ["higher_order.cond"]
+    assert torch.equal(fxshard.simulate(program, x).outputs[1], want)
+    assert not capfd.readouterr().err
+
+
+def m_in_float32(model: Net, x: Tensor) -> Tensor:
+    y: Tensor = model.b(x)
+    return y if x.sum() > 0 else y * 2
 
 
 def test_state() -> None:
