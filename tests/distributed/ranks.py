@@ -208,3 +208,19 @@ def different_weights() -> None:
     program = fxshard.parallelize(model, tensor_parallel(2), (x,))
     with pytest.raises(DistributedError, match=r"different weights: 4 tensors differ, first '0\.weight'"):
         program(x)
+
+
+def low_precision() -> None:
+    """Sums in bfloat16 and in float32, and autocast around the call: real ranks round as simulated ones do."""
+    for dtype, autocast in ((torch.bfloat16, False), (torch.float32, True)):
+        model, inputs = build("llama", dtype)
+        inputs["use_cache"] = False
+        for reduce_dtype in (None, torch.float32):
+            program = fxshard.parallelize(model, tensor_parallel(2), (), inputs, reduce_dtype=reduce_dtype)
+            with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+                result = run_rank(program, inputs)
+                real = program(**inputs).logits
+                simulated = fxshard.simulate(program, **inputs).outputs[dist.get_rank()].logits
+            assert real.dtype == torch.bfloat16
+            assert torch.equal(real, simulated)
+            assert {name: g.dtype for name, g in result.grads.items()} == dict.fromkeys(result.grads, dtype)

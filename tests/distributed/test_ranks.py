@@ -36,6 +36,10 @@ def test_verify_and_what_is_refused() -> None:
     ranks.launch(2, ranks.verify_and_refuse)
 
 
+def test_low_precision_rounds_as_in_simulation() -> None:
+    ranks.launch(2, ranks.low_precision)
+
+
 def test_ranks_with_different_weights_are_refused() -> None:
     ranks.launch(2, ranks.different_weights)
 
