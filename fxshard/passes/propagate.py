@@ -23,6 +23,7 @@ import torch
 from torch import fx
 
 from fxshard.mesh import Mesh
+from fxshard.passes.ahead import LOOK_AHEAD, read_whole
 from fxshard.passes.facts import Facts, input_shapes, may_lower, output_shapes, split_choice
 from fxshard.passes.hoist import hoist_cuts
 from fxshard.passes.typing import Choice, Info, copy_graph, set_info
@@ -33,9 +34,6 @@ from fxshard.rules.table import name_of
 
 WEIGHT_STAYS = 1000.0
 """How much dearer it is to move a weight than an activation of its size: weights stay where they are stored."""
-
-LOOK_AHEAD = 6
-"""How many calls ahead a sum looks for a reader that wants it split."""
 
 METADATA = {
     torch.ops.aten.sym_size.int,
@@ -135,6 +133,8 @@ def _choose(fact: Facts, size: int, sizes: Sequence[int], axis: int) -> Choice:
         for i, at in enumerate(factor.inputs):
             found = factor.blocks_for(at, At.of(current[i]), size)
             if found is None or i in recipe.unread or _would_lose_update(fact, factor, found, current):
+                continue
+            if factor.lowering == "norm" and read_whole(fact, factor.outputs[0].cut(found), size, sizes):  # type: ignore[union-attr]
                 continue
             cost = _cost(fact, factor, found, current)
             if best is None or cost < best[0]:
