@@ -23,6 +23,7 @@ import torch
 from torch import fx
 
 from fxshard.mesh import Mesh
+from fxshard.passes.ahead import LOOK_AHEAD, read_whole
 from fxshard.passes.facts import Facts, may_lower, recipe_of, split_choice
 from fxshard.passes.hoist import hoist_cuts, hoist_varies
 from fxshard.passes.typing import Choice, Info, copy_graph, set_info
@@ -36,9 +37,6 @@ WEIGHT_STAYS = 1000.0
 
 MAY_BE_EMPTY = frozenset({None, "groups", "mean", "dropout", "attention", "loss"})
 """Lowerings that hold on an empty part too; others are of no use there: a maximum of nothing, a table without rows."""
-
-LOOK_AHEAD = 6
-"""How many calls ahead a sum looks for a reader that wants it split."""
 
 METADATA = {
     torch.ops.aten.sym_size.int,
@@ -143,6 +141,8 @@ def _choose(fact: Facts, size: int, sizes: Sequence[int], axis: int) -> Choice:
             if found is None or i in recipe.unread or _would_lose_update(fact, factor, found, current):
                 continue
             if 0 in found.shares and not may_be_empty(factor):
+                continue
+            if factor.lowering == "norm" and read_whole(fact, factor.outputs[0].cut(found), size, sizes):  # type: ignore[union-attr]
                 continue
             cost = _cost(fact, factor, found, current)
             if best is None or cost < best[0]:

@@ -251,6 +251,28 @@ def test_a_norm_between_a_column_and_a_row_keeps_the_features_split() -> None:
     assert "partial sum" in program.explain()
 
 
+def test_where_the_result_is_read_whole_the_operand_is_gathered_once() -> None:
+    """A stem that is split by itself must not split the residual stream behind it, which column weights read whole."""
+
+    class Residual(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.stem, self.norm, self.up, self.down = (
+                nn.Linear(8, 8), nn.LayerNorm(8), nn.Linear(8, 16), nn.Linear(16, 8)
+            )  # fmt: skip
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            h = F.dropout(self.norm(self.stem(x)), 0.1, False)
+            return h + self.down(self.up(h).relu())  # type: ignore[no-any-return]
+
+    params = {"stem.*": Shard(0), "up.*": Shard(0), "down.weight": Shard(1)}
+    program = assert_equivalent(randomized(Residual()), Plan({"tp": 2}, params=params), (randn(4, 8),))
+    assert [(c.kind, c.num_bytes) for c in program.collectives() if c.phase == "forward"] == [
+        ("all_gather", 4 * 8 * 8),
+        ("all_reduce", 4 * 8 * 8),
+    ]
+
+
 def test_a_preset_makes_no_pair_through_a_norm() -> None:
     """It would save memory, and cost exchanges: that is for the user to say."""
     program = fxshard.parallelize(Between(), tensor_parallel(2), (torch.randn(2, 8),))
