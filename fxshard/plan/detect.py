@@ -16,7 +16,9 @@ Reference: Megatron-LM (Shoeybi et al., 2019), section 3.
 from __future__ import annotations
 
 import heapq
+import math
 import operator
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -34,6 +36,8 @@ Demand = dict[tuple[int, int], tuple[int, ...]]
 
 _CUTS = {"aten.split", "aten.split_with_sizes", "aten.chunk", "aten.slice", "aten.narrow"}
 _SIZES = {"aten.sym_size", "aten.sym_numel"}
+STATISTIC = 4
+"""How many calls lead from a value to its sum at most: a cast, a square, a mean."""
 
 
 @dataclass
@@ -112,22 +116,61 @@ def shapes_of(node: fx.Node) -> tuple[Shape, ...]:
     return tuple(map(shape_of, value)) if isinstance(value, (list, tuple)) else (shape_of(value),)
 
 
-def find_pairs(facts: Graph, size: int) -> list[Pair]:
-    """The column/row pairs of a graph for an axis of ``size`` ranks, in the order of the rows.
+@dataclass(frozen=True)
+class Split:
+    """What tensor parallelism splits.
 
-    A weight is split one way only: a pair that would split it another way than an earlier pair is left out.
+    Attributes:
+        pairs: the column/row pairs, in the order of the rows.
+        vocabulary: the table of the words, and the heads that score them.
+        alone: products whose weight no pair splits, and that weight: columns whose results are gathered.
+    """
+
+    pairs: tuple[Pair, ...]
+    vocabulary: Mapping[fx.Node, Shard]
+    alone: Mapping[fx.Node, tuple[fx.Node, Shard]]
+
+    @property
+    def weights(self) -> dict[fx.Node, Shard]:
+        """Every weight that is split."""
+        return self.paired | dict(self.vocabulary) | dict(self.alone.values())
+
+    @property
+    def paired(self) -> dict[fx.Node, Shard]:
+        """The weights that pairs split."""
+        return {weight: placement for pair in self.pairs for weight, placement in pair.weights.items()}
+
+
+def find_split(facts: Graph, size: int) -> Split:
+    """What of a graph an axis of ``size`` ranks splits.
+
+    A weight is split one way only: a pair that would split it another way than an earlier pair is left out. A pair
+    with a norm over the split dim inside, whose ranks share statistics, is one only where there is none without.
     """
     taken: dict[fx.Node, Shard] = {}
-    pairs = []
+    pairs: dict[fx.Node, Pair] = {}
+    behind_norms: list[fx.Node] = []
+
+    def find(row: fx.Node, through_norms: bool) -> None:
+        pair, met_norm = _pair(row, facts, size, through_norms)
+        if met_norm:
+            behind_norms.append(row)
+        have = pairs[row].weights if row in pairs else {}
+        if pair is None or pair.weights.keys() <= have.keys():
+            return
+        if all(_agree(taken.get(w), p) for w, p in pair.weights.items()):
+            taken.update(pair.weights)
+            pairs[row] = pair
+
     for node in facts.order:
-        if node.op != "call_function" or node not in facts.learned:
-            continue
-        pair = _pair(node, facts, size)
-        if pair is None or any(not _agree(taken.get(w), p) for w, p in pair.weights.items()):
-            continue
-        taken |= pair.weights
-        pairs.append(pair)
-    return pairs
+        if node.op == "call_function" and node in facts.learned:
+            find(node, through_norms=False)
+    words = vocabulary(facts, size, taken)
+    taken |= words
+    for node in tuple(behind_norms):
+        find(node, through_norms=True)
+    rows = sorted(pairs, key=facts.order.__getitem__)
+    return Split(tuple(pairs[row] for row in rows), words, columns_alone(facts, size, taken))
 
 
 def _agree(have: Shard | None, want: Shard) -> bool:
@@ -151,12 +194,14 @@ def contraction(node: fx.Node, facts: Graph) -> tuple[Factor, int, int] | None:
     return None
 
 
-def _pair(row: fx.Node, facts: Graph, size: int) -> Pair | None:
+def _pair(row: fx.Node, facts: Graph, size: int, through_norms: bool) -> tuple[Pair | None, bool]:
+    """The pair of a row, if it is one; and whether a norm stood in the way of columns."""
     found = contraction(row, facts)
     if found is None:
-        return None
+        return None, False
     if not _Walk(facts, Cut(), size, {row}, set(), split={facts.operands[row][found[1]]}).closed():
-        return None  # its input is read by others: a norm's result, a residual stream
+        return None, False  # its input is read by others: a norm's result, a residual stream
+    met_norm = False
     tried: set[tuple[int, ...]] = set()
     obstacles = [found[0].size]
     while obstacles:  # uneven shares only where even ones lead to no column, and then of the most units
@@ -164,11 +209,12 @@ def _pair(row: fx.Node, facts: Graph, size: int) -> Pair | None:
         if shares is None or shares in tried:
             continue
         tried.add(shares)
-        pair, met = _walk_from(row, found, facts, Cut((1,), shares), size)
+        pair, walk = _walk_from(row, found, facts, Cut((1,), shares), size, through_norms)
+        met_norm |= walk.met_norm
         if pair is not None:
-            return pair
-        obstacles = sorted({*obstacles, *met}, reverse=True)
-    return None
+            return pair, met_norm
+        obstacles = sorted({*obstacles, *walk.obstacles}, reverse=True)
+    return None, met_norm
 
 
 def _shares(count: Dim, size: int) -> tuple[int, ...] | None:
@@ -179,13 +225,14 @@ def _shares(count: Dim, size: int) -> tuple[int, ...] | None:
 
 
 def _walk_from(
-    row: fx.Node, found: tuple[Factor, int, int], facts: Graph, cut: Cut, size: int
-) -> tuple[Pair | None, set[int]]:
-    """The pair of a row whose contracted factor is cut so, and the sizes of factors that do not fall into pieces."""
+    row: fx.Node, found: tuple[Factor, int, int], facts: Graph, cut: Cut, size: int, through_norms: bool
+) -> tuple[Pair | None, _Walk]:
+    """The pair of a row whose contracted factor is cut so, and the walk that found it, or did not."""
     whole: set[fx.Node] = set()
     rows = {row: found}
+    met_norm = False
     while True:
-        walk = _Walk(facts, cut, size, set(rows), whole)
+        walk = _Walk(facts, cut, size, set(rows), whole, through_norms, met_norm)
         for each, (along, *positions) in rows.items():
             for position in positions:
                 at = along.inputs[position]
@@ -193,8 +240,9 @@ def _walk_from(
                 walk.ask(facts.operands[each][position], 0, at.dim, at.blocks)
         walk.run()
         if not walk.sound:
-            return None, walk.obstacles
+            return None, walk
         read_outside = walk.read_outside()
+        met_norm = walk.met_norm
         if not read_outside:
             break
         more = walk.narrow_rows(read_outside)
@@ -203,7 +251,7 @@ def _walk_from(
         whole |= read_outside - {facts.operands[each][at] for each, (_, at, _) in more.items()}
     own = {facts.weights[facts.operands[each][position]] for each, (_, _, position) in rows.items()}
     columns = [w for w in walk.leaves if w not in own and sum(s != 1 for s in facts.shapes[w][0]) > 1]
-    return (Pair(row, walk.leaves) if columns else None), walk.obstacles
+    return (Pair(row, walk.leaves) if columns else None), walk
 
 
 @dataclass
@@ -215,6 +263,8 @@ class _Walk:
     size: int
     region: set[fx.Node]
     whole: set[fx.Node]
+    through_norms: bool = False
+    met_norm: bool = False
     queue: list[tuple[int, int]] = field(default_factory=list)
     nodes: dict[int, fx.Node] = field(default_factory=dict)
     asked: dict[fx.Node, dict[tuple[int, int], Demand]] = field(default_factory=dict)
@@ -298,8 +348,9 @@ class _Walk:
         """The factor that cuts results as ``wanted``, and how it is cut; what only its size forbids is an obstacle."""
         for factor in recipe.factors:
             at = factor.outputs[results[0]]
-            if factor.lowering == "norm":
-                continue  # it communicates: no pair has one inside
+            if factor.lowering == "norm" and not self.through_norms and at is not None and at.dim == wanted.dim:
+                self.met_norm = True
+                continue
             if len({factor.outputs[result] for result in results}) != 1 or at is None or at.dim != wanted.dim:
                 continue
             inner = factor.cut_for(at, wanted, self.size)
@@ -327,7 +378,11 @@ class _Walk:
 
     def read_outside(self) -> set[fx.Node]:
         """The split values that are read by others than the region, and not just handed out."""
-        return {node for node in self.split if not all(self._inside(u) or self._unread(node, u) for u in node.users)}
+        return {
+            node
+            for node in self.split
+            if not all(self._inside(u) or self._unread(node, u) or self._is_statistic(node, u) for u in node.users)
+        }
 
     def narrow_rows(self, values: set[fx.Node]) -> dict[fx.Node, tuple[Factor, int, int]]:
         """Products by which alone split values are read outside, and which make fewer features of them: more rows.
@@ -355,6 +410,26 @@ class _Walk:
     def closed(self) -> bool:
         """Whether no split value is read outside."""
         return not self.read_outside()
+
+    def _is_statistic(self, node: fx.Node, user: fx.Node) -> bool:
+        """Whether a call begins a sum over the split dim, such as a norm's mean square: the ranks share a small one."""
+        asked = self.asked.get(node, {})
+        found = len(asked) == 1 and self._sums(node, user, next(iter(asked))[1])
+        self.met_norm |= found
+        return found and self.through_norms
+
+    def _sums(self, node: fx.Node, user: fx.Node, dim: int, depth: int = STATISTIC) -> bool:
+        if user.op != "call_function" or len(self.facts.operands[user]) != 1 or not depth:
+            return False
+        recipe = self.facts.recipe(user)
+        for factor in recipe.factors if recipe is not None else ():
+            at, out = factor.inputs[0], factor.outputs[0]
+            if at is None or at.dim != dim or at.blocks != (1,) or len(factor.outputs) > 1:
+                continue
+            if out is None:
+                return factor.lowering in (None, "mean")
+            return factor.lowering is None and all(self._sums(user, u, out.dim, depth - 1) for u in user.users)
+        return False
 
     def _unread(self, node: fx.Node, user: fx.Node) -> bool:
         """Whether a call takes no more than shape or dtype of a value."""
@@ -398,6 +473,69 @@ def _merge(demand: Demand, size: Dim) -> tuple[int, ...] | None:
         blocks += [(end - start) * b * (scale // sum(inner)) for b in inner]
         position = end
     return normalize_blocks(blocks) if position == size else None
+
+
+ALONE = 1 / 16
+"""The least size of a weight, beside the largest one of a pair, for which its product's result is gathered."""
+
+
+def columns_alone(facts: Graph, size: int, taken: Mapping[fx.Node, Shard]) -> dict[fx.Node, tuple[fx.Node, Shard]]:
+    """Products whose weight is split though no pair splits it: by its output features, the result gathered at once.
+
+    That costs a gather of the result, and saves the memory of the weight: so it is done for large weights only, of
+    which the model has several alike, a layer each. The keys of a single head that all queries share are such.
+    """
+    found: dict[fx.Node, tuple[fx.Node, Shard]] = {}
+    for node in facts.order:
+        product = contraction(node, facts) if node.op == "call_function" and node in facts.learned else None
+        weight = product and facts.weights[facts.operands[node][product[2]]]
+        if product and weight and weight not in taken:
+            placement = _output_features(node, product, facts, size)
+            if placement is not None:
+                found[node] = weight, placement
+    sizes = {w: _numel(w) for w in [*taken, *(w for w, _ in found.values())] if len(shapes_of(w)[0]) > 1}
+    least = ALONE * max((sizes[w] for w in sizes if w in taken or not taken), default=0)
+    shapes = Counter((shapes_of(w)[0], p) for w, p in dict(found.values()).items())
+    return {
+        node: (weight, placement)
+        for node, (weight, placement) in found.items()
+        if sizes[weight] >= least and shapes[shapes_of(weight)[0], placement] > 1
+    }
+
+
+def _numel(weight: fx.Node) -> int:
+    return math.prod(size for size in shapes_of(weight)[0] if isinstance(size, int))
+
+
+def _output_features(node: fx.Node, product: tuple[Factor, int, int], facts: Graph, size: int) -> Shard | None:
+    """How the weight of a product is split by its output features; None where it cannot be."""
+    _, value, position = product
+    recipe = facts.recipe(node)
+    for factor in recipe.factors if recipe is not None else ():
+        at = factor.inputs[position]
+        if at is None or factor.inputs[value] is not None or factor.outputs[0] is None or factor.lowering:
+            continue
+        shares = _shares(factor.size, size)
+        if at.blocks != (1,) or shares is None or 0 in shares:
+            return None
+        return _of_base(facts.operands[node][position], shard(at.dim, shares=shares), facts, size)
+    return None
+
+
+def _of_base(view: fx.Node, placement: Shard, facts: Graph, size: int) -> Shard | None:
+    """How a weight is split where a view of it is split so; None where it cannot be."""
+    while view.op == "call_function":
+        recipe = facts.recipe(view)
+        wanted = At.of(placement)
+        for factor in recipe.factors if recipe is not None else ():
+            cut = factor.cut_for(factor.outputs[0], wanted, size)
+            if cut is not None and factor.inputs[0] is not None:
+                placement = factor.inputs[0].placement(cut)
+                break
+        else:
+            return None
+        view = facts.operands[view][0]
+    return placement
 
 
 def vocabulary(facts: Graph, size: int, taken: Iterable[fx.Node]) -> dict[fx.Node, Shard]:

@@ -18,8 +18,8 @@ from torch import fx
 
 from fxshard.errors import DivisibilityError, FxshardError, MeshError, PlanError
 from fxshard.mesh import Mesh
-from fxshard.placement import BlockShard, Placement, Shard, chunk_shares, cut_of, describe, shard
-from fxshard.plan.detect import Graph, Pair, find_pairs, is_parameter, residuals, shapes_of, vocabulary
+from fxshard.placement import BlockShard, Placement, Replicate, Shard, chunk_shares, cut_of, describe, shard
+from fxshard.plan.detect import Graph, Split, find_split, is_parameter, residuals, shapes_of
 from fxshard.plan.plan import Plan
 from fxshard.rules.recipe import Dim, units
 
@@ -87,7 +87,7 @@ class _Work:
     mesh: Mesh
     names: Names
     facts: Graph
-    found: dict[int, list[Pair]] = field(default_factory=dict)
+    found: dict[int, Split] = field(default_factory=dict)
     nodes: dict[fx.Node, dict[str, Placement]] = field(default_factory=dict)
     explicit: dict[str, dict[str, dict[str, Placement]]] = field(
         default_factory=lambda: {"params": {}, "inputs": {}, "activations": {}}
@@ -95,10 +95,10 @@ class _Work:
     problems: list[FxshardError] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
-    def pairs(self, size: int) -> list[Pair]:
-        """The column/row pairs for an axis of ``size`` ranks."""
+    def split(self, size: int) -> Split:
+        """What tensor parallelism over ``size`` ranks splits."""
         if size not in self.found:
-            self.found[size] = find_pairs(self.facts, size)
+            self.found[size] = find_split(self.facts, size)
         return self.found[size]
 
     def apply(self, part: str, glob: str, entry: Mapping[str, Placement]) -> None:
@@ -229,7 +229,7 @@ class _Work:
             asked = {n: e[axis] for n, e in self.nodes.items() if isinstance(e.get(axis), Shard) and is_parameter(n)}
             if not asked or self.mesh.size(axis) == 1:
                 continue
-            found = {w: p for pair in self.pairs(self.mesh.size(axis)) for w, p in pair.weights.items()}
+            found = self.split(self.mesh.size(axis)).paired
             for node, placement in asked.items():
                 better = found.get(node)
                 if isinstance(better, BlockShard) and self._says_only(better.dim, node, placement, axis):
@@ -335,23 +335,24 @@ def _tensor_parallel(work: _Work, axis: str) -> None:
     if size == 1:
         return
     by_node = {node: name for name, node in reversed(list(work.names.params.items()))}
-    pairs = work.pairs(size)
-    found: dict[fx.Node, Shard] = {}
-    for pair in pairs:
-        found |= pair.weights
-    found |= vocabulary(work.facts, size, found)
+    split = work.split(size)
+    found = split.weights
     if not any(work.free(n, axis) for n in found) and not any(axis in e for e in work.nodes.values()):
         work.notes.append(f"tensor_parallel found no weight that axis {axis!r} (size {size}) could split")
     for name, node in work.names.params.items():
         if node in found and by_node[node] == name:
             work.offer("params", name, node, axis, found[node], "tensor_parallel")
+    returned = {nodes[0]: path for path, nodes in work.names.modules.items() if len(nodes) == 1}
+    for node, (weight, _) in split.alone.items():
+        if isinstance(work.nodes.get(weight, {}).get(axis), Shard) and work.free(node, axis):
+            work.put("activations", returned.get(node, f"%{node.name}"), node, axis, Replicate(), "tensor_parallel")
 
 
 def _sequence_parallel(work: _Work, axis: str) -> None:
     size = work.mesh.size(axis)
     if size == 1:
         return
-    rows = [pair.row for pair in work.pairs(size)]
+    rows = [pair.row for pair in work.split(size).pairs]
     for node in residuals(work.facts, rows):
         shape = shapes_of(node)[0]
         if len(shape) >= 3:
