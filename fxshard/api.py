@@ -11,6 +11,7 @@ from torch.distributed.tensor.placement_types import Placement
 
 from fxshard.errors import MeshError, PlanError
 from fxshard.mesh import Mesh
+from fxshard.passes.pipeline import Options
 from fxshard.plan.formats import axis_for, is_style, read_styles
 from fxshard.plan.plan import Plan
 from fxshard.program import ParallelModule
@@ -26,6 +27,7 @@ def parallelize(
     mesh: Any = None,
     dynamic_shapes: Any = None,
     reduce_dtype: torch.dtype | None = None,
+    randomness: str = "single_device",
 ) -> ParallelModule:
     """Compiles an unmodified model for a mesh.
 
@@ -40,6 +42,9 @@ def parallelize(
         dynamic_shapes: as ``torch.export`` takes it: which dims of the inputs may change.
         reduce_dtype: the least precision in which sums over the ranks are made, of results and of gradients.
             Low-precision values are summed in their own by default; ``torch.float32`` rounds once, for twice the bytes.
+        randomness: ``"single_device"``: dropout drops what one device would drop, mask for mask. Every rank draws the
+            whole mask for that, and attention with dropout is written out. ``"independent"``: each rank draws for its
+            own part, and attention stays fused; what is replicated is dropped alike on all ranks.
 
     Returns:
         A module that is called like the model, with the same whole inputs on every rank.
@@ -68,7 +73,10 @@ def parallelize(
     device_mesh = mesh if hasattr(mesh, "get_group") else None
     if reduce_dtype is not None and not reduce_dtype.is_floating_point:
         raise PlanError(f"reduce_dtype is {reduce_dtype}, in which nothing can be summed", fix="give torch.float32")
-    program = ParallelModule(model, asked, device_mesh, dynamic_shapes, reduce_dtype)
+    if randomness not in ("single_device", "independent"):
+        raise PlanError(f"randomness is {randomness!r}", fix="give 'single_device' or 'independent'")
+    options = Options(reduce_dtype, randomness == "independent")
+    program = ParallelModule(model, asked, device_mesh, dynamic_shapes, options)
     if args or kwargs:
         program.capture(tuple(args), kwargs)
         program._eager = True

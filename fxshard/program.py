@@ -21,7 +21,7 @@ from fxshard.mesh import Mesh
 from fxshard.passes.annotate import placements
 from fxshard.passes.capture import capture, signature_key
 from fxshard.passes.fidelity import check_fidelity
-from fxshard.passes.pipeline import STAGES, Compiled, compile_graph
+from fxshard.passes.pipeline import STAGES, Compiled, Options, compile_graph
 from fxshard.placement import REPLICATE, Placements, cut_of, is_shard, join_all
 from fxshard.plan.plan import Plan
 from fxshard.runtime.autocast import ambient, using
@@ -42,7 +42,7 @@ class ParallelModule(nn.Module):
     Attributes:
         plan: the plan, explicit once the model was captured.
         mesh: the mesh.
-        reduce_dtype: the least precision in which sums over the ranks are made; None leaves each value's own.
+        options: how it computes, beside the plan.
     """
 
     def __init__(
@@ -51,7 +51,7 @@ class ParallelModule(nn.Module):
         plan: Plan,
         device_mesh: Any,
         dynamic_shapes: Any,
-        reduce_dtype: torch.dtype | None = None,
+        options: Options | None = None,
     ) -> None:
         super().__init__()
         self._asked = plan
@@ -60,7 +60,7 @@ class ParallelModule(nn.Module):
         self._model = [model]  # in a list: not a submodule, its whole weights are not this module's parameters
         self._device_mesh = device_mesh
         self._dynamic_shapes = dynamic_shapes
-        self.reduce_dtype = reduce_dtype
+        self.options = options or Options()
         self._captures: dict[tuple[bool, Hashable], Compiled] = {}
         self._latest: Compiled | None = None
         self._eager = False
@@ -94,7 +94,7 @@ class ParallelModule(nn.Module):
             captured = capture(model, args, kwargs, dynamic_shapes=None if exact else self._dynamic_shapes)
             seconds = time.perf_counter() - start
             check_fidelity(model, captured, args, kwargs)
-            compiled = compile_graph(captured, self._pinned(), model, seconds, self.reduce_dtype)
+            compiled = compile_graph(captured, self._pinned(), model, seconds, self.options)
             self._captures[key] = self._latest = compiled
             if len(self._captures) == 1:
                 self._settle(compiled)
@@ -289,7 +289,7 @@ class ParallelModule(nn.Module):
     def axes(self) -> dict[str, Axis]:
         """This process's axes; ``DistributedError`` without a process group."""
         if self._axes is None:
-            self._axes = process_axes(self.mesh, self._device_mesh, self._device.type, self.reduce_dtype)
+            self._axes = process_axes(self.mesh, self._device_mesh, self._device.type, self.options.reduce_dtype)
         return self._axes
 
     # --- seeing ----------------------------------------------------------------------------------------------------

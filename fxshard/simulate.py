@@ -89,7 +89,7 @@ def simulate(program: ParallelModule, *args: Any, **kwargs: Any) -> Simulation:
         for x in leaves
     ]
     turns = Turns(world)
-    axes = lockstep_axes(program.mesh, turns, program.reduce_dtype)
+    axes = lockstep_axes(program.mesh, turns, program.options.reduce_dtype)
     functions = [program.function(compiled, rank, axes[rank]) for rank in range(world)]
 
     def run(rank: int) -> Any:

@@ -21,9 +21,9 @@ from torch import fx, nn
 from torch.func import functional_call
 
 from fxshard.passes.capture import module_of, source_of
-from fxshard.passes.fidelity import TOLERANCE, difference
+from fxshard.passes.fidelity import difference, tolerance_of
 from fxshard.passes.pipeline import Compiled
-from fxshard.passes.typing import has_info, info_of, values_of
+from fxshard.passes.typing import has_info, info_of
 from fxshard.placement import Placements, Replicate, Varying, cut_all, is_partial, join_all
 from fxshard.program import ParallelModule
 from fxshard.runtime.autocast import using
@@ -83,7 +83,7 @@ def verify(program: ParallelModule, *args: Any, **kwargs: Any) -> VerifyReport:
     """
     state = torch.get_rng_state()
     compiled, _ = program.compile_call(args, kwargs)
-    tolerance = tolerance_of(compiled)
+    tolerance = tolerance_of(compiled.graph)
     weights = program.full_state_dict()
     distributed = dist.is_available() and dist.is_initialized() and program.mesh.world_size > 1
     ranks = [program.rank] if distributed else list(range(program.mesh.world_size))
@@ -130,12 +130,6 @@ def verify(program: ParallelModule, *args: Any, **kwargs: Any) -> VerifyReport:
     if program.rank == 0 or not distributed:
         print(report)  # noqa: T201
     return report
-
-
-def tolerance_of(compiled: Compiled) -> float:
-    """The tolerance of the lowest precision in which the program computes: no result of it is nearer than that."""
-    values = [value for node in compiled.graph.nodes for value in values_of(node) if isinstance(value, torch.Tensor)]
-    return max((TOLERANCE.get(value.dtype, 0.0) for value in values), default=0.0)
 
 
 def _row(name: str, got: Any, want: torch.Tensor, tolerance: float) -> tuple[str, str, float, bool]:
@@ -250,7 +244,7 @@ class _Run:
         leaves = compiled.captured.flatten_inputs(args, kwargs)
         world = program.mesh.world_size
         turns = Turns(world)
-        axes = lockstep_axes(program.mesh, turns, program.reduce_dtype)
+        axes = lockstep_axes(program.mesh, turns, program.options.reduce_dtype)
         ranks = [self._runner(rank, axes[rank]) for rank in range(world)]
         self.outs = run_ranks(world, turns, lambda rank: ranks[rank](*(_own(x) for x in leaves)))
         self.outputs = [self._join_output(i, [out[i] for out in self.outs]) for i in range(len(self.outs[0]))]
@@ -290,7 +284,7 @@ class _Run:
         rows = []
         for rank, part in enumerate(parts):
             own = cut_all(whole.detach(), placed, self.mesh.sizes, self.mesh.coordinate(rank))
-            row = _row(f"{name} on rank {rank}", part, own, tolerance_of(self.compiled))
+            row = _row(f"{name} on rank {rank}", part, own, tolerance_of(self.compiled.graph))
             rows += [] if row[3] else [row]
         return rows
 
@@ -363,7 +357,7 @@ class _Trace(_Run):
         if grad:  # the gradient of a Partial value is whole on every rank
             placed = tuple(Replicate() if is_partial(p) or isinstance(p, Varying) else p for p in placed)
         got = join_all(parts, placed, self.mesh.sizes)
-        return not difference(got, want, tolerance_of(self.compiled))[1]
+        return not difference(got, want, tolerance_of(self.compiled.graph))[1]
 
     def _name(self, node: fx.Node, what: str) -> str:
         place = ", ".join(x for x in (module_of(node), source_of(node)) if x)

@@ -115,7 +115,7 @@ def _record(node: fx.Node, kind: str, phase: str, compiled: Compiled) -> Collect
     module = home_of(source) if source.op == "get_attr" else module_of(node)
     why = reason(node, phase, index, axis)
     dtype = values_of(node)[0].dtype
-    wide = run.sum_dtype(kind, dtype, compiled.reduce_dtype)
+    wide = run.sum_dtype(kind, dtype, compiled.options.reduce_dtype)
     num_bytes = full_bytes(node, compiled) // dtype.itemsize * wide.itemsize
     value = describe_value(node, compiled.mesh, index)
     return Collective(kind, axis, phase, num_bytes, module, source_of(node), why, value)

@@ -18,6 +18,7 @@ from torch import fx, nn
 
 from fxshard.errors import CaptureError
 from fxshard.passes.capture import Captured
+from fxshard.passes.typing import values_of
 from fxshard.runtime.autocast import ambient, using
 
 TOLERANCE = {
@@ -45,7 +46,8 @@ def check_fidelity(model: nn.Module, captured: Captured, args: tuple[Any, ...], 
         got[index] = value
     rows = [(f"output {i}", a, b) for i, (a, b) in enumerate(zip(got, want, strict=True))]
     rows += [(f"buffer {n}", got_buffers[n], b) for n, b in want_buffers.items() if n in got_buffers]
-    wrong = [(name, *difference(a, b)) for name, a, b in rows if isinstance(b, torch.Tensor)]
+    tolerance = tolerance_of(root.graph)
+    wrong = [(name, *difference(a, b, tolerance)) for name, a, b in rows if isinstance(b, torch.Tensor)]
     wrong = [row for row in wrong if not row[2]]
     if wrong:
         name, error, _ = wrong[0]
@@ -78,6 +80,12 @@ def _run(
     if numpy:
         numpy.random.set_state(drawn[1])
     return pytree.tree_leaves(out), buffers
+
+
+def tolerance_of(graph: fx.Graph) -> float:
+    """The tolerance of the lowest precision in which a graph computes: no result of it is nearer than that."""
+    values = [value for node in graph.nodes for value in values_of(node) if isinstance(value, torch.Tensor)]
+    return max((TOLERANCE.get(value.dtype, 0.0) for value in values), default=0.0)
 
 
 def difference(got: Any, want: torch.Tensor, tolerance: float = 0.0) -> tuple[float, bool]:

@@ -35,7 +35,7 @@ from fxshard.placement import (
     is_uneven,
     local_shape,
 )
-from fxshard.rules.recipe import bind, operands_of, signature_of
+from fxshard.rules.recipe import bind, operands_of, shape_of, signature_of
 from fxshard.runtime import collectives as run
 
 aten = torch.ops.aten
@@ -67,8 +67,15 @@ _CUTS = {
 }
 
 
-def localize(graph: fx.Graph, whole_mesh: Mesh, rank: int = 0) -> fx.Graph:
-    """Rewrites sizes from global to ``rank``'s, and applies lowerings. See the module's text."""
+def localize(graph: fx.Graph, whole_mesh: Mesh, rank: int = 0, independent: bool = False) -> fx.Graph:
+    """Rewrites sizes from global to ``rank``'s, and applies lowerings. See the module's text.
+
+    Args:
+        graph: whose operands are what their readers need; it is not changed.
+        whole_mesh: the mesh.
+        rank: whose sizes to write; it matters where parts are uneven.
+        independent: what is dropped of a split value, each rank draws for itself.
+    """
     mesh = whole_mesh.seen_by(rank)
     new = fx.Graph()
     copies: dict[fx.Node, Any] = {}
@@ -88,7 +95,7 @@ def localize(graph: fx.Graph, whole_mesh: Mesh, rank: int = 0) -> fx.Graph:
         info = info_of(node)
         if not any(info.choices):
             continue
-        lowered = _nothing(new, copy, info, mesh) or _lower(new, copy, info, mesh)
+        lowered = _nothing(new, copy, info, mesh) or _lower(new, copy, info, mesh, independent)
         if lowered is not None:
             copies[node] = lowered
             if copy.name == node.name:
@@ -106,7 +113,7 @@ def _nothing(new: fx.Graph, node: fx.Node, info: Info, mesh: RankMesh) -> fx.Nod
     Operators differ in what they do with empty tensors; some refuse, or give another shape.
     """
     split = [(c, n, at) for c, n, at in zip(info.choices, mesh.sizes, mesh.at, strict=True) if c and c.kind == "split"]
-    if any(c.lowering not in (None, "groups") for c, _, _ in split) or node.target is operator.getitem:
+    if any(c.lowering not in (None, "groups", "mean") for c, _, _ in split) or node.target is operator.getitem:
         return None
     if all(cut_of(p).share(n, at) for c, n, at in split for p in (*c.inputs, *c.outputs) if p is not None):
         return None
@@ -139,7 +146,7 @@ def _read_size(new: fx.Graph, node: fx.Node, size: torch.SymInt, parts: int, mes
 
 def local_sizes(value: Any, placements: Placements, mesh: RankMesh) -> tuple[Any, ...]:
     """The shape that this rank holds of a value; a symbolic size is never cut unevenly."""
-    return local_shape(value.shape, placements, mesh.sizes, mesh.at)
+    return local_shape(shape_of(value), placements, mesh.sizes, mesh.at)
 
 
 def parts_along(info: Info, index: int, dim: int, mesh: Mesh) -> int:
@@ -247,45 +254,27 @@ def _along(placements: Placements, dim: int) -> Placements:
     return tuple(p if p.is_shard(dim) else REPLICATE for p in placements)
 
 
-def _lower(new: fx.Graph, node: fx.Node, info: Info, mesh: RankMesh) -> Lowered | None:
+def _lower(new: fx.Graph, node: fx.Node, info: Info, mesh: RankMesh, independent: bool) -> Lowered | None:
     """Applies the lowerings of a node's choices; None where it has none."""
     names = {c.lowering for c in info.choices if c is not None and c.lowering}
     if not names:
         return None
     (name,) = names
     axes = [a for a, c in enumerate(info.choices) if c is not None and c.lowering]
+    if independent and name in ("dropout", "attention"):
+        return _draw_apart(new, node, info, mesh)
     return LOWERINGS[name](new, node, info, mesh, axes)
 
 
 def _mean(new: fx.Graph, node: fx.Node, info: Info, mesh: RankMesh, axes: list[int]) -> fx.Node:
-    """Every rank's mean weighs by its share of the elements; of uneven parts, perhaps empty, the sums are divided."""
-    operands = operands_of(node)
-    if any(is_uneven(info_of(operand).placements) for operand in operands):
-        if "reduction" in bind(node):
-            return _loss_of_uneven(new, node, operands)
-        return _mean_of_uneven(new, node, operands[0], mesh)
-    share = 1.0
+    """Every rank's mean weighs by its share of the elements."""
+    weight = 1.0
     for axis in axes:
-        share /= mesh.sizes[axis]
-    return _call(new, aten.mul.Tensor, (node, share), node)
-
-
-def _mean_of_uneven(new: fx.Graph, node: fx.Node, source: fx.Node, mesh: RankMesh) -> fx.Node:
-    arguments, value = bind(node), values_of(source)[0]
-    dims = [d % value.dim() for d in arguments.get("dim") or range(value.dim())]
-    with new.inserting_before(node):
-        count = _number_of_elements(new, source, dims, node, mesh)
-        summed = _call(new, aten.sum.dim_IntList, (source, dims, arguments.get("keepdim", False)), node)
-        summed.kwargs = {"dtype": arguments["dtype"]} if arguments.get("dtype") is not None else {}
-    out = _call(new, aten.div.Tensor, (summed, count), node)
-    new.erase_node(node)
-    return out
-
-
-def _loss_of_uneven(new: fx.Graph, node: fx.Node, operands: Sequence[fx.Node]) -> fx.Node:
-    count = math.prod(torch.broadcast_shapes(*(values_of(o)[0].shape for o in operands)))
-    _set_argument(node, "reduction", losses.SUM)
-    return _call(new, aten.div.Tensor, (node, count), node)
+        choice = info.choices[axis]
+        assert choice is not None
+        cut = next(cut_of(p) for p in choice.inputs if is_shard(p) and p is not None)
+        weight *= cut.share(mesh.sizes[axis], mesh.at[axis]) / cut.pieces(mesh.sizes[axis])
+    return _call(new, aten.mul.Tensor, (node, weight), node)
 
 
 def _set_argument(node: fx.Node, name: str, value: Any) -> None:
@@ -370,6 +359,14 @@ def _mask_part(new: fx.Graph, node: fx.Node, args: tuple[Any, ...], info: Info, 
             set_info(mask, Info((tuple(now),)))
             give_lengths(mask, mesh)
     return mask
+
+
+def _draw_apart(new: fx.Graph, node: fx.Node, info: Info, mesh: RankMesh) -> fx.Node:
+    """The call as it stands, on this rank's part, with a random stream of this part's own."""
+    split = [name for name, p in zip(mesh.names, info.placements, strict=True) if is_shard(p)]
+    made = _call(new, run.draw_apart, (str(node.target), list(node.args), dict(node.kwargs), *split), node)
+    new.erase_node(node)
+    return made
 
 
 def _attention(new: fx.Graph, node: fx.Node, info: Info, mesh: RankMesh, axes: list[int]) -> fx.Node:

@@ -7,7 +7,7 @@ import gc
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
@@ -30,10 +30,23 @@ from fxshard.plan.plan import Plan
 from fxshard.plan.resolve import Names, Resolved, resolve
 from fxshard.rules.lookup import draws
 from fxshard.rules.recipe import shape_of
-from fxshard.runtime.collectives import dropout_mask
+from fxshard.runtime.collectives import draw_apart, dropout_mask
 from fxshard.runtime.module import find
 
 STAGES = ("capture", "normalize", "annotate", "propagate", "insert_collectives", "localize", "optimize")
+
+
+@dataclass(frozen=True)
+class Options:
+    """How a program computes, beside the plan.
+
+    Attributes:
+        reduce_dtype: the least precision in which sums over ranks are made; None leaves each value's own.
+        independent: each rank draws for itself what is dropped of its part.
+    """
+
+    reduce_dtype: torch.dtype | None = None
+    independent: bool = False
 
 
 @dataclass(frozen=True)
@@ -45,7 +58,7 @@ class Compiled:
         resolved: the plan, made explicit.
         stages: the graph after every stage.
         times_s: seconds that every stage took.
-        reduce_dtype: the least precision in which the program makes sums over ranks.
+        options: how it computes.
     """
 
     captured: Captured
@@ -54,7 +67,7 @@ class Compiled:
     root: fx.GraphModule
     stages: Mapping[str, fx.Graph]
     times_s: Mapping[str, float]
-    reduce_dtype: torch.dtype | None = None
+    options: Options = Options()
 
     @property
     def graph(self) -> fx.Graph:
@@ -73,7 +86,9 @@ class Compiled:
             return self.graph
         if rank not in self._graphs:
             with _collector_paused():
-                self._graphs[rank] = optimize(localize(self.stages["insert_collectives"], self.mesh, rank))
+                self._graphs[rank] = optimize(
+                    localize(self.stages["insert_collectives"], self.mesh, rank, self.options.independent)
+                )
         return self._graphs[rank]
 
     @cached_property
@@ -133,19 +148,19 @@ class Compiled:
     def draws(self) -> bool:
         """Whether the program draws random numbers."""
         inner = [each.graph.nodes for node in self.graph.nodes for each in nested_graphs(node, self.root)]
-        return any(node.target is dropout_mask or draws(node) for nodes in (self.graph.nodes, *inner) for node in nodes)
+        return any(
+            node.target in (dropout_mask, draw_apart) or draws(node)
+            for nodes in (self.graph.nodes, *inner)
+            for node in nodes
+        )
 
 
 def compile_graph(
-    captured: Captured,
-    plan: Plan,
-    model: torch.nn.Module,
-    capture_s: float,
-    reduce_dtype: torch.dtype | None = None,
+    captured: Captured, plan: Plan, model: torch.nn.Module, capture_s: float, options: Options | None = None
 ) -> Compiled:
     """Compiles a captured model: the pipeline."""
     with _collector_paused():
-        return replace(_compile(captured, plan, model, capture_s), reduce_dtype=reduce_dtype)
+        return _compile(captured, plan, model, capture_s, options or Options())
 
 
 @contextlib.contextmanager
@@ -160,7 +175,7 @@ def _collector_paused() -> Iterator[None]:
             gc.enable()
 
 
-def _compile(captured: Captured, plan: Plan, model: torch.nn.Module, capture_s: float) -> Compiled:
+def _compile(captured: Captured, plan: Plan, model: torch.nn.Module, capture_s: float, options: Options) -> Compiled:
     mesh: Mesh = plan.mesh
     stages: dict[str, fx.Graph] = {"capture": captured.graph_module.graph}
     times: dict[str, float] = {"capture": capture_s}
@@ -181,9 +196,9 @@ def _compile(captured: Captured, plan: Plan, model: torch.nn.Module, capture_s: 
     graph = stage("propagate", propagate, graph, mesh)
     graph = stage("insert_collectives", insert_collectives, graph, mesh)
     stage("check", check, graph, mesh)
-    graph = stage("localize", localize, graph, mesh)
+    graph = stage("localize", localize, graph, mesh, 0, options.independent)
     stage("optimize", optimize, graph)
-    return Compiled(captured, resolved, mesh, root, stages, times)
+    return Compiled(captured, resolved, mesh, root, stages, times, options)
 
 
 def mark_parameters(graph: fx.Graph, root: torch.nn.Module) -> None:

@@ -81,7 +81,12 @@ def grouped_mm(call: Call) -> Recipe:
     if rule is None:
         return Recipe()
     ins, out = rule
-    return Recipe(make_factors(ins, [out], call, {"k": "+", "s": "!", "g": "!"}))
+    factors = make_factors(ins, [out], call, {"k": "+", "s": "!", "g": "!"})
+    dtype = call.dtype("self")
+    if call.name == "aten._grouped_mm" and dtype is not None:  # its kernel takes rows of whole 16 bytes only
+        step = max(1, 16 // dtype.itemsize)
+        factors = tuple(replace(f, size=f.size // step) for f in factors if isinstance(f.size, int))
+    return Recipe(factors)
 
 
 _GROUPED: dict[tuple[int, int, int], tuple[list[Names], Names]] = {

@@ -35,6 +35,7 @@ import torch
 import torch.distributed as dist
 
 from fxshard.errors import DistributedError, DivisibilityError
+from fxshard.runtime.autocast import operator_named
 
 Blocks = tuple[int, ...]
 Lengths = tuple[int, ...]
@@ -296,6 +297,27 @@ def nothing(operands: list[torch.Tensor], shape: tuple[int, ...], dtype: torch.d
     """
     out: torch.Tensor = _Nothing.apply(shape, dtype, *operands)  # type: ignore[no-untyped-call]
     return out
+
+
+def draw_apart(operator: str, arguments: list[Any], options: dict[str, Any], *axes: Axis) -> Any:
+    """Calls an operator that draws random numbers, with a stream that only the ranks share that hold the same part.
+
+    One number is drawn from the stream that all ranks share; with this rank's place on ``axes``, along which the values
+    are split, it seeds the part's own.
+
+    Args:
+        operator: its path in ``torch.ops``, e.g. ``aten.dropout.default``.
+        arguments: those by position.
+        options: those by name.
+        axes: along which the ranks hold different parts.
+    """
+    seed = int(torch.randint(2**31, ()))
+    for axis in axes:
+        seed = seed * axis.size + axis.index
+    devices = {x.device for x in arguments if isinstance(x, torch.Tensor) and x.is_cuda}
+    with torch.random.fork_rng(devices):
+        torch.manual_seed(seed)
+        return operator_named(operator)(*arguments, **options)
 
 
 def dropout_mask(like: torch.Tensor, shape: list[int], strides: list[int] | None, p: float) -> torch.Tensor:

@@ -15,7 +15,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import fxshard
-from fxshard import data_parallel, sequence_parallel, tensor_parallel
+from fxshard import Plan, Replicate, data_parallel, sequence_parallel, tensor_parallel
 from fxshard.codegen import freeing
 from tests.codegen.test_emit import Layer, Mlp, X, checked, classes_of
 from tests.helpers import assert_equivalent
@@ -208,7 +208,8 @@ def test_odd_models(name: str, plan: str) -> None:
 
 
 def test_loops() -> None:
-    code = checked(fxshard.parallelize(TwoStacks(), tensor_parallel(2), (X.float(),)))
+    keep = Plan({"tp": 2}, params={"*.second.weight": Replicate()})
+    code = checked(fxshard.parallelize(TwoStacks(), tensor_parallel(2) | keep, (X.float(),)))
     assert (
         "        memory = x\n        for layer in self.encoder:\n            memory = layer(memory)  # f32[4, 6, 8]"
         in code
@@ -219,7 +220,8 @@ def test_loops() -> None:
 
 
 def test_a_borrowed_module_is_written_where_it_is_called() -> None:
-    code = checked(fxshard.parallelize(borrowed(), tensor_parallel(2), (X.float(),)))
+    keep = Plan({"tp": 2}, params={"*.first.weight": Replicate()})
+    code = checked(fxshard.parallelize(borrowed(), tensor_parallel(2) | keep, (X.float(),)))
     assert set(classes_of(code)) == {"Borrower", "Chain"}
     assert "self.up = m.shared.mlp.up" in code  # the model reads the weights, and hands them to its layers
 

@@ -105,7 +105,9 @@ def test_as_the_original(name: str, plan: str) -> None:
     if plan != "dp2":
         assert all(entry for entry in experts_of(program, model).values())
         sums = [c for c in program.collectives() if c.phase == "forward" and c.kind in ("all_reduce", "reduce_scatter")]
-        assert len(sums) <= 1 + 2 * model.config.num_hidden_layers, "one of the vocabulary, two a layer"
+        activation = 4 * ids().numel() * model.config.hidden_size
+        large = [c for c in sums if c.num_bytes >= activation]  # norms over a split dim share small statistics
+        assert len(large) <= 1 + 2 * model.config.num_hidden_layers, "one of the vocabulary, two a layer"
 
 
 @pytest.mark.parametrize("plan", PLANS)

@@ -24,6 +24,7 @@ from torch.distributed.tensor.parallel import (
 import fxshard
 from fxshard import Plan, Replicate, Shard, data_parallel, sequence_parallel, tensor_parallel
 from fxshard.errors import MeshError, PlanError
+from fxshard.placement import BlockShard
 from fxshard.plan.formats import EXPERT_STYLES, HF_STYLES
 from tests.helpers import assert_equivalent
 from tests.models import zoo
@@ -241,11 +242,11 @@ def test_a_vocabulary_that_does_not_divide() -> None:
     assert str(placed) == "{'tp': Shard(0, shares=(43, 43, 42))}"
 
 
-def test_experts_are_right_though_not_split_for_use() -> None:
-    """Their own operators have no rule: what is stored split is gathered for them."""
+def test_experts_are_split_by_their_blocks() -> None:
+    """Gate and up are packed in one weight: the plan names its dim, the dataflow says which blocks."""
     model = hf_model("Mixtral", num_local_experts=4).float()
     program = assert_equivalent(model, Plan.from_hf(model, {"tp": 2}), kwargs=INPUTS)
-    assert program.plan.params["model.layers.0.mlp.experts.gate_up_proj"] == {"tp": Shard(1)}
+    assert program.plan.params["model.layers.0.mlp.experts.gate_up_proj"] == {"tp": BlockShard(1, (1, 1))}
     assert program.plan.params["model.layers.0.mlp.experts.down_proj"] == {"tp": Shard(2)}
 
 

@@ -230,7 +230,7 @@ def test_an_operator_without_a_rule_is_an_error() -> None:
 
 
 def test_a_rule_that_no_sample_can_try_is_reported() -> None:
-    assert check_rule(aten.relu.default, [(r(12, 0),)]).untried == {"d1"}
+    assert check_rule(aten.relu.default, [(r(5, 12),)], meshes=[]).untried == {"d0", "d1"}
 
 
 def test_losses_look_at_blocks() -> None:
