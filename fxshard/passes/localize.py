@@ -20,15 +20,13 @@ import torch
 from torch import fx
 
 from fxshard.mesh import Mesh, RankMesh
-from fxshard.passes import losses, norms, reductions
-from fxshard.passes.insert_collectives import how
+from fxshard.passes import attention, losses, norms, reductions
 from fxshard.passes.propagate import METADATA
 from fxshard.passes.statistics import Lowered
-from fxshard.passes.typing import Info, info_of, set_info, values_of
+from fxshard.passes.typing import Info, info_of, parts_along, set_info, values_of
 from fxshard.passes.writer import Writer, give_lengths
 from fxshard.placement import (
     REPLICATE,
-    Placement,
     Placements,
     cut_of,
     is_shard,
@@ -65,6 +63,10 @@ _CUTS = {
     aten.tensor_split.sections,
     aten.tensor_split.indices,
 }
+
+
+WITHOUT_EMPTY = frozenset({None, "groups", "mean", "causal", "heads"})
+"""Lowerings of which a rank that has an empty part has nothing to run: they neither communicate nor draw."""
 
 
 def localize(graph: fx.Graph, whole_mesh: Mesh, rank: int = 0, independent: bool = False) -> fx.Graph:
@@ -113,7 +115,7 @@ def _nothing(new: fx.Graph, node: fx.Node, info: Info, mesh: RankMesh) -> fx.Nod
     Operators differ in what they do with empty tensors; some refuse, or give another shape.
     """
     split = [(c, n, at) for c, n, at in zip(info.choices, mesh.sizes, mesh.at, strict=True) if c and c.kind == "split"]
-    if any(c.lowering not in (None, "groups", "mean") for c, _, _ in split) or node.target is operator.getitem:
+    if any(c.lowering not in WITHOUT_EMPTY for c, _, _ in split) or node.target is operator.getitem:
         return None
     if all(cut_of(p).share(n, at) for c, n, at in split for p in (*c.inputs, *c.outputs) if p is not None):
         return None
@@ -147,15 +149,6 @@ def _read_size(new: fx.Graph, node: fx.Node, size: torch.SymInt, parts: int, mes
 def local_sizes(value: Any, placements: Placements, mesh: RankMesh) -> tuple[Any, ...]:
     """The shape that this rank holds of a value; a symbolic size is never cut unevenly."""
     return local_shape(shape_of(value), placements, mesh.sizes, mesh.at)
-
-
-def parts_along(info: Info, index: int, dim: int, mesh: Mesh) -> int:
-    """Over how many ranks dim ``dim`` of the ``index``-th result is cut."""
-    out = 1
-    for placement, size in zip(info.outputs[index], mesh.sizes, strict=True):
-        if is_shard(placement) and placement.dim == dim:  # type: ignore[attr-defined]
-            out *= size
-    return out
 
 
 def _global_size(new: fx.Graph, node: fx.Node, mesh: RankMesh) -> fx.Node:
@@ -262,7 +255,7 @@ def _lower(new: fx.Graph, node: fx.Node, info: Info, mesh: RankMesh, independent
     (name,) = names
     axes = [a for a, c in enumerate(info.choices) if c is not None and c.lowering]
     if independent and name in ("dropout", "attention"):
-        return _draw_apart(new, node, info, mesh)
+        return attention.draw_apart(new, node, info, mesh)
     return LOWERINGS[name](new, node, info, mesh, axes)
 
 
@@ -333,104 +326,17 @@ def _embedding(new: fx.Graph, node: fx.Node, info: Info, mesh: RankMesh, axes: l
     return _call(new, aten.masked_fill.Scalar, (node, column, 0), node)
 
 
-def _dropout(new: fx.Graph, node: fx.Node, info: Info, mesh: RankMesh, axes: list[int]) -> fx.Node:
-    """Every rank draws the whole mask, as one device would, and keeps its part: the results are the single device's."""
-    arguments = bind(node)
-    source, p = arguments["input"], arguments["p"]
-    value = values_of(node)[0]
-    with new.inserting_before(node):
-        shape, strides = _global_layout(new, source, value, info, mesh)
-        mask = _mask_part(new, node, (source, shape, strides, p), info, mesh, value.dim())
-    result = _call(new, aten.mul.Tensor, (source, mask), node)
-    new.erase_node(node)  # it would draw once more
-    return result
-
-
-def _mask_part(new: fx.Graph, node: fx.Node, args: tuple[Any, ...], info: Info, mesh: RankMesh, dims: int) -> fx.Node:
-    """This rank's part of a whole dropout mask, along the first ``dims`` dims."""
-    mask = _call(new, run.dropout_mask, args, node)
-    set_info(mask, Info(((REPLICATE,) * mesh.ndim,)))
-    now: list[Placement] = [REPLICATE] * mesh.ndim
-    for axis, placement in enumerate(info.placements):
-        if is_shard(placement) and placement.dim < dims:  # type: ignore[attr-defined]
-            args = (mask, mesh.names[axis], placement.dim)  # type: ignore[attr-defined]
-            now[axis] = placement
-            mask = _call(new, run.chunk, args, node, **how(placement))
-            set_info(mask, Info((tuple(now),)))
-            give_lengths(mask, mesh)
-    return mask
-
-
-def _draw_apart(new: fx.Graph, node: fx.Node, info: Info, mesh: RankMesh) -> fx.Node:
-    """The call as it stands, on this rank's part, with a random stream of this part's own."""
-    split = [name for name, p in zip(mesh.names, info.placements, strict=True) if is_shard(p)]
-    made = _call(new, run.draw_apart, (str(node.target), list(node.args), dict(node.kwargs), *split), node)
-    new.erase_node(node)
-    return made
-
-
-def _attention(new: fx.Graph, node: fx.Node, info: Info, mesh: RankMesh, axes: list[int]) -> fx.Node:
-    """Attention with dropout, written out, so that each rank drops what the one device would drop in its part."""
-    arguments = bind(node)
-    query, key, value = arguments["query"], arguments["key"], arguments["value"]
-    whole, keys = values_of(query)[0].shape, values_of(key)[0].shape
-    root = (arguments["scale"] or whole[-1] ** -0.5) ** 0.5
-
-    def write(function: Any, *args: Any) -> fx.Node:  # not a Writer: nothing reads their types, of which there are many
-        made = new.call_function(function, args)
-        made.meta = {k: v for k, v in node.meta.items() if k in ("nn_module_stack", "stack_trace")}
-        return made
-
-    with new.inserting_before(node):
-        if arguments["enable_gqa"] and whole[-3] != keys[-3]:
-            repeats = whole[-3] // keys[-3]
-            key, value = (write(aten.repeat_interleave.self_int, x, repeats, -3) for x in (key, value))
-        left = write(aten.mul.Tensor, query, root)
-        right = write(aten.mul.Tensor, write(aten.transpose.int, key, -2, -1), root)
-        scores = write(aten.matmul.default, left, right)
-        masked = arguments["attn_mask"]
-        if arguments["is_causal"]:
-            ones = write(aten.ones_like.default, scores)
-            masked = write(aten.to.dtype, write(aten.tril.default, ones), torch.bool)
-        if masked is not None:
-            boolean = arguments["is_causal"] or values_of(masked)[0].dtype == torch.bool
-            if boolean:
-                scores = write(aten.masked_fill.Scalar, scores, write(aten.logical_not.default, masked), float("-inf"))
-            else:
-                scores = write(aten.add.Tensor, scores, masked)
-        weights = write(aten._safe_softmax.default, scores, -1)
-        shape, _ = _global_layout(new, query, values_of(node)[0], info, mesh)
-        shape[-1] = keys[-2] if isinstance(keys[-2], int) else write(aten.sym_size.int, key, -2)
-        lead = values_of(node)[0].dim() - 1
-        mask = _mask_part(new, node, (query, shape, None, arguments["dropout_p"]), info, mesh, lead)
-        kept = write(aten.mul.Tensor, weights, mask)
-    result = _call(new, aten.matmul.default, (kept, value), node)
-    new.erase_node(node)
-    return result
-
-
-def _global_layout(
-    new: fx.Graph, source: fx.Node, value: torch.Tensor, info: Info, mesh: Mesh
-) -> tuple[list[Any], list[int] | None]:
-    shape: list[Any] = list(value.shape)
-    for dim, size in enumerate(shape):
-        if not isinstance(size, int):
-            local = new.call_function(aten.sym_size.int, (source, dim))
-            parts = parts_along(info, 0, dim, mesh)
-            shape[dim] = local if parts == 1 else new.call_function(operator.mul, (local, parts))
-    contiguous = all(isinstance(s, int) for s in value.shape) and not value.is_contiguous()
-    return shape, list(value.stride()) if contiguous else None
-
-
 LOWERINGS: dict[str, Callable[[fx.Graph, fx.Node, Info, RankMesh, list[int]], Lowered]] = {
     "mean": _mean,
     "embedding": _embedding,
-    "dropout": _dropout,
+    "dropout": attention.dropout,
     "groups": _groups,
     "share": _share,
     "softmax": losses.softmax,
     "loss": losses.loss,
-    "attention": _attention,
+    "attention": attention.with_dropout,
+    "causal": attention.causal,
+    "heads": attention.heads,
     "norm": norms.norm,
     "reduction": reductions.reduction,
     "position": reductions.reduction,

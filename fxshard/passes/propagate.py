@@ -35,7 +35,7 @@ from fxshard.rules.table import find_rule, name_of
 WEIGHT_STAYS = 1000.0
 """How much dearer it is to move a weight than an activation of its size: weights stay where they are stored."""
 
-MAY_BE_EMPTY = frozenset({None, "groups", "mean", "dropout", "attention", "loss"})
+MAY_BE_EMPTY = frozenset({None, "groups", "mean", "dropout", "attention", "causal", "heads", "loss"})
 """Lowerings that hold on an empty part too; others are of no use there: a maximum of nothing, a table without rows."""
 
 METADATA = {

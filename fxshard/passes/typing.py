@@ -87,6 +87,15 @@ def is_float(value: Any) -> bool:
     return isinstance(value, torch.Tensor) and (value.dtype.is_floating_point or value.dtype.is_complex)
 
 
+def parts_along(info: Info, index: int, dim: int, mesh: Mesh) -> int:
+    """Over how many ranks dim ``dim`` of the ``index``-th result is cut."""
+    out = 1
+    for placement, size in zip(info.outputs[index], mesh.sizes, strict=True):
+        if is_shard(placement) and placement.dim == dim:  # type: ignore[attr-defined]
+            out *= size
+    return out
+
+
 def num_bytes(value: torch.Tensor) -> int:
     """The bytes of a whole value; a symbolic size counts with its hint, one that nothing is known of as 1."""
     size = int(value.element_size())

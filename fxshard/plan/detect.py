@@ -36,6 +36,9 @@ Demand = dict[tuple[int, int], tuple[int, ...]]
 
 _CUTS = {"aten.split", "aten.split_with_sizes", "aten.chunk", "aten.slice", "aten.narrow"}
 _SIZES = {"aten.sym_size", "aten.sym_numel"}
+SHARING = {"norm", "softmax", "reduction", "extreme", "position", "cumsum"}
+"""Lowerings by which the ranks share statistics of a split dim."""
+
 STATISTIC = 4
 """How many calls lead from a value to its sum at most: a cast, a square, a mean."""
 
@@ -348,10 +351,10 @@ class _Walk:
         """The factor that cuts results as ``wanted``, and how it is cut; what only its size forbids is an obstacle."""
         for factor in recipe.factors:
             at = factor.outputs[results[0]]
-            if factor.lowering == "norm" and not self.through_norms and at is not None and at.dim == wanted.dim:
-                self.met_norm = True
-                continue
             if len({factor.outputs[result] for result in results}) != 1 or at is None or at.dim != wanted.dim:
+                continue
+            if factor.lowering in SHARING and not self.through_norms:
+                self.met_norm = True
                 continue
             inner = factor.cut_for(at, wanted, self.size)
             if inner is not None:

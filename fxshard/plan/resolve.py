@@ -241,6 +241,8 @@ class _Work:
     def _says_only(self, dim: int, node: fx.Node, placement: Placement, axis: str) -> bool:
         """Whether the user said no more than which dim to split: no blocks, and no shares but those of ``chunk``."""
         count = shapes_of(node)[0][dim]
+        if self._beside(node, axis, dim):
+            return False  # heads would have to go round all these axes
         return placement.is_shard(dim) and cut_of(placement) == cut_of(
             _fitting(count, 0, Shard(0), self.mesh.size(axis), []) or placement
         )

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 from fxshard.rules.names import ONE, Names, left, lowered, resized
 from fxshard.rules.notation import make_factors
-from fxshard.rules.recipe import Call, Dim, Factor, Recipe
+from fxshard.rules.recipe import At, Call, Dim, Factor, Recipe
 
 
 def linear(call: Call) -> Recipe:
@@ -85,7 +85,9 @@ def grouped_mm(call: Call) -> Recipe:
     dtype = call.dtype("self")
     if call.name == "aten._grouped_mm" and dtype is not None:  # its kernel takes rows of whole 16 bytes only
         step = max(1, 16 // dtype.itemsize)
-        factors = tuple(replace(f, size=f.size // step) for f in factors if isinstance(f.size, int))
+        factors = tuple(
+            replace(f, size=f.size // step) if f.name in "kmn" else f for f in factors if isinstance(f.size, int)
+        )
     return Recipe(factors)
 
 
@@ -107,10 +109,9 @@ def embedding(call: Call) -> Recipe:
     ids = left(len(call.inputs[1]))
     counted = bool(call.arguments.get("scale_grad_by_freq"))
     cut = bool(call.whole_inputs) and call.whole_inputs[0][0] != call.inputs[0][0]
-    blocks = call.in_blocks(0, 0)
-    marks = {"v": "!" if counted or cut or blocks else "~"} | ({n[0]: "!" for n in ids} if counted else {})
+    marks = {"v": "!" if counted or cut else "~"} | ({n[0]: "!" for n in ids} if counted else {})
     factors = make_factors([[("v",), ("e",)], ids], [[*ids, ("e",)]], call, marks)
-    return Recipe(lowered(factors, "embedding", ("v",)), (frozenset({0}),))
+    return Recipe(lowered(factors, "embedding", ("v",), plain=("v",)), (frozenset({0}),))
 
 
 def conv(call: Call) -> Recipe:
@@ -157,7 +158,8 @@ def _groups(call: Call, transposed: bool) -> Dim | None:
 def attention(call: Call) -> Recipe:
     """scaled_dot_product_attention: batch, heads and queries split; keys and the head size are whole.
 
-    With ``enable_gqa`` a key head serves several query heads: ``(g r)`` query heads, ``g`` key heads.
+    With ``enable_gqa`` a key head serves several query heads: the key heads split, or query heads ``h``, whose rank
+    takes the key heads that it needs. Causal, a rank's mask says where its queries stand.
     """
     q, k, v = call.inputs[:3]
     if not len(q) == len(k) == len(v) >= 2:
@@ -171,17 +173,37 @@ def attention(call: Call) -> Recipe:
     marks = {"d": "!", "s": "!"}
     if call.arguments.get("dropout_p") and len(heads) and len(heads[-1]) > 1 and k[-3] == 1:
         marks[heads[-1][0]] = "!"  # the lowering repeats key heads by the global ratio
-    if call.arguments.get("is_causal"):
-        marks["q"] = "!"
     ins: list[Names] = [[*heads, ("q",), ("d",)], [*lead, ("s",), ("d",)], [*lead, ("s",), ("e",)]]
     for mask in call.inputs[3:]:
         if len(mask) > len(q):
             return Recipe()
         ins.append([*heads, ("q",), ("s",)][len(q) - len(mask) :])
+    if call.arguments.get("enable_gqa") and lead and call.whole_inputs:
+        of_all, keys_of_all = call.whole_inputs[0][-3], call.whole_inputs[1][-3]
+        if q[-3] * keys_of_all != k[-3] * of_all:
+            marks[lead[-1][0]] = "!"  # an outer axis splits the query heads alone
+    causal = bool(call.arguments.get("is_causal"))
+    cut = bool(call.whole_inputs) and call.whole_inputs[0][-2] != q[-2]
+    if causal and (cut or call.arguments.get("dropout_p")):
+        marks["q"] = "!"
     factors = make_factors(ins, [[*heads, ("q",), ("e",)]], call, marks)
+    if causal:
+        factors = lowered(factors, "causal", ("q",), plain=("q",))
+    if len(heads[-1:]) and len(heads[-1]) > 1:
+        factors += _query_heads(call, len(q) - 3)
     if call.arguments.get("dropout_p"):
-        return Recipe(lowered(factors, "attention"))  # a rank drops its part of the one mask
+        return Recipe(lowered(factors, "attention", plain=("h",)))  # a rank drops its part of the one mask
     return Recipe(factors, (frozenset({2}),))
+
+
+def _query_heads(call: Call, dim: int) -> tuple[Factor, ...]:
+    """Query heads that share key heads, split without these; over one axis."""
+    count = call.inputs[0][dim]
+    if call.whole_inputs and call.whole_inputs[0][dim] != count:
+        return ()
+    masks = [dim - (len(call.inputs[0]) - len(mask)) for mask in call.inputs[3:]]
+    at = [At(d) if d >= 0 and mask[d] != 1 else None for d, mask in zip(masks, call.inputs[3:], strict=True)]
+    return (Factor("h", count, (At(dim), None, None, *at), (At(dim),), "heads", plain=True),)
 
 
 def flash_attention(call: Call) -> Recipe:
@@ -189,12 +211,12 @@ def flash_attention(call: Call) -> Recipe:
     recipe = attention(replace(call, outputs=call.outputs[:1]))
     if call.arguments.get("dropout_p"):
         return Recipe()
-    return Recipe(tuple(replace(f, outputs=f.outputs * 2) for f in recipe.factors if f.outputs[0] and _rows_only(f)))
+    return Recipe(tuple(replace(f, outputs=f.outputs * 2) for f in recipe.factors if _rows_only(f)))
 
 
 def _rows_only(factor: Factor) -> bool:
-    """Whether a factor is not the size of the values, which the log-sums lack."""
-    return factor.inputs[0] is not None
+    """Whether a factor is not the size of the values, which the log-sums lack; nor one that needs a lowering."""
+    return factor.inputs[0] is not None and factor.outputs[0] is not None and factor.lowering is None
 
 
 def convolution(call: Call) -> Recipe:

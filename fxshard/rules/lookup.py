@@ -16,12 +16,10 @@ from fxshard.runtime.autocast import operator_named, under_autocast
 _CUTS = {"aten.split", "aten.split_with_sizes", "aten.chunk", "aten.slice", "aten.narrow", "aten.tensor_split"}
 _LITERAL = _CUTS | {"aten.embedding", "aten.group_norm"}
 _LITERAL |= {"aten.cross_entropy_loss", "aten.nll_loss", "aten.nll_loss_nd"}
-_LITERAL |= {"aten.argmax", "aten.argmin", "aten.max", "aten.min"}
+_LITERAL |= {"aten.argmax", "aten.argmin", "aten.max", "aten.min", "aten.scaled_dot_product_attention"}
 """Operators whose arguments or lowerings speak of the whole tensor."""
-_LAYOUT = {"aten.cat", "aten.concat", "aten.concatenate", "aten.embedding"} | _CUTS
-_LAYOUT |= {"aten.cross_entropy_loss", "aten.nll_loss", "aten.nll_loss_nd"}
-_LAYOUT |= {"aten.argmax", "aten.argmin", "aten.max", "aten.min", "aten.cumsum"}
-"""Operators whose rules look at how the operands are cut: their lowerings know plain shards only, or they follow."""
+_LAYOUT = {"aten.cat", "aten.concat", "aten.concatenate"} | _CUTS
+"""Operators whose rules follow how the operands are cut."""
 WEIGHT_VIEWS = {"aten.t", "aten.transpose", "aten.permute", "aten.numpy_T", "aten.view", "aten.reshape", "aten.to"}
 WEIGHT_VIEWS |= {"aten.unsqueeze"}
 """Operators whose result, given a weight, is that weight in another shape or dtype."""

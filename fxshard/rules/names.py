@@ -33,11 +33,18 @@ def whole(names: Sequence[tuple[str, ...]], dims: Collection[int]) -> dict[str, 
 
 
 def lowered(
-    factors: Sequence[Factor], lowering: str | None, names: Collection[str] | None = None, *, reduced: bool = False
+    factors: Sequence[Factor],
+    lowering: str | None,
+    names: Collection[str] | None = None,
+    *,
+    reduced: bool = False,
+    plain: Collection[str] = (),
 ) -> tuple[Factor, ...]:
-    """The factors, those of ``names`` (by default all) with a lowering; ``reduced``: it gives whole results."""
-    mine = (names is None or f.name in names for f in factors)
-    return tuple(replace(f, lowering=lowering, reduced=reduced) if m else f for f, m in zip(factors, mine, strict=True))
+    """The factors, those of ``names`` (by default all) with a lowering; see ``Factor`` for the other two."""
+    return tuple(
+        replace(f, lowering=lowering, reduced=reduced, plain=f.name in plain) if names is None or f.name in names else f
+        for f in factors
+    )
 
 
 def resized(factors: Sequence[Factor], name: str, size: Dim, lowering: str | None) -> tuple[Factor, ...]:

@@ -68,6 +68,7 @@ class Factor:
         outputs: likewise for each result; a result that lacks it is ``Partial(sum)``.
         lowering: the name of the local replacement, where computing on a slice differs from slicing the result.
         reduced: the lowering gives results that lack the factor whole, not as summands.
+        plain: the lowering knows one range a rank: the factor is not cut in blocks.
     """
 
     name: str
@@ -76,6 +77,7 @@ class Factor:
     outputs: tuple[At | None, ...]
     lowering: str | None = None
     reduced: bool = False
+    plain: bool = False
 
     def cut_for(self, at: At | None, wanted: At | None, parts: int) -> Cut | None:
         """How to cut the factor so that the dim in which it sits at ``at`` is cut as ``wanted``.
@@ -86,7 +88,7 @@ class Factor:
         if at is None or wanted is None or at.dim != wanted.dim:
             return None
         blocks = uncombine(wanted.blocks, at.blocks)
-        if blocks is None:
+        if blocks is None or (self.plain and blocks != (1,)):
             return None
         cut = Cut(blocks, wanted.shares)
         return cut if units(self.size, blocks, cut.pieces(parts)) else None
@@ -138,11 +140,6 @@ class Call:
         """The dtype of the tensor operand ``name``."""
         value = self.arguments.get(name)
         return value.dtype if isinstance(value, Operand) else None
-
-    def in_blocks(self, index: int, dim: int) -> bool:
-        """Whether the axis at hand cuts dim ``dim`` of an operand in several blocks."""
-        at = self.carried[index] if index < len(self.carried) else None
-        return at is not None and at.dim == dim and at.blocks != (1,)
 
     @property
     def is_cut(self) -> bool:

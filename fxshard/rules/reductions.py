@@ -84,7 +84,8 @@ def _reduction(call: Call, mark: str, lowering: str | None = None) -> Recipe:
         return Recipe()  # dim=[] reduces nothing in some operators
     reduced = {names[d][0] for d in dims}
     factors = make_factors([names], [out] * len(call.outputs), call, dict.fromkeys(reduced, mark))
-    return Recipe(lowered(factors, lowering, reduced, reduced=mark == "~"))
+    plain = reduced if lowering == "position" else ()
+    return Recipe(lowered(factors, lowering, reduced, reduced=mark == "~", plain=plain))
 
 
 def sums(call: Call) -> Recipe:
@@ -149,7 +150,7 @@ def positions(call: Call) -> Recipe:
         return _reduction(call, "!")
     dim = call.dim("dim", ndim)
     cut = call.is_cut and call.whole_inputs[0][dim] != call.inputs[0][dim]
-    known = isinstance(call.inputs[0][dim], int) and not call.in_blocks(0, dim)
+    known = isinstance(call.inputs[0][dim], int)
     return _reduction(call, "~" if known and not cut else "!", "position")
 
 
@@ -165,9 +166,9 @@ def cumsum(call: Call) -> Recipe:
     if not ndim:
         return scan(call)
     dim = call.dim("dim", ndim)
-    factors = make_factors([names], [names], call, {names[dim][0]: "!"} if call.in_blocks(0, dim) else {})
+    factors = make_factors([names], [names], call, {})
     linear = LINEAR if call.arguments.get("dtype") is None else ()
-    return Recipe(lowered(factors, "cumsum", (names[dim][0],)), linear)
+    return Recipe(lowered(factors, "cumsum", names[dim], plain=names[dim]), linear)
 
 
 def cross_entropy(call: Call) -> Recipe:
@@ -182,12 +183,11 @@ def cross_entropy(call: Call) -> Recipe:
     rows: Names = [("n",), *((f"s{i}",) for i in range(len(target) - 1))]
     ins: list[Names] = [[rows[0], ("v",), *rows[1:]], rows] + [[("v",)]] * (len(call.inputs) - 2)
     cut = call.is_cut and call.whole_inputs[0][1] != logits[1]
-    blocks = call.in_blocks(0, 1) or (len(ins) > 2 and call.in_blocks(2, 0))
-    marks = {"v": "!" if cut or blocks else "~"}
+    marks = {"v": "!" if cut else "~"}
     if reduction != 0:
         marks |= {n[0]: "+" for n in rows}
     factors = make_factors(ins, [rows if reduction == 0 else []], call, marks)
-    return Recipe(lowered(factors, "loss", None if reduction == 1 else ("v",)))
+    return Recipe(lowered(factors, "loss", None if reduction == 1 else ("v",), plain=("v",)))
 
 
 def stft(call: Call) -> Recipe:

@@ -273,10 +273,13 @@ def test_where_the_result_is_read_whole_the_operand_is_gathered_once() -> None:
     ]
 
 
-def test_a_preset_makes_no_pair_through_a_norm() -> None:
-    """It would save memory, and cost exchanges: that is for the user to say."""
-    program = fxshard.parallelize(Between(), tensor_parallel(2), (torch.randn(2, 8),))
-    assert program.plan.params == {}
+def test_a_preset_makes_a_pair_through_a_norm_where_there_is_none_without() -> None:
+    """The ranks share two numbers a row, and the sum of the second weight."""
+    program = assert_equivalent(Between().double(), tensor_parallel(2), (randn(2, 8),))
+    assert len(program.plan.params) == 5
+    assert sorted(c.num_bytes for c in program.collectives() if c.phase == "forward") == [2 * 8, 2 * 8, 2 * 8 * 8]
+    first = fxshard.parallelize(nn.Sequential(nn.Linear(8, 8), Between()), tensor_parallel(2), (torch.randn(2, 8),))
+    assert "1.down.weight" not in first.plan.params, "a pair without a norm comes first"
 
 
 def test_running_buffers_that_are_whole_where_channels_are_split_gather_the_operand() -> None:
