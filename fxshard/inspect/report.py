@@ -137,7 +137,7 @@ def short(placement: Placement) -> str:
     if is_shard(placement):
         blocks, shares = cut_of(placement)
         text = f";{':'.join(map(str, blocks))}" if blocks != (1,) else ""
-        return f"S({placement.dim}{text}{';uneven' if shares else ''})"  # type: ignore[attr-defined]
+        return f"S({placement.dim}{text}{'~' if shares else ''})"  # type: ignore[attr-defined]
     if isinstance(placement, Varying):
         return "V"
     return "P" if is_partial(placement) else "R"
@@ -155,7 +155,7 @@ def table(compiled: Compiled) -> str:
     for node in compiled.graph.nodes:
         if node.op != "call_function":
             continue
-        used |= {short(p)[0] for p in info_of(node).placements} if _typed(node) else set()
+        used |= {letter for p in info_of(node).placements for letter in short(p)} if _typed(node) else set()
         forward = back = ""
         if node.target in CONVERSIONS:
             forward = FORWARD.get(node.target, "")
@@ -183,6 +183,7 @@ def table(compiled: Compiled) -> str:
 LEGEND = {
     "R": "R: whole on every rank",
     "S": "S(d): split along dim d",
+    "~": "S(d~): in parts of different sizes",
     "P": "P: a partial sum",
     "V": "V: whole, its gradient a partial sum",
 }
@@ -195,7 +196,9 @@ def _legend(mesh: Mesh, used: set[str]) -> str:
 
 def _joined(cells: list[str]) -> str:
     text = ", ".join(cells)
-    return text if len(text) <= SHAPE_WIDTH else ", ".join(cells[:2]) + f", ... {len(cells) - 2} more"
+    if len(text) <= SHAPE_WIDTH or len(cells) < 3:
+        return text
+    return ", ".join(cells[:2]) + f", ... {len(cells) - 2} more"
 
 
 def _shortened(path: str, width: int) -> str:

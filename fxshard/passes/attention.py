@@ -15,7 +15,7 @@ from torch import fx
 
 from fxshard.mesh import Mesh, RankMesh
 from fxshard.passes.insert_collectives import how
-from fxshard.passes.typing import Info, parts_along, set_info, values_of
+from fxshard.passes.typing import Info, info_of, parts_along, set_info, values_of
 from fxshard.passes.writer import Writer, give_lengths
 from fxshard.placement import REPLICATE, Placement, is_shard
 from fxshard.rules.recipe import bind
@@ -75,7 +75,7 @@ def with_dropout(new: fx.Graph, node: fx.Node, info: Info, mesh: RankMesh, axes:
 
     with new.inserting_before(node):
         if arguments["enable_gqa"] and whole[HEADS] != keys[HEADS]:
-            key, value = (_for_queries(write, new, node, info, mesh, x) for x in (key, value))
+            key, value = (_for_queries(new, node, info, mesh, x) for x in (key, value))
         left = write(aten.mul.Tensor, query, root)
         right = write(aten.mul.Tensor, write(aten.transpose.int, key, -2, -1), root)
         scores = write(aten.matmul.default, left, right)
@@ -119,24 +119,24 @@ def causal(new: fx.Graph, node: fx.Node, info: Info, mesh: RankMesh, axes: list[
 def heads(new: fx.Graph, node: fx.Node, info: Info, mesh: RankMesh, axes: list[int]) -> fx.Node:
     """Attention of this rank's query heads, of which several share a key head that every rank holds."""
     arguments = bind(node)
-
-    def write(function: Any, *args: Any) -> fx.Node:
-        return _made(new, function, args, node)
-
     with new.inserting_before(node):
         for name in ("key", "value"):
-            arguments[name] = _for_queries(write, new, node, info, mesh, arguments[name])
+            arguments[name] = _for_queries(new, node, info, mesh, arguments[name])
     return _with(node, arguments | {"enable_gqa": False})
 
 
-def _for_queries(write: Any, new: fx.Graph, node: fx.Node, info: Info, mesh: RankMesh, x: fx.Node) -> fx.Node:
+def _for_queries(new: fx.Graph, node: fx.Node, info: Info, mesh: RankMesh, x: fx.Node) -> fx.Node:
     """Keys or values, once for each query head of this rank."""
+    write = Writer(new, node, mesh)
     queries, keys = values_of(node)[0].shape[HEADS], values_of(x)[0].shape[HEADS]
     x = write(aten.repeat_interleave.self_int, x, queries // keys, HEADS)
     for axis, choice in enumerate(info.choices):
         if choice is not None and choice.factor == "h":
-            start, count = Writer(new, node, mesh).range_of(axis, queries, info.placements[axis])
-            x = write(aten.slice.Tensor, x, HEADS, start, _plus(new, start, count))
+            start, count = write.range_of(axis, queries, info.placements[axis])
+            before = info_of(x)
+            after = (*before.placements[:axis], info.placements[axis], *before.placements[axis + 1 :])
+            x = _made(new, aten.slice.Tensor, (x, HEADS, start, _plus(new, start, count)), x)
+            set_info(x, Info((after,), differentiable=before.differentiable))
     return x
 
 
