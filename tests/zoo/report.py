@@ -1,0 +1,155 @@
+"""Every architecture of the zoo under every plan, as a page: ``python -m tests.zoo > docs/zoo.md``.
+
+python -m tests.zoo [name ...]        only these, as plain lines
+"""
+
+from __future__ import annotations
+
+import logging
+import multiprocessing
+import sys
+import time
+import warnings
+from collections import Counter
+from collections.abc import Iterable
+
+import torch
+from tabulate import tabulate
+
+from tests.zoo import vision
+from tests.zoo.check import PLANS, Row, Specimen, check
+from tests.zoo.models import ZOO
+
+PROCESSES = 2
+SHORT = {"all_reduce": "ar", "all_gather": "ag", "reduce_scatter": "rs", "all_to_all": "a2a"}
+"""How the table calls the collectives."""
+
+
+def everything() -> list[str]:
+    return [*ZOO, *(vision.VISION if vision.available() else ())]
+
+
+def rows_of(name: str) -> list[Row]:
+    """Evaluation under the four plans, training under ``tp2``."""
+    warnings.simplefilter("ignore")
+    logging.disable(logging.CRITICAL)
+    torch.set_num_threads(1)
+    if name not in ZOO:
+        vision.available()
+    entry = (ZOO | vision.VISION)[name]
+    rows = []
+    for training in (False, True):
+        started = time.perf_counter()
+        try:
+            specimen = Specimen(entry, training)
+        except Exception as error:
+            rows.append(Row(name, entry.family, "", error=f"the zoo's own fault: {type(error).__name__}: {error}"))
+            continue
+        spent = time.perf_counter() - started
+        for plan in ("tp2",) if training else PLANS:
+            rows.append(check(specimen, plan))
+            if rows[-1].refused and not training:
+                rows += [Row(name, entry.family, p, error=rows[-1].error, refused=True) for p in list(PLANS)[1:]]
+                break
+        print(
+            f"{name} {spent:.1f} s to build", *map(line, rows[-len(PLANS) :]), sep="\n  ", file=sys.stderr, flush=True
+        )
+    return rows
+
+
+def line(row: Row) -> str:
+    share = "" if row.layer_share is None else f"{row.layer_share:.2f}"
+    told = row.error or "; ".join(row.problems[:3])
+    return f"{row.mode:5} {row.plan:3} {row.verdict:7} {row.share:.2f} {share:4} {row.seconds:5.1f} s  {told[:200]}"
+
+
+def run(names: Iterable[str]) -> list[Row]:
+    context = multiprocessing.get_context("spawn")
+    with context.Pool(PROCESSES, maxtasksperchild=40) as pool:
+        return [row for rows in pool.imap(rows_of, names, chunksize=1) for row in rows]
+
+
+# --- the page --------------------------------------------------------------------------------------------------------
+
+
+def page(rows: list[Row]) -> str:
+    names = list(dict.fromkeys(row.name for row in rows))
+    right = [name for name in names if all(r.verdict == "right" for r in rows if r.name == name)]
+    wrong = [row for row in rows if row.verdict == "WRONG"]
+    families = Counter({row.name: row.family for row in rows}.values())
+    told = ", ".join(f"{count} {family}" for family, count in families.items())
+    parts = [
+        "# The zoo",
+        "",
+        f"{len(names)} architectures ({told}), tiny and with random weights, each under four plans in simulation, and "
+        "trained once with dropout under `tensor_parallel(2)`. Outputs and all gradients are compared with those of the "
+        "original module on one device. This page is generated: `python -m tests.zoo > docs/zoo.md`.",
+        "",
+        f"**{len(right)} of {len(names)} ({len(right) / len(names):.1%}) are right under all of them; {len(wrong)} results "
+        "are wrong.** The rest end in the errors [listed below](#refused).",
+        "",
+        "- *layers*: of the bytes of the matrices of attention and MLP, how much `tensor_parallel(2)` splits; *all*: the "
+        "same of all parameters.",
+        "- Collectives of one step, forward | backward: *ar* all_reduce, *ag* all_gather, *rs* reduce_scatter, "
+        "*a2a* all_to_all; then their payload in KiB.",
+        "- *s*: seconds for everything in the line, capture included.",
+        "",
+    ]
+    for family in families:
+        parts += [f"## {family}", "", table_of(family, rows), ""]
+    return "\n".join([*parts, *refusals(rows), ""])
+
+
+def table_of(family: str, rows: list[Row]) -> str:
+    lines = []
+    for name in dict.fromkeys(row.name for row in rows if row.family == family):
+        mine = {("train" if r.mode == "train" else r.plan): r for r in rows if r.name == name}
+        verdicts = " ".join(f"{plan} {row.verdict}" for plan, row in mine.items() if row.verdict != "right") or "right"
+        tp = mine.get("tp2")
+        if tp is None or tp.collectives is None:
+            lines.append([f"`{name}`", verdicts])
+            continue
+        layers = "" if tp.layer_share is None else f"{tp.layer_share:.0%}"
+        moved = [f"{traffic(mine[plan])}" if plan in mine else "" for plan in PLANS]
+        seconds = f"{sum(row.seconds for row in mine.values()):.1f}"
+        fallbacks = " ".join(dict.fromkeys(op for row in mine.values() for op in row.fallbacks))
+        lines.append([f"`{name}`", verdicts, layers, f"{tp.share:.0%}", split(tp), *moved, fallbacks, seconds])
+    header = ["model", "result", "layers", "all", "split under tp2", *PLANS, "no rule", "s"]
+    return tabulate(lines, header, tablefmt="github", disable_numparse=True)
+
+
+def split(row: Row) -> str:
+    """``q_proj k_proj: Shard(0); o_proj: Shard(1)``."""
+    by_placement: dict[str, list[str]] = {}
+    for kind, placed in (row.weights or {}).items():
+        by_placement.setdefault(placed, []).append(kind)
+    return "; ".join(f"{' '.join(kinds)}: {placed}" for placed, kinds in by_placement.items())
+
+
+def traffic(row: Row) -> str:
+    if row.collectives is None:
+        return ""
+    words = []
+    for phase in ("forward", "backward"):
+        mine = {k.split()[1]: n for k, n in row.collectives.items() if k.startswith(phase)}
+        words.append(" ".join(f"{n} {SHORT[kind]}" for kind, n in sorted(mine.items())))
+    return f"{words[0]} / {words[1]}, {row.num_bytes / 1024:.0f}"
+
+
+def refusals(rows: list[Row]) -> list[str]:
+    bad = {(r.name, r.mode, r.error or r.problems[0]): r for r in rows if r.verdict != "right"}
+    lines = [
+        [f"`{name}`", mode, r.verdict, told.replace("|", "\\|").replace("\n", " ")[:300]]
+        for (name, mode, told), r in bad.items()
+    ]
+    return ["## Refused", "", tabulate(lines, ["model", "mode", "result", "what the error says"], tablefmt="github")]
+
+
+if __name__ == "__main__":
+    started = time.perf_counter()
+    asked = sys.argv[1:]
+    if asked:
+        run(asked)
+    else:
+        print(page(run(everything())))
+    print(f"{time.perf_counter() - started:.0f} s", file=sys.stderr)
