@@ -1,7 +1,4 @@
-"""Every architecture of the zoo under every plan, as a page: ``python -m tests.zoo > docs/zoo.md``.
-
-python -m tests.zoo [name ...]        only these, as plain lines
-"""
+"""Every architecture of the zoo under every plan, in two processes, and the page that tells what became of them."""
 
 from __future__ import annotations
 
@@ -12,6 +9,7 @@ import time
 import warnings
 from collections import Counter
 from collections.abc import Iterable
+from concurrent.futures import ProcessPoolExecutor
 
 import torch
 from tabulate import tabulate
@@ -65,8 +63,8 @@ def line(row: Row) -> str:
 
 def run(names: Iterable[str]) -> list[Row]:
     context = multiprocessing.get_context("spawn")
-    with context.Pool(PROCESSES, maxtasksperchild=40) as pool:
-        return [row for rows in pool.imap(rows_of, names, chunksize=1) for row in rows]
+    with ProcessPoolExecutor(PROCESSES, mp_context=context) as pool:
+        return [row for rows in pool.map(rows_of, names) for row in rows]
 
 
 # --- the page --------------------------------------------------------------------------------------------------------
@@ -143,13 +141,3 @@ def refusals(rows: list[Row]) -> list[str]:
         for (name, mode, told), r in bad.items()
     ]
     return ["## Refused", "", tabulate(lines, ["model", "mode", "result", "what the error says"], tablefmt="github")]
-
-
-if __name__ == "__main__":
-    started = time.perf_counter()
-    asked = sys.argv[1:]
-    if asked:
-        run(asked)
-    else:
-        print(page(run(everything())))
-    print(f"{time.perf_counter() - started:.0f} s", file=sys.stderr)
