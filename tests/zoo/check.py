@@ -184,16 +184,16 @@ NOT_OF_LAYERS = re.compile(r"embed|norm|head$|classifier|score|pooler|position|b
 def layer_matrices(model: nn.Module) -> dict[str, nn.Parameter]:
     """The matrices of attention and MLP: parameters of two dims or more in a numbered layer.
 
-    Embeddings, norms, heads and convolutions that slide (patches, stems, short convolutions of state spaces) are none.
+    Embeddings, norms, heads and convolutions are none.
     """
     modules = dict(model.named_modules())
     out = {}
     for name, parameter in model.named_parameters():
         path, _, leaf = name.rpartition(".")
         owner = modules[path]
-        slides = isinstance(owner, nn.modules.conv._ConvNd) and max(owner.kernel_size) > 1
         numbered = re.search(r"\.\d+\.", f".{name}")
         named = any(NOT_OF_LAYERS.search(word) for word in path.split(".")) or NOT_OF_LAYERS.search(leaf)
-        if parameter.dim() > 1 and numbered and not named and not slides and not isinstance(owner, nn.Embedding):
+        other = isinstance(owner, nn.Embedding | nn.modules.conv._ConvNd)
+        if parameter.dim() > 1 and numbered and not named and not other:
             out[name] = parameter
     return out

@@ -40,6 +40,7 @@ class Entry:
         tolerances: how far outputs and gradients may be off.
         why: the reason for a dtype or a tolerance that is not the usual one.
         refused: what the error says where the model cannot be captured faithfully.
+        refused_in_training: the same, in training mode only.
         uneven: whether some axis of the four plans cuts sizes that it does not divide.
     """
 
@@ -51,6 +52,7 @@ class Entry:
     tolerances: Tolerances = EXACT
     why: str = ""
     refused: str = ""
+    refused_in_training: str = ""
     uneven: bool = False
 
 
@@ -147,9 +149,11 @@ def _named(value: int, names: str) -> dict[str, int]:
 
 
 SIZES: dict[str, int] = {
-    **_named(HIDDEN, "hidden_size d_model n_embd dim embed_dim embedding_size emb_dim word_embed_proj_dim encoder_hidden_size"),
-    **_named(INNER, "intermediate_size ffn_dim d_ff n_inner hidden_dim encoder_ffn_dim decoder_ffn_dim ffn_hidden_size"),
-    **_named(INNER, "dim_feedforward feed_forward_size moe_intermediate_size shared_expert_intermediate_size"),
+    **_named(HIDDEN, "hidden_size d_model n_embd dim embed_dim embedding_size emb_dim word_embed_proj_dim"),
+    **_named(HIDDEN, "encoder_hidden_size"),
+    **_named(INNER, "intermediate_size ffn_dim d_ff n_inner hidden_dim encoder_ffn_dim decoder_ffn_dim"),
+    **_named(INNER, "ffn_hidden_size dim_feedforward feed_forward_size moe_intermediate_size"),
+    **_named(INNER, "shared_expert_intermediate_size"),
     **_named(INNER, "moe_shared_expert_intermediate_size intermediate_size_mlp shared_intermediate_size"),
     **_named(2, "num_hidden_layers n_layer n_layers num_layers encoder_layers decoder_layers num_decoder_layers"),
     **_named(HEADS, "num_attention_heads n_head n_heads num_heads encoder_attention_heads decoder_attention_heads"),
@@ -161,14 +165,15 @@ SIZES: dict[str, int] = {
     **_named(4, "num_experts num_local_experts n_routed_experts moe_num_experts"),
     **_named(2, "num_experts_per_tok moe_k moe_topk num_experts_per_token type_vocab_size"),
     **_named(1, "n_group topk_group num_expert_group first_k_dense_replace num_hidden_groups"),
-    **_named(4, "linear_num_key_heads"), **_named(8, "linear_num_value_heads linear_key_head_dim linear_value_head_dim"),
+    **_named(4, "linear_num_key_heads"),
+    **_named(8, "linear_num_value_heads linear_key_head_dim linear_value_head_dim"),
     **_named(64, "max_position_embeddings n_positions max_source_positions max_target_positions max_seq_len"),
     **_named(8, "state_size mamba_d_state ssm_state_size attention_window sliding_window window_size patch_size"),
     **_named(32, "image_size"),
     **_named(16, "num_mel_bins"),
     **_named(0, "pad_token_id"), **_named(1, "bos_token_id"), **_named(2, "eos_token_id decoder_start_token_id"),
 }  # fmt: skip
-"""The names that configurations use for sizes -> how large they are here. 8 heads in 4 groups: four ranks divide both."""
+"""The names that configurations use for sizes -> how large they are here. Four ranks divide 8 heads in 4 groups."""
 
 DROPOUTS = ("dropout", "pdrop", "drop_path", "drop_rate")
 RHYTHMS = ("layer_types", "mlp_layer_types", "layers_block_type", "block_types")
@@ -264,7 +269,8 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "Lfm2MoeForCausalLM": {"layer_types": ["conv", "full_attention"], "num_dense_layers": 1},
     "MinistralForCausalLM": {"head_dim": HEAD},
     "LongcatFlashForCausalLM": {**LATENT, "expert_ffn_hidden_size": INNER, "zero_expert_num": 2},
-    "Dots1ForCausalLM": {"n_shared_experts": 1, "n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": INNER},
+    "Dots1ForCausalLM": {"n_shared_experts": 1, "n_routed_experts": 4, "num_experts_per_tok": 2,
+        "moe_intermediate_size": INNER},
     "DiffLlamaForCausalLM": {"attention_dropout": 0.0},
     "FNetForMaskedLM": {"tpu_short_seq_length": 16},
     "EsmForMaskedLM": {"vocab_size": VOCABULARY, "mask_token_id": 3, "pad_token_id": 0},
@@ -274,7 +280,8 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "GPTNeoForCausalLM": {"attention_types": [[["global", "local"], 1]]},
     "Gemma3nForCausalLM": {"num_kv_shared_layers": 0, "vocab_size_per_layer_input": VOCABULARY, "altup_num_inputs": 2,
         "hidden_size_per_layer_input": 16, "activation_sparsity_pattern": [0.95, 0.0]},
-    "Gemma4ForCausalLM": {"vocab_size_per_layer_input": VOCABULARY, "hidden_size_per_layer_input": 16, "num_kv_shared_layers": 0},
+    "Gemma4ForCausalLM": {"vocab_size_per_layer_input": VOCABULARY, "hidden_size_per_layer_input": 16,
+        "num_kv_shared_layers": 0},
     "HieraForImageClassification": {
         "embed_dim": 16, "depths": [1, 1], "num_heads": [2, 4], "patch_size": [7, 7], "image_size": [32, 32],
         "query_stride": [2, 2], "masked_unit_size": [4, 4], "num_query_pool": 1,
@@ -328,7 +335,8 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "VipLlavaForConditionalGeneration": {**PICTURE_OF_16, "vision_feature_layers": [-1, -2]},
     "AyaVisionForConditionalGeneration": {**PICTURE_OF_16},
     "GotOcr2ForConditionalGeneration": {**PICTURE_OF_16},
-    "InternVLForConditionalGeneration": {**PICTURE_OF_16, "vision_config": {"image_size": [32, 32], "patch_size": [8, 8]}},
+    "InternVLForConditionalGeneration": {
+        **PICTURE_OF_16, "vision_config": {"image_size": [32, 32], "patch_size": [8, 8]}},
     "Gemma3ForConditionalGeneration": {**PICTURE_OF_16, "mm_tokens_per_image": 4},
 }  # fmt: skip
 """What the shrink cannot know: lists of sizes, which tokens stand for pictures, choices of kinds of layers."""
@@ -355,6 +363,7 @@ MIXTURES = """
     MixtralForCausalLM OlmoeForCausalLM PhimoeForCausalLM Qwen2MoeForCausalLM Qwen3MoeForCausalLM
 """
 MIXED = "GraniteMoeHybridForCausalLM JambaForCausalLM NemotronHForCausalLM KimiLinearForCausalLM MiniMaxForCausalLM"
+IN_SINGLE: dict[str, Any] = {"dtype": torch.float32, "tolerances": SINGLE}
 TRACED = "rounds differently while it is traced, in a part that it computes in float32"
 
 ZOO: dict[str, Entry] = {entry.name: entry for entry in (
@@ -371,7 +380,7 @@ ZOO: dict[str, Entry] = {entry.name: entry for entry in (
     """),
     *entries("decoder", masked_text, "OPTForCausalLM"),
     *entries("decoder", text, "BloomForCausalLM", refused="GeLUFunction is a custom autograd.Function"),
-    *entries("MoE", text, MIXTURES, "grouped_mm", dtype=torch.float32, tolerances=SINGLE, why="grouped_mm takes no float64"),
+    *entries("MoE", text, MIXTURES, "grouped_mm", **IN_SINGLE, why="grouped_mm takes no float64"),
     *entries("MoE", text, MIXTURES, "batched_mm"),
     *entries("MoE", text, "JetMoeForCausalLM"),
     *entries("state-space", text, """
@@ -379,8 +388,8 @@ ZOO: dict[str, Entry] = {entry.name: entry for entry in (
         RecurrentGemmaForCausalLM RwkvForCausalLM xLSTMForCausalLM Zamba2ForCausalLM
     """),
     *entries("state-space", text, MIXED, "batched_mm"),
-    *entries("state-space", text, "OlmoHybridForCausalLM Qwen3_5ForCausalLM", dtype=torch.float32, tolerances=SINGLE, why=TRACED),
-    *entries("state-space", text, "Qwen3NextForCausalLM", "grouped_mm", dtype=torch.float32, tolerances=SINGLE, why=TRACED),
+    *entries("state-space", text, "OlmoHybridForCausalLM Qwen3_5ForCausalLM", **IN_SINGLE, why=TRACED),
+    *entries("state-space", text, "Qwen3NextForCausalLM", "grouped_mm", **IN_SINGLE, why=TRACED),
     *entries("encoder", masked_text, """
         AlbertForMaskedLM BertForMaskedLM BertForSequenceClassification BigBirdForMaskedLM CamembertForMaskedLM
         CanineForSequenceClassification ConvBertForMaskedLM Data2VecTextForMaskedLM DebertaForMaskedLM
@@ -413,7 +422,9 @@ ZOO: dict[str, Entry] = {entry.name: entry for entry in (
         SwiftFormerForImageClassification SwinForImageClassification Swinv2ForImageClassification
         ViTForImageClassification ViTMAEModel ViTMSNForImageClassification YolosForObjectDetection
     """),
-    *entries("vision", video, "TimesformerForVideoClassification VideoMAEForVideoClassification VivitForVideoClassification"),
+    *entries("vision", video, """
+        TimesformerForVideoClassification VideoMAEForVideoClassification VivitForVideoClassification
+    """),
     *entries("audio", wave, """
         Data2VecAudioForCTC HubertForCTC SEWDForCTC SEWForCTC UniSpeechForCTC UniSpeechSatForCTC Wav2Vec2ConformerForCTC
         Wav2Vec2ForCTC WavLMForCTC

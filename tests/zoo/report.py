@@ -43,15 +43,13 @@ def rows_of(name: str) -> list[Row]:
         except Exception as error:
             rows.append(Row(name, entry.family, "", error=f"the zoo's own fault: {type(error).__name__}: {error}"))
             continue
-        spent = time.perf_counter() - started
+        spent, first = time.perf_counter() - started, len(rows)
         for plan in ("tp2",) if training else PLANS:
             rows.append(check(specimen, plan))
             if rows[-1].refused and not training:
                 rows += [Row(name, entry.family, p, error=rows[-1].error, refused=True) for p in list(PLANS)[1:]]
                 break
-        print(
-            f"{name} {spent:.1f} s to build", *map(line, rows[-len(PLANS) :]), sep="\n  ", file=sys.stderr, flush=True
-        )
+        print(f"{name}: {spent:.1f} s to build", *map(line, rows[first:]), sep="\n  ", file=sys.stderr, flush=True)
     return rows
 
 
@@ -79,15 +77,15 @@ def page(rows: list[Row]) -> str:
     parts = [
         "# The zoo",
         "",
-        f"{len(names)} architectures ({told}), tiny and with random weights, each under four plans in simulation, and "
-        "trained once with dropout under `tensor_parallel(2)`. Outputs and all gradients are compared with those of the "
-        "original module on one device. This page is generated: `python -m tests.zoo > docs/zoo.md`.",
+        f"{len(names)} architectures ({told}), tiny and with random weights, each under four plans in simulation, "
+        "and trained once with dropout under `tensor_parallel(2)`. Outputs and all gradients are compared with those "
+        "of the original module on one device. This page is generated: `python -m tests.zoo > docs/zoo.md`.",
         "",
-        f"**{len(right)} of {len(names)} ({len(right) / len(names):.1%}) are right under all of them; {len(wrong)} results "
-        "are wrong.** The rest end in the errors [listed below](#refused).",
+        f"**{len(right)} of {len(names)} ({len(right) / len(names):.1%}) are right under all of them; {len(wrong)} "
+        "results are wrong.** The rest end in the errors [listed below](#refused).",
         "",
-        "- *layers*: of the bytes of the matrices of attention and MLP, how much `tensor_parallel(2)` splits; *all*: the "
-        "same of all parameters.",
+        "- *layers*: of the bytes of the matrices of attention and MLP, how much `tensor_parallel(2)` splits; *all*: "
+        "the same of all parameters.",
         "- Collectives of one step, forward | backward: *ar* all_reduce, *ag* all_gather, *rs* reduce_scatter, "
         "*a2a* all_to_all; then their payload in KiB.",
         "- *s*: seconds for everything in the line, capture included.",

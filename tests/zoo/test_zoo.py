@@ -1,0 +1,61 @@
+"""Architectures that fxshard was not built on: right under every plan, or one clear error."""
+
+from __future__ import annotations
+
+import functools
+import re
+
+import pytest
+
+from tests.zoo import vision
+from tests.zoo.check import PLANS, Specimen, check
+from tests.zoo.models import ZOO, Entry
+
+FAST = (
+    "GPTNeoXForCausalLM", "Phi3ForCausalLM", "BloomForCausalLM", "MixtralForCausalLM/batched_mm", "MambaForCausalLM",
+    "ElectraForMaskedLM", "BartForConditionalGeneration", "ResNetForImageClassification", "CLIPModel",
+)  # fmt: skip
+"""Run always: a few of every family."""
+
+
+@functools.lru_cache(maxsize=2)
+def specimen(name: str, training: bool) -> Specimen:
+    if name in vision.VISION and not vision.available():
+        pytest.skip("timm and torchvision are not installed: python3 dev.py setup")
+    return Specimen(entry_of(name), training)
+
+
+def entry_of(name: str) -> Entry:
+    return ZOO[name] if name in ZOO else vision.VISION[name]
+
+
+def architectures(*plans: str) -> list[object]:
+    return [
+        pytest.param(name, plan, id=f"{name}-{plan}", marks=[] if name in FAST else pytest.mark.slow)
+        for name in (*ZOO, *vision.VISION)
+        for plan in plans
+    ]
+
+
+@pytest.mark.filterwarnings("ignore")  # the libraries', of what they deprecate
+@pytest.mark.parametrize(("name", "plan"), architectures(*PLANS))
+def test_an_architecture(name: str, plan: str) -> None:
+    is_right(name, plan, training=False)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(("name", "plan"), architectures("tp2"))
+def test_an_architecture_while_it_is_trained(name: str, plan: str) -> None:
+    """Dropout draws: mask for mask what the single device draws."""
+    is_right(name, plan, training=True)
+
+
+def is_right(name: str, plan: str, training: bool) -> None:
+    entry, row = entry_of(name), check(specimen(name, training), plan)
+    refused = entry.refused or (entry.refused_in_training if training else "")
+    if refused:
+        assert row.refused
+        assert re.search(refused, row.error)
+        return
+    assert not row.error, row.error
+    assert not row.problems, "\n".join([f"{name} differs from the original under {plan}", *row.problems[:20]])
