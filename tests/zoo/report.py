@@ -32,8 +32,7 @@ def rows_of(name: str) -> list[Row]:
     warnings.simplefilter("ignore")
     logging.disable(logging.CRITICAL)
     torch.set_num_threads(1)
-    if name not in ZOO:
-        vision.available()
+    vision.available()  # first: this process has the other's sys.path, and transformers would find half a torchvision
     entry = (ZOO | vision.VISION)[name]
     rows = []
     for training in (False, True):
@@ -42,6 +41,7 @@ def rows_of(name: str) -> list[Row]:
             specimen = Specimen(entry, training)
         except Exception as error:
             rows.append(Row(name, entry.family, "", error=f"the zoo's own fault: {type(error).__name__}: {error}"))
+            print(name, rows[-1].error, file=sys.stderr, flush=True)
             continue
         spent, first = time.perf_counter() - started, len(rows)
         for plan in ("tp2",) if training else PLANS:
