@@ -85,6 +85,8 @@ class Specimen:
             for key, value in entry.inputs().items()
         }
         self.expected: Result = run_original(self.model, (), self.inputs)
+        outputs = self.expected.outputs[0].values()
+        assert not any(x.isnan().any() for x in outputs), "what is fed to it makes no numbers"
         self._captured: Any = None
 
     def parallelize(self, plan: Plan) -> fxshard.ParallelModule:
