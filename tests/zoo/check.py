@@ -6,7 +6,7 @@ import contextlib
 import re
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Container, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 from unittest import mock
@@ -145,7 +145,7 @@ def check(specimen: Specimen, plan: str) -> Row:
         problems=tuple(problems_of(actual, specimen.expected, specimen.tolerances)),
         weights=split_weights(made),
         share=split_share(made, dict(specimen.model.named_parameters())),
-        layer_share=split_share(made, layer_matrices(specimen.model)),
+        layer_share=split_share(made, layer_matrices(specimen.model, specimen.expected.grads)),
         collectives=Counter(f"{c.phase} {c.kind}" for c in every),
         num_bytes=sum(c.num_bytes for c in every),
         fallbacks=tuple(sorted({f.operator for f in made.fallbacks()})),
@@ -179,14 +179,16 @@ def split_share(made: fxshard.ParallelModule, parameters: Mapping[str, torch.Ten
     return split / sum(num_bytes.values()) if num_bytes else None
 
 
-NOT_OF_LAYERS = re.compile(r"embed|norm|head$|classifier|score|pooler|position|bias|decoder_pred", re.IGNORECASE)
+NOT_OF_LAYERS = re.compile(
+    r"embed|norm|head$|classifier|score|pooler|position|bias|downsample|reduction", re.IGNORECASE
+)
 """Names of modules that are no attention and no MLP of a layer, wherever they stand."""
 
 
-def layer_matrices(model: nn.Module) -> dict[str, nn.Parameter]:
+def layer_matrices(model: nn.Module, used: Container[str]) -> dict[str, nn.Parameter]:
     """The matrices of attention and MLP: parameters of two dims or more in a numbered layer.
 
-    Embeddings, norms, heads and convolutions are none.
+    Embeddings, norms, heads, convolutions and the merging of patches are none; nor is what the model does not use.
     """
     modules = dict(model.named_modules())
     out = {}
@@ -196,6 +198,7 @@ def layer_matrices(model: nn.Module) -> dict[str, nn.Parameter]:
         numbered = re.search(r"\.\d+\.", f".{name}")
         named = any(NOT_OF_LAYERS.search(word) for word in path.split(".")) or NOT_OF_LAYERS.search(leaf)
         other = isinstance(owner, nn.Embedding | nn.modules.conv._ConvNd)
-        if parameter.dim() > 1 and numbered and not named and not other:
+        is_matrix = sum(size > 1 for size in parameter.shape) > 1
+        if is_matrix and numbered and not named and not other and name in used:
             out[name] = parameter
     return out

@@ -40,7 +40,7 @@ class Entry:
         tolerances: how far outputs and gradients may be off.
         why: the reason for a dtype or a tolerance that is not the usual one.
         refused: what the error says where the model cannot be captured faithfully.
-        refused_in_training: the same, in training mode only.
+        refused_in_training: the same in training mode, where that is another.
     """
 
     name: str
@@ -51,7 +51,7 @@ class Entry:
     tolerances: Tolerances = EXACT
     why: str = ""
     refused: str = ""
-    refused_in_training: str = ""
+    refused_in_training: str | None = None
 
 
 # --- inputs ----------------------------------------------------------------------------------------------------------
@@ -265,7 +265,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "BambaForCausalLM": {**RECURRENT, "attn_layer_indices": [1]},
     "BeitForImageClassification": {"use_relative_position_bias": True},
     "BitForImageClassification": {"embedding_size": 16, "hidden_sizes": [16, 32], "depths": [1, 1], "num_groups": 4},
-    "CvtForImageClassification": {"embed_dim": [16, 32, 32], "num_heads": [2, 4, 4], "depth": [1, 1, 1]},
+    "CvtForImageClassification": {"embed_dim": [16, 32, 32], "num_heads": [2, 4, 4], "depth": [1, 2, 3]},
     "ConvNextForImageClassification": {"hidden_sizes": [16, 32], "depths": [1, 1], "num_stages": 2, "patch_size": 4},
     "ConvNextV2ForImageClassification": {"hidden_sizes": [16, 32], "depths": [1, 1], "num_stages": 2, "patch_size": 4},
     "DeepseekV2ForCausalLM": {**LATENT, "num_experts_per_tok": 2},
@@ -304,6 +304,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "FalconMambaForCausalLM": {"time_step_rank": 4},
     "MoonshineForConditionalGeneration": {"encoder_num_attention_heads": 8, "decoder_num_attention_heads": 8,
         "encoder_num_hidden_layers": 2, "decoder_num_hidden_layers": 2},
+    "NemotronHForCausalLM": {"mamba_num_heads": 8, "mamba_head_dim": 16, "n_groups": 1, "chunk_size": 8},
     "NemotronForCausalLM": {"head_dim": HEAD, "num_key_value_heads": GROUPS},
     "PoolFormerForImageClassification": {"hidden_sizes": [16, 32], "depths": [1, 1], "num_encoder_blocks": 2,
         "patch_sizes": [7, 3], "strides": [4, 2], "padding": [2, 1]},
@@ -360,8 +361,8 @@ def entries(family: str, inputs: Callable[[], Inputs], names: str, experts: str 
 
 
 def variant(
-    model: str, label: str, family: str, inputs: Callable[[], Inputs], experts: str = "", refused_in_training: str = "",
-    **settings: Any,
+    model: str, label: str, family: str, inputs: Callable[[], Inputs], experts: str = "",
+    refused_in_training: str | None = None, **settings: Any,
 ) -> Entry:  # fmt: skip
     """A class of the zoo with other settings."""
     build = builder(model, merged(SETTINGS.get(model, {}), settings), experts)
@@ -379,6 +380,7 @@ MIXED = "GraniteMoeHybridForCausalLM JambaForCausalLM MiniMaxForCausalLM Nemotro
 IN_SINGLE: dict[str, Any] = {"dtype": torch.float32, "tolerances": SINGLE}
 OWN = "({}) is a custom autograd.Function; its backward would be lost"
 TRACED = "rounds differently while it is traced, in a part that it computes in float32"
+HIDDEN_CHANGE = "aten.div_.Tensor changes, hidden from autograd, a value that a gradient flows through"
 GUARD = "Could not guard on data-dependent expression"
 OVERFLOW = "its mask is made of the least number of its weights' dtype, and overflows"
 
@@ -407,7 +409,7 @@ ZOO: dict[str, Entry] = {entry.name: entry for entry in (
         xLSTMForCausalLM Zamba2ForCausalLM
     """),
     *entries("state-space", text, "RecurrentGemmaForCausalLM", refused=OWN.format("SqrtBoundDerivative")),
-    *entries("state-space", text, "RwkvForCausalLM", refused="aten.div_.Tensor changes, hidden from autograd, a value"),
+    *entries("state-space", text, "RwkvForCausalLM", refused=HIDDEN_CHANGE, refused_in_training=""),
     *entries("state-space", text, MIXED, "batched_mm"),
     *entries("state-space", text, "OlmoHybridForCausalLM Qwen3_5ForCausalLM", **IN_SINGLE, why=TRACED),
     *entries("state-space", text, "Qwen3NextForCausalLM", "grouped_mm", **IN_SINGLE, why=TRACED),
@@ -423,7 +425,8 @@ ZOO: dict[str, Entry] = {entry.name: entry for entry in (
         XLMRobertaXLForMaskedLM XmodForMaskedLM
     """),
     *entries("encoder", text, "FNetForMaskedLM"),
-    *entries("encoder", text, "CanineForSequenceClassification SplinterForQuestionAnswering", **IN_SINGLE, why=OVERFLOW),
+    *entries("encoder", text, "CanineForSequenceClassification SplinterForQuestionAnswering",
+             **IN_SINGLE, why=OVERFLOW),
     *entries("encoder", masked_text, "LongformerForMaskedLM", refused=GUARD),
     *entries("encoder", masked_text, "IBertForMaskedLM", refused_in_training=GUARD),
     *entries("encoder", masked_text, "YosoForMaskedLM", refused=OWN.format("YosoCumulation")),

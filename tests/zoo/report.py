@@ -42,7 +42,15 @@ def rows_of(name: str) -> list[Row]:
         try:
             specimen = Specimen(entry, training)
         except Exception as error:
-            rows.append(Row(name, entry.family, "", error=f"the zoo's own fault: {type(error).__name__}: {error}"))
+            rows.append(
+                Row(
+                    name,
+                    entry.family,
+                    "",
+                    "train" if training else "eval",
+                    error=f"the zoo's own fault: {type(error).__name__}: {error}",
+                )
+            )
             print(name, rows[-1].error, file=sys.stderr, flush=True)
             continue
         spent, first = time.perf_counter() - started, len(rows)
@@ -73,30 +81,36 @@ def run(names: Iterable[str]) -> list[Row]:
 
 def page(rows: list[Row]) -> str:
     names = list(dict.fromkeys(row.name for row in rows))
-    right = [name for name in names if all(r.verdict == "right" for r in rows if r.name == name)]
-    wrong = [row for row in rows if row.verdict == "WRONG"]
+    right = [name for name in names if all(r.verdict == "right" for r in rows if r.name == name and r.mode == "eval")]
+    trained = [row for row in rows if row.mode == "train"]
+    wrong = [row for row in rows if row.verdict in ("WRONG", "CRASH")]
     families = Counter({row.name: row.family for row in rows}.values())
-    told = ", ".join(f"{count} {family}" for family, count in families.items())
-    parts = [
-        "# The zoo",
-        "",
-        f"{len(names)} architectures ({told}), tiny and with random weights, each under four plans in simulation, "
-        "and trained once with dropout under `tensor_parallel(2)`. Outputs and all gradients are compared with those "
-        "of the original module on one device. This page is generated: `python -m tests.zoo > docs/zoo.md`.",
-        "",
-        f"**{len(right)} of {len(names)} ({len(right) / len(names):.1%}) are right under all of them; {len(wrong)} "
-        "results are wrong.** The rest end in the errors [listed below](#refused).",
-        "",
-        "- *layers*: of the bytes of the matrices of attention and MLP, how much `tensor_parallel(2)` splits; *all*: "
-        "the same of all parameters.",
-        "- Collectives of one step, forward | backward: *ar* all_reduce, *ag* all_gather, *rs* reduce_scatter, "
-        "*a2a* all_to_all; then their payload in KiB.",
-        "- *s*: seconds for everything in the line, capture included.",
-        "",
-    ]
+    shares = [r.layer_share for r in rows if (r.mode, r.plan) == ("eval", "tp2") and r.layer_share is not None]
+    parts = f"""# The zoo
+
+{len(names)} architectures ({", ".join(f"{n} {family}" for family, n in families.items())}), tiny and with random
+weights, run under four plans in simulation, and once more in training mode, with dropout, under `tensor_parallel(2)`.
+Outputs, all gradients and buffers are compared with those of the original module on one device.
+This page is generated: `python -m tests.zoo > docs/zoo.md`. `tests/zoo/test_zoo.py` tests the same.
+
+- **{len(right)} of {len(names)} ({len(right) / len(names):.1%}) are right under all four plans.** While they are trained:
+  {sum(r.verdict == "right" for r in trained)} of {len(trained)}.
+- **{len(wrong)} are wrong.** What cannot be captured [ends in an error](#refused).
+- {sum(s >= 0.95 for s in shares)} of {len(shares)} have 95% or more of the bytes of their attention and MLP split by
+  `tensor_parallel(2)`.
+
+How to read the tables:
+
+- *layers*: of the bytes of the matrices of attention and MLP, how much `tensor_parallel(2)` splits; *all*: the same of
+  all parameters. *split under tp2*: how.
+- *tp2*, *tp4*, *dp2*, *sp2*: the collectives of one step, forward / backward: *ar* all_reduce, *ag* all_gather, *rs*
+  reduce_scatter, *a2a* all_to_all; then their payload in KiB.
+- *no rule*: operators that run whole because the table has no rule for them.
+- *s*: seconds for everything in the line, captures included.
+""".splitlines()
     for family in families:
-        parts += [f"## {family}", "", table_of(family, rows), ""]
-    return "\n".join([*parts, *refusals(rows), ""])
+        parts += ["", f"## {family}", "", table_of(family, rows)]
+    return "\n".join([*parts, "", *refusals(rows)])
 
 
 def table_of(family: str, rows: list[Row]) -> str:
@@ -136,9 +150,6 @@ def traffic(row: Row) -> str:
 
 
 def refusals(rows: list[Row]) -> list[str]:
-    bad = {(r.name, r.mode, r.error or r.problems[0]): r for r in rows if r.verdict != "right"}
-    lines = [
-        [f"`{name}`", mode, r.verdict, told.replace("|", "\\|").replace("\n", " ")[:300]]
-        for (name, mode, told), r in bad.items()
-    ]
-    return ["## Refused", "", tabulate(lines, ["model", "mode", "result", "what the error says"], tablefmt="github")]
+    told = {(r.name, r.mode): r.error or r.problems[0] for r in rows if r.verdict != "right"}
+    lines = [(f"`{name}`", mode, text.partition(" (unhinted")[0][:200]) for (name, mode), text in told.items()]
+    return ["## Refused", "", tabulate(lines, ["model", "mode", "what the error says"], tablefmt="github")]
