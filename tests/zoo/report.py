@@ -10,11 +10,10 @@ import sys
 import time
 import warnings
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 
 import torch
-from tabulate import tabulate
 
 from tests.zoo import vision
 from tests.zoo.check import PLANS, Row, Specimen, check
@@ -88,12 +87,13 @@ def page(rows: list[Row]) -> str:
     shares = [r.layer_share for r in rows if (r.mode, r.plan) == ("eval", "tp2") and r.layer_share is not None]
     parts = f"""# The zoo
 
-{len(names)} architectures ({", ".join(f"{n} {family}" for family, n in families.items())}), tiny and with random
-weights, run under four plans in simulation, and once more in training mode, with dropout, under `tensor_parallel(2)`.
+{len(names)} architectures and variants of such, tiny and with random weights, run under four plans in simulation, and
+once more in training mode, with dropout, under `tensor_parallel(2)`:
+{", ".join(f"{n} {family}" for family, n in families.items())}.
 Outputs, all gradients and buffers are compared with those of the original module on one device.
 This page is generated: `python -m tests.zoo > docs/zoo.md`. `tests/zoo/test_zoo.py` tests the same.
 
-- **{len(right)} of {len(names)} ({len(right) / len(names):.1%}) are right under all four plans.** While they are trained:
+- **{len(right)} of {len(names)} ({len(right) / len(names):.1%}) are right under all four plans.** In training:
   {sum(r.verdict == "right" for r in trained)} of {len(trained)}.
 - **{len(wrong)} are wrong.** What cannot be captured [ends in an error](#refused).
 - {sum(s >= 0.95 for s in shares)} of {len(shares)} have 95% or more of the bytes of their attention and MLP split by
@@ -128,7 +128,7 @@ def table_of(family: str, rows: list[Row]) -> str:
         fallbacks = " ".join(dict.fromkeys(op for row in mine.values() for op in row.fallbacks))
         lines.append([f"`{name}`", verdicts, layers, f"{tp.share:.0%}", split(tp), *moved, fallbacks, seconds])
     header = ["model", "result", "layers", "all", "split under tp2", *PLANS, "no rule", "s"]
-    return tabulate(lines, header, tablefmt="github", disable_numparse=True)
+    return table(header, lines)
 
 
 def split(row: Row) -> str:
@@ -152,4 +152,10 @@ def traffic(row: Row) -> str:
 def refusals(rows: list[Row]) -> list[str]:
     told = {(r.name, r.mode): r.error or r.problems[0] for r in rows if r.verdict != "right"}
     lines = [(f"`{name}`", mode, text.partition(" (unhinted")[0][:200]) for (name, mode), text in told.items()]
-    return ["## Refused", "", tabulate(lines, ["model", "mode", "what the error says"], tablefmt="github")]
+    return ["## Refused", "", table(["model", "mode", "what the error says"], lines)]
+
+
+def table(header: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
+    """Without padding, so that one long cell does not change every line."""
+    every = [header, ["---"] * len(header), *([*line, *[""] * (len(header) - len(line))] for line in lines)]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in every)
