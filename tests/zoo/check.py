@@ -27,6 +27,7 @@ PLANS: dict[str, Plan] = {
     "dp2": data_parallel(2),
     "sp2": sequence_parallel(2),
 }
+TWO_AXES = {"dp2_tp2": data_parallel(2) | tensor_parallel(2)}
 
 
 @dataclass(frozen=True)
@@ -131,7 +132,7 @@ def check(specimen: Specimen, plan: str) -> Row:
     given: dict[str, Any] = {"name": entry.name, "family": entry.family, "plan": plan}
     given["mode"] = "train" if specimen.model.training else "eval"
     try:
-        made = specimen.parallelize(PLANS[plan])
+        made = specimen.parallelize((PLANS | TWO_AXES)[plan])
         actual = run_simulated(made, (), specimen.inputs)
     except FxshardError as error:
         text = f"{type(error).__name__}: {error.what}"

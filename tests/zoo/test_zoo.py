@@ -8,7 +8,7 @@ import re
 import pytest
 
 from tests.zoo import vision
-from tests.zoo.check import PLANS, Row, Specimen, check
+from tests.zoo.check import PLANS, TWO_AXES, Row, Specimen, check
 from tests.zoo.models import ZOO, Entry
 
 FAST = (
@@ -85,6 +85,12 @@ def test_an_architecture(name: str, plan: str) -> None:
 def test_an_architecture_while_it_is_trained(name: str, plan: str) -> None:
     """Dropout draws: mask for mask what the single device draws."""
     is_right(name, plan, training=True)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", FAST)
+def test_an_architecture_on_two_axes(name: str) -> None:
+    is_right(name, *TWO_AXES, training=False)
 
 
 def is_right(name: str, plan: str, training: bool) -> Row:
