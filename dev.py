@@ -24,6 +24,9 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent
 EXTRAS = ".[dev,examples]"
+# Only tests/zoo/vision.py sees them, in a folder of their own: transformers imports torchvision wherever it is
+# installed, and PyPI's does not load beside a CPU torch.
+VISION = ("pillow", "timm", "torchvision")
 
 
 def run(*command: str | Path, **env: str) -> None:
@@ -62,7 +65,9 @@ def setup(venv: Path) -> Path:
         except ImportError:
             sys.exit("dev.py: this Python cannot make virtual environments; on Debian: apt-get install python3-venv")
         run(sys.executable, "-m", "venv", "--clear", venv)
-    run(programs / "python", "-m", "pip", "install", "--quiet", "-c", "constraints.txt", "-e", EXTRAS)
+    install = (programs / "python", "-m", "pip", "install", "--quiet", "-c", "constraints.txt")
+    run(*install, "-e", EXTRAS)
+    run(*install, "--no-deps", "--upgrade", "--target", venv / "vision", *VISION)
     stamp.write_text(fingerprint())
     return programs
 
