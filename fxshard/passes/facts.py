@@ -97,6 +97,8 @@ def recipe_on_parts(
 
     Where they cut unevenly the ranks' parts have different shapes: only what the rule says of all of them is said.
     """
+    if not sizes:
+        return recipe_for(node, tuple(s for s, _ in operands), tuple(s for s, _ in results), current)
 
     def at(position: Sequence[int]) -> Recipe | None:
         inputs = tuple(local_shape(shape, placed, sizes, position) for shape, placed in operands)
