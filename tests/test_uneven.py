@@ -1,4 +1,4 @@
-"""Uneven shards where assumptions end: dynamic sizes beside them, ranks that have nothing, modules with several names."""
+"""Uneven shards where assumptions end: dynamic sizes beside them, ranks with nothing, modules with several names."""
 
 from __future__ import annotations
 
