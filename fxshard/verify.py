@@ -163,14 +163,30 @@ def _reference(
     training = model.training
     if training != compiled.captured.training:
         model.train(compiled.captured.training)
-    out = functional_call(model, {**parameters, **buffers}, args, kwargs)
-    if training != model.training:
-        model.train(training)
+    try:
+        out = functional_call(model, _everywhere(model, {**parameters, **buffers}), args, kwargs, tie_weights=False)
+    finally:
+        if training != model.training:
+            model.train(training)
     leaves = pytree.tree_leaves(out)
     loss = loss_of(leaves)
     if loss is not None:
         loss.backward()
     return leaves, {n: p.grad for n, p in parameters.items() if p.grad is not None}
+
+
+def _everywhere(model: nn.Module, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """What to put in the place of every tensor of the model: once a module, though it may have several names.
+
+    ``functional_call`` finds tied weights by itself, but leaves a module that it met twice with the new ones.
+    """
+    given = {id(tensor): tensors[name] for name, tensor in (*model.named_parameters(), *model.named_buffers())}
+    return {
+        f"{path}.{name}" if path else name: given[id(tensor)]
+        for path, module in model.named_modules()
+        for name, tensor in (*module._parameters.items(), *module._buffers.items())
+        if tensor is not None
+    }
 
 
 def _real(program: ParallelModule, args: Any, kwargs: Any) -> tuple[list[Any], dict[str, torch.Tensor]]:

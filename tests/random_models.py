@@ -7,6 +7,7 @@ that is where shrinking leads.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -17,6 +18,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from fxshard import Plan, Replicate, Shard, data_parallel, sequence_parallel, tensor_parallel
+from fxshard.placement import BlockShard
 
 Draw = Callable[[st.SearchStrategy[Any]], Any]
 Compute = Callable[..., torch.Tensor]
@@ -588,7 +590,7 @@ class Example:
     ids: torch.Tensor
     plan: Plan
     asked: str
-    output_splits: list[dict[str, int]]
+    output_splits: list[dict[str, Shard]]
 
     def _repr_pretty_(self, printer: Any, cycle: bool) -> None:
         printer.text(repr(self))
@@ -600,7 +602,7 @@ class Example:
 
 MESHES = (
     {"tp": 2}, {"tp": 4}, {"dp": 2, "tp": 2}, {"x": 3}, {"a": 2, "b": 3}, {"a": 3, "b": 2}, {"tp": 2, "one": 1},
-    {"a": 2, "b": 2, "c": 2},
+    {"a": 2, "b": 2, "c": 2}, {"x": 5}, {"a": 4, "b": 2}, {"x": 8},
 )  # fmt: skip
 
 
@@ -632,9 +634,9 @@ def examples(draw: Draw, max_steps: int = 8) -> Example:
 
 def _plan(
     b: Builder, mesh: dict[str, int], x: torch.Tensor, ids: torch.Tensor, outputs: list[torch.Tensor]
-) -> tuple[Plan, str, list[dict[str, int]]]:
+) -> tuple[Plan, str, list[dict[str, Shard]]]:
     axes = list(mesh)
-    whole: list[dict[str, int]] = [{} for _ in outputs]
+    whole: list[dict[str, Shard]] = [{} for _ in outputs]
     kind = b.choose(("entries", "preset", "both"))
     presets: list[str] = []
     plan = Plan(mesh)
@@ -656,11 +658,13 @@ def _plan(
     splits = [_entry(b, v.shape, mesh) if b.choose((False, False, True)) else {} for v in outputs]
     named = {str(i): e for i, e in enumerate(splits) if e}
     entries = Plan(mesh, params=params, inputs=inputs, activations=activations, outputs=named)
-    return plan | entries, " | ".join([*presets, ""]), [{a: p.dim for a, p in e.items()} for e in splits]
+    return plan | entries, " | ".join([*presets, ""]), splits
 
 
 def _entry(b: Builder, shape: torch.Size, mesh: dict[str, int], explicit: bool = False) -> dict[str, Any]:
-    """Any placement: several axes may cut one dim, the outer one first, if they divide it; one may cut it unevenly."""
+    """Any placement: several axes may cut one dim, the outer one first, if they divide it; one may cut it unevenly, or
+    in blocks, or in any shares.
+    """
     entry: dict[str, Any] = {}
     left = list(shape)
     cut: set[int] = set()
@@ -668,9 +672,21 @@ def _entry(b: Builder, shape: torch.Size, mesh: dict[str, int], explicit: bool =
         dims = [d for d, n in enumerate(left) if n > 0 and (d not in cut or n % size == 0)]
         dim = b.choose((None, *dims))
         if dim is not None:
-            left[dim] = left[dim] // size if left[dim] % size == 0 else 0  # 0: no other axis may cut it
+            entry[axis] = Shard(dim) if dim in cut else _shard(b, dim, left[dim], size)
+            even = left[dim] % size == 0 and type(entry[axis]) is Shard
+            left[dim] = left[dim] // size if even else 0  # 0: no other axis may cut it
             cut.add(dim)
-            entry[axis] = Shard(dim)
         elif explicit and b.maybe():
             entry[axis] = Replicate()
     return entry
+
+
+def _shard(b: Builder, dim: int, length: int, size: int) -> Shard:
+    """A cut of a dim of ``length`` over ``size`` ranks that no other axis cuts."""
+    kind = b.choose(("plain", "plain", "plain", "blocks", "shares"))
+    if kind == "blocks" and length % 2 == 0:
+        return BlockShard(dim, (1, 1))
+    if kind == "shares":
+        borders = [0, *sorted(b.choose(range(length + 1)) for _ in range(size - 1)), length]
+        return BlockShard(dim, shares=[end - start for start, end in itertools.pairwise(borders)])
+    return Shard(dim)

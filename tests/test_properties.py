@@ -17,7 +17,7 @@ from hypothesis import assume, given, reject, settings
 
 import fxshard
 from fxshard.errors import CaptureError, InputError, PlanError
-from fxshard.placement import chunk_shares, cut, shard
+from fxshard.placement import chunk_shares, cut, cut_of, shard
 from tests.random_models import Example, examples
 
 TOLERANCE = 1e-9
@@ -29,12 +29,13 @@ def loss_of(outputs: tuple[torch.Tensor, ...]) -> torch.Tensor:
     return torch.stack(terms).sum() if terms else torch.zeros(())
 
 
-def part_of(whole: torch.Tensor, splits: dict[str, int], mesh: fxshard.Mesh, rank: int) -> torch.Tensor:
+def part_of(whole: torch.Tensor, splits: dict[str, fxshard.Shard], mesh: fxshard.Mesh, rank: int) -> torch.Tensor:
     """What a rank returns of an output that the plan leaves split."""
     for axis, size, position in zip(mesh.names, mesh.sizes, mesh.coordinate(rank), strict=True):
         if axis in splits:
-            dim = splits[axis]
-            whole = cut(whole, shard(dim, shares=chunk_shares(whole.shape[dim], size)), size, position)
+            dim, (blocks, shares) = splits[axis].dim, cut_of(splits[axis])
+            shares = shares or chunk_shares(whole.shape[dim] // sum(blocks), size)
+            whole = cut(whole, shard(dim, blocks, shares), size, position)
     return whole
 
 

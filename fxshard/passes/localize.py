@@ -11,13 +11,16 @@ Size arguments are written anew from the result's type, never adjusted in place.
 
 from __future__ import annotations
 
+import functools
 import math
 import operator
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import sympy
 import torch
 from torch import fx
+from torch.utils._sympy.functions import FloorDiv
 
 from fxshard.mesh import Mesh, RankMesh
 from fxshard.passes import attention, losses, norms, reductions
@@ -128,7 +131,11 @@ def _nothing(new: fx.Graph, node: fx.Node, info: Info, mesh: RankMesh) -> fx.Nod
                     shape[dim] = _read_size(new, node, size, parts_along(info, index, dim, mesh), mesh)
             if None in shape:
                 return None
-            results.append(_call(new, run.nothing, (operands_of(node), shape, value.dtype), node))
+            if info.differentiable:
+                made = _call(new, run.nothing, (operands_of(node), shape, value.dtype), node)
+            else:  # nothing flows back: the operands stay apart, as behind a detach
+                made = _call(new, aten.new_zeros.default, (operands_of(node)[0], shape), node, dtype=value.dtype)
+            results.append(made)
             results[-1].meta["val"] = value
             set_info(results[-1], Info((placements,), differentiable=info.differentiable))
         out = results[0] if isinstance(node.meta["val"], torch.Tensor) else _call(new, tuple, (results,), node)
@@ -137,13 +144,38 @@ def _nothing(new: fx.Graph, node: fx.Node, info: Info, mesh: RankMesh) -> fx.Nod
 
 
 def _read_size(new: fx.Graph, node: fx.Node, size: torch.SymInt, parts: int, mesh: Mesh) -> fx.Node | None:
-    """A symbolic size, cut in ``parts``, read off an operand that has it too; None where none has."""
+    """A symbolic size, cut in ``parts``: read off an operand that has it too, or calculated from the inputs' sizes."""
     for operand in operands_of(node):
         for dim, other in enumerate(values_of(operand)[0].shape):
             alike = isinstance(other, torch.SymInt) and other.node.expr == size.node.expr
             if alike and parts_along(info_of(operand), 0, dim, mesh) == parts:
                 return _call(new, aten.sym_size.int, (operand, dim), node)
-    return None
+    whole = _calculated(new, node, size.node.expr)
+    return whole if whole is None or parts == 1 else _call(new, operator.floordiv, (whole, parts), node)
+
+
+def _calculated(new: fx.Graph, node: fx.Node, expr: sympy.Expr) -> Any:
+    """A whole size, from the sizes of the inputs, which every rank has whole; None where these do not say it."""
+    if expr.is_Integer:
+        return int(expr)
+    if expr.is_Symbol:
+        for given in new.find_nodes(op="placeholder"):
+            for dim, size in enumerate(shape_of(given.meta.get("val"))):
+                if size == expr:
+                    return _call(new, aten.sym_size.int, (given, dim), node)
+        return None
+    above, below = expr.args if isinstance(expr, FloorDiv) else expr.as_numer_denom()
+    function = {sympy.Add: operator.add, sympy.Mul: operator.mul}.get(type(expr))
+    if below != 1:
+        terms, function = (above, below), operator.floordiv
+    else:
+        terms = expr.args
+    if function is None:
+        return None
+    found = [_calculated(new, node, term) for term in terms]
+    if None in found:
+        return None
+    return functools.reduce(lambda a, b: _call(new, function, (a, b), node), found)
 
 
 def local_sizes(value: Any, placements: Placements, mesh: RankMesh) -> tuple[Any, ...]:
@@ -205,7 +237,7 @@ def _local_sizes(new: fx.Graph, node: fx.Node, info: Info, mesh: RankMesh) -> No
             else:
                 sizes.append(-1)
         for dim, size in enumerate(value.shape):
-            if sizes[dim] == -1 and sizes.count(-1) > 1:  # no argument names it
+            if sizes[dim] == -1 and (sizes.count(-1) > 1 or 0 in sizes):  # no argument names it, nor does the rest
                 sizes[dim] = _read_size(new, node, size, parts_along(info, 0, dim, mesh), mesh) or -1
     node.target = target
     node.args, node.kwargs = (operands_of(node)[0], sizes), {}

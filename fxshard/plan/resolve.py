@@ -293,7 +293,7 @@ def _fitting(size: Dim, dim: int, placement: Shard, ranks: int, others: Sequence
     """
     blocks, shares = cut_of(placement)
     if shares:
-        fits = len(shares) == ranks and not others and units(size, blocks, sum(shares))
+        fits = isinstance(size, int) and len(shares) == ranks and not others and units(size, blocks, sum(shares))
         return shard(dim, blocks, shares) if fits else None
     if units(size, blocks, ranks * math.prod(others)):
         return shard(dim, blocks)
@@ -304,6 +304,8 @@ def _fitting(size: Dim, dim: int, placement: Shard, ranks: int, others: Sequence
 
 def _mending(size: Dim, placement: Shard, others: Sequence[int]) -> str:
     blocks, shares = cut_of(placement)
+    if shares and not isinstance(size, int):
+        return "give no shares: a dynamic size is split evenly"
     if shares:
         return f"give the shares of {sum(shares)} pieces as many ranks as the axis has, of a size that they divide"
     if others:

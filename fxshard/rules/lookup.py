@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import fx
 
 from fxshard.placement import Placement
-from fxshard.rules.recipe import At, Call, Operand, Recipe, Shape, bind, operands_of, shape_of, signature_of
+from fxshard.rules.recipe import At, Call, Factor, Operand, Recipe, Shape, bind, operands_of, shape_of, signature_of
 from fxshard.rules.table import find_rule, generation, name_of
 from fxshard.runtime.autocast import operator_named, under_autocast
 
@@ -56,8 +57,17 @@ def recipe_for(
         found = rule.function(call)
         if draws(node) and any(f.lowering is None for f in found.factors):
             found = Recipe(unread=found.unread)  # a part of the draw is not a draw of the part
+        if not all(type(size) is int for shape in (*inputs, *outputs) for size in shape):
+            factors = (replace(f, even=_is_dynamic(f, inputs, outputs)) for f in found.factors)
+            found = replace(found, factors=tuple(factors))
         _cache[key] = found
     return found
+
+
+def _is_dynamic(factor: Factor, inputs: Sequence[Shape], outputs: Sequence[Shape]) -> bool:
+    """Whether a factor lies in a dim whose size is known when the program runs."""
+    placed = zip((*factor.inputs, *factor.outputs), (*inputs, *outputs), strict=True)
+    return any(at is not None and type(shape[at.dim]) is not int for at, shape in placed)
 
 
 def draws(node: fx.Node) -> bool:

@@ -69,6 +69,7 @@ class Factor:
         lowering: the name of the local replacement, where computing on a slice differs from slicing the result.
         reduced: the lowering gives results that lack the factor whole, not as summands.
         plain: the lowering knows one range a rank: the factor is not cut in blocks.
+        even: the ranks must hold the same, for it lies in a dim of a dynamic size.
     """
 
     name: str
@@ -78,6 +79,7 @@ class Factor:
     lowering: str | None = None
     reduced: bool = False
     plain: bool = False
+    even: bool = False
 
     def cut_for(self, at: At | None, wanted: At | None, parts: int) -> Cut | None:
         """How to cut the factor so that the dim in which it sits at ``at`` is cut as ``wanted``.
@@ -85,7 +87,7 @@ class Factor:
         None where that cannot be: another dim, other blocks, or a size that does not fall into the pieces that
         ``parts`` ranks hold.
         """
-        if at is None or wanted is None or at.dim != wanted.dim:
+        if at is None or wanted is None or at.dim != wanted.dim or (self.even and wanted.shares):
             return None
         blocks = uncombine(wanted.blocks, at.blocks)
         if blocks is None or (self.plain and blocks != (1,)):
