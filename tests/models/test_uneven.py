@@ -90,7 +90,11 @@ def test_what_the_ranks_hold() -> None:
     model, inputs = build_case("llama")
     program = fxshard.parallelize(model, PLANS["tp4"], (), inputs)
     shapes = [
-        {n: tuple(p.shape) for n, p in program.rank_module(r).named_parameters() if "layers.0." in n or "model" not in n}
+        {
+            n: tuple(p.shape)
+            for n, p in program.rank_module(r).named_parameters()
+            if "layers.0." in n or "model" not in n
+        }
         for r in range(4)
     ]
     heads = [s["model.layers.0.self_attn.q_proj.weight"][0] // 8 for s in shapes]
