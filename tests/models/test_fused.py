@@ -263,7 +263,8 @@ def test_packed_gate(name: str, ranks: int) -> None:
 
 NEWER = {
     "vocab_size": 128, "hidden_size": SIZE, "intermediate_size": 96, "num_hidden_layers": 2,
-    "num_attention_heads": HEADS, "max_position_embeddings": 64, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
+    "num_attention_heads": HEADS, "max_position_embeddings": 64, "pad_token_id": 0,
+    "bos_token_id": 1, "eos_token_id": 2,
 }  # fmt: skip
 OLDER = {
     "vocab_size": 128, "n_embd": SIZE, "n_layer": 2, "n_head": HEADS, "bos_token_id": 1, "eos_token_id": 2,
