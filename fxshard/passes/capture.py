@@ -44,6 +44,7 @@ from torch.utils import _pytree as pytree
 
 from fxshard.errors import CaptureError, FxshardError, InputError
 from fxshard.passes.functions import call_whole
+from fxshard.passes.guards import broken, guards_of
 from fxshard.passes.vmaps import unmap
 from fxshard.runtime.autocast import State, ambient
 
@@ -99,6 +100,7 @@ class Captured:
         constants: index of an input leaf that is not a tensor -> its value at capture.
         example_inputs: what is known of each input leaf.
         ranges: symbol of a dynamic size -> its (smallest, largest) value.
+        guards: what else the model's own branches assumed of dynamic sizes; where one is false the graph does not hold.
         output_constants: index of an output leaf that a graph cannot hold -> its value.
         non_persistent: names of buffers that are not part of the state dict.
         signature: the signature of the model's ``forward``.
@@ -114,6 +116,7 @@ class Captured:
     constants: Mapping[int, Any]
     example_inputs: tuple[Leaf, ...]
     ranges: Mapping[Any, tuple[float, float]] = field(default_factory=dict)
+    guards: tuple[Any, ...] = ()
     output_constants: Mapping[int, Any] = field(default_factory=dict)
     non_persistent: frozenset[str] = frozenset()
     signature: inspect.Signature = field(default_factory=inspect.Signature)
@@ -172,6 +175,7 @@ def capture(
     shapes = _named_dynamic_shapes(dynamic_shapes, signature, args, kwargs or {}, tree)
     outputs = _Outputs()
     program = _export(model, tree, shapes, outputs)
+    guards = guards_of(program)
     graph_module, placeholders, aliases = _flat_graph(model, program, outputs)
     if _has_meta(model):
         _replace_meta_device(graph_module, leaves)
@@ -187,6 +191,7 @@ def capture(
         constants={i: leaf for i, leaf in enumerate(leaves) if info[i].shape is None and info[i].symbol is None},
         example_inputs=info,
         ranges={symbol: _bounds(span) for symbol, span in program.range_constraints.items()},
+        guards=guards,
         output_constants={i: value for i, value in outputs.constants.items() if not _fits_graph(value)},
         non_persistent=_non_persistent(model),
         signature=signature,
@@ -375,8 +380,24 @@ def _check_leaves(captured: Captured, leaves: list[Any]) -> None:
         raise InputError(
             "the inputs do not fit what was captured: " + "; ".join(problems),
             fix="give inputs of the captured shapes, capture again with these, or name the dims that vary in "
-            "dynamic_shapes",
+            "dynamic_shapes, in a range that has these sizes",
         )
+    if problems := broken(captured.guards, sizes, _places(captured)):
+        raise InputError(
+            "the inputs do not fit what was captured: " + "; ".join(problems),
+            fix="the model branches on that size: give sizes that take the captured branch, or make another program, "
+            "from an example that takes this one",
+        )
+
+
+def _places(captured: Captured) -> dict[Any, tuple[str, int]]:
+    """The first input and dim that each dynamic size is of."""
+    found: dict[Any, tuple[str, int]] = {}
+    for info in captured.example_inputs:
+        for dim, size in enumerate(info.shape or ()):
+            if getattr(size, "is_Symbol", False):
+                found.setdefault(size, (info.path, dim))
+    return found
 
 
 def _check_tensor(

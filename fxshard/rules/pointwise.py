@@ -6,7 +6,7 @@ import torch
 
 from fxshard.rules.names import ONE, Names, left, lowered, right
 from fxshard.rules.notation import make_factors
-from fxshard.rules.recipe import Call, Recipe
+from fxshard.rules.recipe import At, Call, Factor, Recipe
 
 LINEAR = (frozenset({0}),)
 
@@ -63,6 +63,15 @@ def shape_only(call: Call) -> Recipe:
 def never(call: Call) -> Recipe:
     """An operator that is never split."""
     return Recipe()
+
+
+def glu(call: Call) -> Recipe:
+    """glu(x, dim): two halves of a dim, multiplied: pointwise where both halves are cut alike."""
+    ndim = len(call.inputs[0])
+    names, dim = left(ndim), call.dim("dim", ndim, -1)
+    factors = make_factors([names], [names], call, {names[dim][0]: "!"})
+    half = Factor("half", call.outputs[0][dim], (At(dim, (1, 1)),), (At(dim),))
+    return Recipe((*factors, half))
 
 
 def elementwise_loss(call: Call) -> Recipe:

@@ -61,7 +61,8 @@ TABLE = """
     soft_margin_loss                | @elementwise_loss                         |
     cosine_similarity linalg_cross cross | @cosine_similarity                   |
     softmax log_softmax             | @softmax                                  |
-    _softmax _log_softmax _safe_softmax cumprod logcumsumexp sort argsort topk cummax cummin glu       | @dim_whole |
+    _softmax _log_softmax _safe_softmax cumprod logcumsumexp sort argsort topk cummax cummin           | @dim_whole |
+    glu                             | @glu                                      |
     cumsum                          | @cumsum                                   |
     flip roll diff                  | @scan                                     |
     renorm                          | @renorm                                   |

@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import functools
 import io
-from typing import Any
 
 import pytest
 import torch
-from torch.export import Dim
 
 import fxshard
 from fxshard import Plan, data_parallel, sequence_parallel, tensor_parallel
 from tests.helpers import TOLERANCES, Result, assert_equivalent, problems_of, run_original, run_simulated
-from tests.models.zoo import MODELS, build, ids, labels_for, padding
+from tests.models.zoo import MODELS, build, ids, labels_for, padding, sized
 
 PLANS: dict[str, Plan] = {
     "tp2": tensor_parallel(2),
@@ -93,52 +91,7 @@ def test_one_program_serves_both_modes(plan: str) -> None:
     assert not problems_of(run_simulated(program, (), inputs), original("gpt2", torch.float64, False), (1e-10, 1e-10))
 
 
-# --- dynamic sizes, lazy capture ------------------------------------------------------------------------------------
-
-
-def dynamic(name: str, inputs: dict[str, Any]) -> dict[str, Any]:
-    batch, length = Dim("batch", min=2, max=64), Dim("length", min=2, max=64)
-    if name == "vit":
-        return {"pixel_values": {0: batch}}
-    shapes = {"input_ids": {0: batch, 1: length}, "attention_mask": {0: batch, 1: length}}
-    shapes["decoder_input_ids"] = {0: batch, 1: Dim("target", min=2, max=64)}
-    return {key: value for key, value in shapes.items() if key in inputs}
-
-
-def resized(name: str, batch: int, length: int) -> dict[str, Any]:
-    _, inputs = build(name)
-    if name == "vit":
-        return {"pixel_values": inputs["pixel_values"].repeat(batch, 1, 1, 1)[:batch]}
-    made = {"input_ids": ids(batch, length), "attention_mask": padding(batch, length)}
-    made["decoder_input_ids"] = ids(batch, length - 4, seed=2)
-    return {key: made[key] for key in inputs}
-
-
-@pytest.mark.parametrize(
-    "plan",
-    [
-        plan if plan in ("tp2", "dp2_tp2") else pytest.param(plan, marks=pytest.mark.slow)
-        for plan in ("tp2", "dp2", "sp2", "dp2_tp2", "dp2_sp2")
-    ],
-)
-@each_model
-def test_dynamic_batch_and_length(name: str, plan: str) -> None:
-    model, inputs = build(name)
-    program = fxshard.parallelize(model, PLANS[plan], (), inputs, dynamic_shapes=dynamic(name, inputs))
-    for batch, length in ((4, 16), (6, 12), (8, 24)):
-        call = resized(name, batch, length)
-        problems = problems_of(run_simulated(program, (), call), run_original(model, (), call), (1e-10, 1e-10))
-        assert not problems, "\n".join([f"at batch {batch}, length {length}:", *problems[:10]])
-    assert len(program._captures) == 1
-
-
-@pytest.mark.parametrize("name", ["llama", "bert"])
-def test_a_dynamic_size_that_does_not_divide(name: str) -> None:
-    model, inputs = build(name)
-    program = fxshard.parallelize(model, data_parallel(2), (), inputs, dynamic_shapes=dynamic(name, inputs))
-    for batch in (3, 4, 5):
-        call = resized(name, batch, 16)
-        assert not problems_of(run_simulated(program, (), call), run_original(model, (), call), (1e-10, 1e-10))
+# --- lazy capture ---------------------------------------------------------------------------------------------------
 
 
 @each_model
@@ -149,7 +102,7 @@ def test_lazy_capture(name: str) -> None:
         program.collectives()
     actual = run_simulated(program, (), inputs)
     assert not problems_of(actual, original(name, torch.float64, False), (1e-10, 1e-10))
-    call = resized(name, 2, 8)  # another signature: captured anew, over the same weights
+    call = sized(name, 2, 8)  # another signature: captured anew, over the same weights
     assert not problems_of(run_simulated(program, (), call), run_original(model, (), call), (1e-10, 1e-10))
     assert len(program._captures) == 2
     assert not problems_of(run_simulated(program, (), inputs), original(name, torch.float64, False), (1e-10, 1e-10))

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torch.export import Dim
 
 transformers = pytest.importorskip("transformers")
 
@@ -91,6 +92,26 @@ def build(name: str, dtype: torch.dtype = torch.float64, training: bool = False,
     """A model and its inputs, the same at every call; what floats is of ``dtype``."""
     model, inputs = _built(name, dtype, training, tuple(changes.items()))
     return model, {k: v.to(dtype) if v.is_floating_point() else v for k, v in copy.deepcopy(inputs).items()}
+
+
+def sized(name: str, batch: int, length: int) -> dict[str, Any]:
+    """Inputs of other sizes; of images, only the batch."""
+    _, inputs = build(name)
+    if name == "vit":
+        return {"pixel_values": inputs["pixel_values"].repeat(batch, 1, 1, 1)[:batch]}
+    made = {"input_ids": ids(batch, length), "attention_mask": padding(batch, length)}
+    made["decoder_input_ids"] = ids(batch, max(2, length - 4), seed=2)
+    return {key: made[key] for key in inputs}
+
+
+def dynamic(name: str) -> dict[str, Any]:
+    """Which sizes may change: batch and length, of all inputs alike."""
+    batch, length = Dim("batch", min=2, max=64), Dim("length", min=2, max=64)
+    if name == "vit":
+        return {"pixel_values": {0: batch}}
+    shapes = {"input_ids": {0: batch, 1: length}, "attention_mask": {0: batch, 1: length}}
+    shapes["decoder_input_ids"] = {0: batch, 1: Dim("target", min=2, max=64)}
+    return {key: value for key, value in shapes.items() if key in build(name)[1]}
 
 
 def labels_for(name: str, inputs: dict[str, Any]) -> torch.Tensor:
