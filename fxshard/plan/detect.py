@@ -486,7 +486,8 @@ def columns_alone(facts: Graph, size: int, taken: Mapping[fx.Node, Shard]) -> di
     """Products whose weight is split though no pair splits it: by its output features, the result gathered at once.
 
     That costs a gather of the result, and saves the memory of the weight: so it is done for large weights only, of
-    which the model has several alike, a layer each. The keys of a single head that all queries share are such.
+    which the model has several alike, or which lie in a list of layers. The keys of a single head that all queries
+    share are such.
     """
     found: dict[fx.Node, tuple[fx.Node, Shard]] = {}
     for node in facts.order:
@@ -502,8 +503,13 @@ def columns_alone(facts: Graph, size: int, taken: Mapping[fx.Node, Shard]) -> di
     return {
         node: (weight, placement)
         for node, (weight, placement) in found.items()
-        if sizes[weight] >= least and shapes[shapes_of(weight)[0], placement] > 1
+        if sizes[weight] >= least and (shapes[shapes_of(weight)[0], placement] > 1 or _is_listed(weight))
     }
+
+
+def _is_listed(weight: fx.Node) -> bool:
+    """Whether a weight belongs to one of a list of modules."""
+    return any(part.isdigit() for part in str(weight.target).split("."))
 
 
 def _numel(weight: fx.Node) -> int:
