@@ -8,6 +8,7 @@ that is where shrinking leads.
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -18,7 +19,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from fxshard import Plan, Replicate, Shard, data_parallel, sequence_parallel, tensor_parallel
-from fxshard.placement import BlockShard
+from fxshard.placement import BlockShard, chunk_shares, cut_of
 
 Draw = Callable[[st.SearchStrategy[Any]], Any]
 Compute = Callable[..., torch.Tensor]
@@ -662,8 +663,8 @@ def _plan(
 
 
 def _entry(b: Builder, shape: torch.Size, mesh: dict[str, int], explicit: bool = False) -> dict[str, Any]:
-    """Any placement: several axes may cut one dim, the outer one first, if they divide it; one may cut it unevenly, or
-    in blocks, or in any shares.
+    """Any placement: several axes may cut one dim, the outer one first; this one unevenly, in blocks, or in any shares,
+    the others if they divide what that leaves to each rank.
     """
     entry: dict[str, Any] = {}
     left = list(shape)
@@ -672,9 +673,10 @@ def _entry(b: Builder, shape: torch.Size, mesh: dict[str, int], explicit: bool =
         dims = [d for d, n in enumerate(left) if n > 0 and (d not in cut or n % size == 0)]
         dim = b.choose((None, *dims))
         if dim is not None:
-            entry[axis] = Shard(dim) if dim in cut else _shard(b, dim, left[dim], size)
-            even = left[dim] % size == 0 and type(entry[axis]) is Shard
-            left[dim] = left[dim] // size if even else 0  # 0: no other axis may cut it
+            entry[axis] = placement = Shard(dim) if dim in cut else _shard(b, dim, left[dim], size)
+            blocks, shares = cut_of(placement)
+            shares = shares or chunk_shares(left[dim] // sum(blocks), size) or (1,) * size
+            left[dim] = left[dim] // sum(shares) * math.gcd(*shares)  # what divides each rank's part
             cut.add(dim)
         elif explicit and b.maybe():
             entry[axis] = Replicate()

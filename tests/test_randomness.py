@@ -16,6 +16,7 @@ from torch import nn
 import fxshard
 from fxshard import Plan, Shard, data_parallel, sequence_parallel, tensor_parallel
 from fxshard.errors import PlanError
+from tests.helpers import assert_equivalent
 from tests.models.zoo import build
 
 X = torch.ones(8, 16, 12, dtype=torch.float64)
@@ -97,3 +98,19 @@ def test_models_train_alike_on_all_ranks(plan: Plan) -> None:
 def test_only_these_two_are_offered() -> None:
     with pytest.raises(PlanError, match="randomness is 'cheap'"):
         fxshard.parallelize(Dropped(), tensor_parallel(2), (X,), randomness="cheap")
+
+
+@pytest.mark.parametrize(("heads", "keys", "size"), [(8, 4, 2), (6, 3, 4), (4, 2, 8), (5, 1, 2)])
+def test_query_heads_find_their_key_heads(heads: int, keys: int, size: int) -> None:
+    """A chance that never comes true: what is left is the attention, whose key heads serve several query heads."""
+
+    class Attention(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.w = nn.Parameter(torch.rand(4, dtype=torch.float64))
+
+        def forward(self, q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
+            return F.scaled_dot_product_attention(q * self.w, k, k, dropout_p=1e-12, enable_gqa=True)
+
+    q, k = (torch.randn(2, count, 5, 4, dtype=torch.float64) for count in (heads, keys))
+    assert_equivalent(Attention(), Plan({"tp": size}, inputs={"q": Shard(1)}), (q, k), randomness="independent")

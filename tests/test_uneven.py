@@ -124,3 +124,44 @@ def test_verify_leaves_a_module_with_two_names_as_it_is(capsys: pytest.CaptureFi
     assert fxshard.verify(assert_equivalent(model, tensor_parallel(2), (x,)), x).ok
     assert isinstance(model.again.weight, nn.Parameter)
     assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
+
+
+class Rows(nn.Module):
+    """A layer, and a weight that nothing reads."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(8, 16, dtype=FLOAT)
+        self.unread = nn.Parameter(randn(5, 8))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.relu(self.layer(x))
+
+
+TWO_AXES: dict[str, dict[str, Shard]] = {
+    "uneven outside": {"a": BlockShard(0, shares=(1, 3)), "b": Shard(0)},
+    "uneven inside": {"a": Shard(0), "b": BlockShard(0, shares=(1, 3))},
+    "uneven inside, named first": {"b": BlockShard(0, shares=(1, 3)), "a": Shard(0)},
+    "uneven both": {"a": BlockShard(0, shares=(3, 1)), "b": BlockShard(0, shares=(1, 3))},
+    "uneven blocks": {"a": BlockShard(0, (1, 1), shares=(3, 1)), "b": BlockShard(0, (1, 1))},
+}
+
+
+@pytest.mark.parametrize("name", TWO_AXES)
+def test_two_axes_cut_one_dim_one_of_them_unevenly(name: str) -> None:
+    plan = Plan({"a": 2, "b": 2}, params={"layer.*": TWO_AXES[name]})
+    assert_equivalent(Rows(), plan, (randn(4, 8),))
+
+
+@pytest.mark.parametrize(
+    "entries",
+    [
+        {"params": {"layer.weight": {"a": BlockShard(0, shares=(1, 15)), "b": Shard(0)}}},
+        {"params": {"unread": {"a": Shard(0), "b": Shard(0)}}},
+        {"outputs": {"0": {"a": Shard(0), "b": Shard(0)}}},
+    ],
+    ids=["shares", "unread", "outputs"],
+)
+def test_what_an_outer_axis_leaves_must_divide(entries: dict[str, Any]) -> None:
+    with pytest.raises(DivisibilityError, match=r"cannot be split over mesh axis 'b' \(size 2\) beside axes"):
+        fxshard.parallelize(Rows(), Plan({"a": 2, "b": 2}, **entries), (randn(5, 8),))

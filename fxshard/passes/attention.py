@@ -56,6 +56,8 @@ def _mask_part(new: fx.Graph, node: fx.Node, args: tuple[Any, ...], info: Info, 
 def draw_apart(new: fx.Graph, node: fx.Node, info: Info, mesh: RankMesh) -> fx.Node:
     """The call as it stands, on this rank's part, with a random stream of this part's own."""
     split = [name for name, p in zip(mesh.names, info.placements, strict=True) if is_shard(p)]
+    if any(choice is not None and choice.factor == "h" for choice in info.choices):
+        node = heads(new, node, info, mesh, [])
     made = _made(new, run.draw_apart, (str(node.target), list(node.args), dict(node.kwargs), *split), node)
     new.erase_node(node)
     return made

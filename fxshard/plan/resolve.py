@@ -11,14 +11,14 @@ import fnmatch
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import fx
 
 from fxshard.errors import DivisibilityError, FxshardError, MeshError, PlanError
 from fxshard.mesh import Mesh
-from fxshard.placement import BlockShard, Placement, Replicate, Shard, chunk_shares, cut_of, describe, shard
+from fxshard.placement import BlockShard, Cut, Placement, Replicate, Shard, chunk_shares, cut_of, describe, shard
 from fxshard.plan.detect import Graph, Split, find_split, is_parameter, residuals, shapes_of
 from fxshard.plan.plan import Plan
 from fxshard.rules.recipe import Dim, units
@@ -151,7 +151,8 @@ class _Work:
     def put(self, part: str, name: str, node: fx.Node | None, axis: str, placement: Placement, asked_by: str) -> None:
         """Records one placement, after checking that it can be."""
         shape = shapes_of(node)[0] if node is not None else self.names.all_params[name]
-        checked = self._check(name, shape, axis, placement, asked_by, node)
+        known = self.explicit[part].get(name, {}) if node is None else self.nodes.get(node, {})
+        checked = self._check(name, shape, axis, placement, asked_by, known)
         if checked is None:
             return
         if node is None:
@@ -169,8 +170,15 @@ class _Work:
         self.explicit[part].setdefault(name, {})[axis] = checked
 
     def _check(
-        self, name: str, shape: Sequence[Any], axis: str, placement: Placement, asked_by: str, node: fx.Node | None
+        self,
+        name: str,
+        shape: Sequence[Any],
+        axis: str,
+        placement: Placement,
+        asked_by: str,
+        known: Mapping[str, Placement],
     ) -> Placement | None:
+        """The placement of one tensor on ``axis``, as it is written; ``known``: those on other axes."""
         size = self.mesh.size(axis)
         if not isinstance(placement, Shard):
             if placement.is_partial():
@@ -190,9 +198,10 @@ class _Work:
                 )
             )
             return None
-        others = self._beside(node, axis, dim)
-        found = _fitting(shape[dim], dim, placement, size, others)
+        beside = self._beside(known, axis, dim)
+        found = _fitting(shape[dim], dim, placement, size, beside)
         if found is None:
+            others = [ranks for _, ranks in beside.inner + beside.outer]
             over = f"mesh axis {axis!r} (size {size})" + (f" beside axes of sizes {others}" if others else "")
             self.problems.append(
                 DivisibilityError(
@@ -204,21 +213,28 @@ class _Work:
             return None
         return found
 
-    def _beside(self, node: fx.Node | None, axis: str, dim: int) -> list[int]:
-        """The sizes of the other axes that split the same dim."""
-        asked = self.nodes.get(node, {}) if node is not None else {}
-        return [self.mesh.size(a) for a, p in asked.items() if a != axis and isinstance(p, Shard) and p.dim == dim]
+    def _beside(self, known: Mapping[str, Placement], axis: str, dim: int) -> _Beside:
+        """How the other axes split the same dim."""
+        outer: list[tuple[Cut, int]] = []
+        inner: list[tuple[Cut, int]] = []
+        for name, size in zip(self.mesh.names, self.mesh.sizes, strict=True):
+            placement = known.get(name)
+            if name != axis and isinstance(placement, Shard) and placement.dim == dim:
+                side = outer if self.mesh.index(name) < self.mesh.index(axis) else inner
+                side.append((cut_of(placement), size))
+        return _Beside(tuple(outer), tuple(inner))
 
     def offer(self, part: str, name: str, node: fx.Node, axis: str, placement: Shard, preset: str) -> None:
         """What a preset would split: left whole, with a note, where other axes leave too little of that dim."""
         if not self.free(node, axis):
             return
         size = shapes_of(node)[0][placement.dim]
-        others = self._beside(node, axis, placement.dim)
-        if _fitting(size, placement.dim, placement, self.mesh.size(axis), others) is not None:
+        beside = self._beside(self.nodes.get(node, {}), axis, placement.dim)
+        if _fitting(size, placement.dim, placement, self.mesh.size(axis), beside) is not None:
             self.put(part, name, node, axis, placement, preset)
         else:
-            what = f"dim {placement.dim} (size {size}) does not divide by {math.prod([self.mesh.size(axis), *others])}"
+            ranks = math.prod(n for _, n in beside.outer + beside.inner) * self.mesh.size(axis)
+            what = f"dim {placement.dim} (size {size}) does not divide by {ranks}"
             self.notes.append(f"{preset} leaves {name} whole on axis {axis!r}: {what}")
 
     def match_blocks(self) -> None:
@@ -241,10 +257,10 @@ class _Work:
     def _says_only(self, dim: int, node: fx.Node, placement: Placement, axis: str) -> bool:
         """Whether the user said no more than which dim to split: no blocks, and no shares but those of ``chunk``."""
         count = shapes_of(node)[0][dim]
-        if self._beside(node, axis, dim):
+        if any(self._beside(self.nodes[node], axis, dim)):
             return False  # heads would have to go round all these axes
         return placement.is_shard(dim) and cut_of(placement) == cut_of(
-            _fitting(count, 0, Shard(0), self.mesh.size(axis), []) or placement
+            _fitting(count, 0, Shard(0), self.mesh.size(axis)) or placement
         )
 
     def outputs(self, outputs: Mapping[str, Mapping[str, Placement]]) -> list[dict[str, Placement]]:
@@ -268,7 +284,7 @@ class _Work:
                     shape = shapes_of(node)[0]
                     if glob == "*" and isinstance(placement, Shard) and not shape:
                         continue  # a scalar among the outputs is whole
-                    checked = self._check(f"output {i}", shape, axis, placement, "outputs", None)
+                    checked = self._check(f"output {i}", shape, axis, placement, "outputs", out[i])
                     if checked is not None:
                         out[i][axis] = checked
         return out
@@ -286,20 +302,41 @@ class _Work:
         return axis not in self.nodes.get(node, {})
 
 
-def _fitting(size: Dim, dim: int, placement: Shard, ranks: int, others: Sequence[int]) -> Shard | None:
-    """The shard of a dim of ``size`` over ``ranks``, beside ``others`` that split it too; None where there is none.
+class _Beside(NamedTuple):
+    """How other axes cut a dim: those outside of the axis at hand, and those inside, each with its size."""
+
+    outer: tuple[tuple[Cut, int], ...] = ()
+    inner: tuple[tuple[Cut, int], ...] = ()
+
+
+ALONE = _Beside()
+
+
+def _fitting(size: Dim, dim: int, placement: Shard, ranks: int, beside: _Beside = ALONE) -> Shard | None:
+    """The shard of a dim of ``size`` over ``ranks``, beside others that split it too; None where there is none.
 
     Where the size does not divide, the first ranks hold more, as with ``torch.chunk``; beside others it must divide.
     """
-    blocks, shares = cut_of(placement)
-    if shares:
-        fits = isinstance(size, int) and len(shares) == ranks and not others and units(size, blocks, sum(shares))
-        return shard(dim, blocks, shares) if fits else None
-    if units(size, blocks, ranks * math.prod(others)):
-        return shard(dim, blocks)
-    if others or not isinstance(size, int) or size == 0 or size % sum(blocks):
+    cut = cut_of(placement)
+    if cut.shares and (not isinstance(size, int) or len(cut.shares) != ranks):
         return None
-    return shard(dim, blocks, chunk_shares(size // sum(blocks), ranks))
+    if _divides_by(size, (*beside.outer, (cut, ranks), *beside.inner)):
+        return shard(dim, *cut)
+    if cut.shares or any(beside) or not isinstance(size, int) or size == 0 or size % sum(cut.blocks):
+        return None
+    return shard(dim, cut.blocks, chunk_shares(size // sum(cut.blocks), ranks))
+
+
+def _divides_by(size: Dim, cuts: Sequence[tuple[Cut, int]]) -> bool:
+    """Whether every axis cuts into whole pieces what the axes before it leave to each rank."""
+    if not isinstance(size, int):
+        return units(size, max((cut.blocks for cut, _ in cuts), key=len), math.prod(ranks for _, ranks in cuts))
+    parts = {size}
+    for cut, ranks in cuts:
+        if not all(units(part, cut.blocks, cut.pieces(ranks)) for part in parts if part or part == size):
+            return False
+        parts = {part * cut.share(ranks, at) // cut.pieces(ranks) for part in parts for at in range(ranks)}
+    return True
 
 
 def _mending(size: Dim, placement: Shard, others: Sequence[int]) -> str:
