@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import fx
 
+from fxshard.inspect.suggest import suggest
 from fxshard.passes.capture import module_of, source_of
 from fxshard.passes.pipeline import Compiled
 from fxshard.passes.typing import info_of, num_bytes, values_of
@@ -25,7 +26,7 @@ class Fallback:
         module: the module that calls it.
         source: the line of the user's source.
         num_bytes: the bytes of the operands that are gathered, or reduced, for it.
-        fix: a line that would teach fxshard the operator, to be completed.
+        fix: a line that teaches fxshard the operator, tried on this call; or one to complete, where none was found.
         why: why the operator stays whole on purpose; empty where it has no rule.
     """
 
@@ -65,10 +66,15 @@ def fallbacks_of(compiled: Compiled) -> list[Fallback]:
 
 
 def _rule(operator: str, node: fx.Node) -> str:
-    """A line that registers a rule for the call of ``node``, to be completed."""
+    """A line that registers a rule for the call of ``node``: one that was tried, or one to complete."""
+    name = operator.replace(".", "::", 1)
+    found = suggest(node)
+    if found is not None:
+        text, linear = found
+        return f'fxshard.register_rule("{name}", "{text}"' + (f', linear="{linear}")' if linear else ")")
     call = ", ".join(_dims(values_of(o)[0].dim()) for o in operands_of(node) if hasattr(values_of(o)[0], "dim"))
     result = ", ".join(_dims(v.dim()) for v in values_of(node) if hasattr(v, "dim"))
-    return f'register_rule("{operator.replace(".", "::", 1)}", "{call} -> {result}") with a factor a dim'
+    return f'fxshard.register_rule("{name}", "{call} -> {result}") with a factor a dim'
 
 
 def _operands(node: fx.Node) -> list[tuple[fx.Node, bool]]:
