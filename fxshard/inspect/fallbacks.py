@@ -10,6 +10,7 @@ from torch import fx
 from fxshard.inspect.suggest import suggest
 from fxshard.passes.capture import module_of, source_of
 from fxshard.passes.pipeline import Compiled
+from fxshard.passes.propagate import constrain
 from fxshard.passes.typing import info_of, num_bytes, values_of
 from fxshard.placement import is_partial, is_shard
 from fxshard.rules.recipe import operands_of
@@ -25,7 +26,8 @@ class Fallback:
         operator: e.g. ``mylib.scale``.
         module: the module that calls it.
         source: the line of the user's source.
-        num_bytes: the bytes of the operands that are gathered, or reduced, for it.
+        num_bytes: the bytes of the operands that are gathered, or reduced, for it; 0 where tensor parallelism splits
+            nothing before it for its sake.
         fix: a line that teaches fxshard the operator, tried on this call; or one to complete, where none was found.
         why: why the operator stays whole on purpose; empty where it has no rule.
     """
@@ -41,6 +43,9 @@ class Fallback:
         where = ", ".join(x for x in (self.module, self.source) if x) or "the model"
         what = f"stays whole, since {self.why}" if self.why else "has no rule"
         mend = "" if self.why else f"; to split it, {self.fix}"
+        if not self.num_bytes:
+            ends = f"tensor parallelism ends at it in {where}, and every rank computes it whole"
+            return f"{self.operator} {what}: {ends}{mend}"
         return (
             f"{self.operator} {what}: {self.num_bytes:,} bytes are gathered for it in {where}, "
             f"and every rank computes it whole{mend}"
@@ -57,7 +62,10 @@ def fallbacks_of(compiled: Compiled) -> list[Fallback]:
         if not is_operator or (rule is not None and not rule.whole):
             continue
         gathered = [o for o, wanted in _operands(node) if wanted]
-        if gathered:
+        ends_here = node.name in compiled.resolved.without_rule
+        if ends_here and not gathered:
+            gathered = [o for o in operands_of(node) if _is_gathered(o)]
+        if gathered or ends_here:
             teachable = isinstance(node.target, torch._ops.OpOverload)
             fix = _rule(operator, node) if teachable else "write it with operators that have rules"
             total = sum(num_bytes(values_of(o)[0]) for o in gathered)
@@ -85,6 +93,17 @@ def _operands(node: fx.Node) -> list[tuple[fx.Node, bool]]:
         asked = [c is not None and c.inputs[i] is not None for c in choices]
         out.append((operand, any(a and (is_shard(p) or is_partial(p)) for a, p in zip(asked, known, strict=True))))
     return out
+
+
+def _is_gathered(node: fx.Node, depth: int = 3) -> bool:
+    """Whether the plan has a value gathered, or what it is computed from alone: a product that no pair splits."""
+    if node.target is constrain:
+        (source,) = operands_of(node)
+        return any(map(is_shard, info_of(source).placements)) and not any(map(is_shard, info_of(node).placements))
+    if node.op != "call_function" or not depth:
+        return False
+    sources = [o for o in operands_of(node) if o.op == "call_function"]
+    return len(sources) == 1 and _is_gathered(sources[0], depth - 1)
 
 
 def _dims(count: int) -> str:

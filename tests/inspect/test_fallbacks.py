@@ -13,7 +13,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import fxshard
-from fxshard import Plan, data_parallel, sequence_parallel, tensor_parallel
+from fxshard import Plan, Shard, data_parallel, sequence_parallel, tensor_parallel
 from fxshard.rules import table
 from tests.helpers import assert_equivalent
 
@@ -28,7 +28,7 @@ def forget(*operators: str) -> None:
 
 @pytest.fixture(scope="module")
 def library() -> Iterator[torch.library.Library]:
-    """Operators of a user's: a scale, a product, a norm, a scan, one that mixes everything, and one without backward."""
+    """Operators of a user's: a scale, a product, a norm, a scan, one that mixes all, and one without gradients."""
     with torch.library._scoped_library("fallbacks", "DEF") as found:
         for schema, function in {
             "scale(Tensor x, Tensor w) -> Tensor": lambda x, w: x * w,
@@ -66,10 +66,9 @@ def ops() -> Any:
 
 OWN: dict[str, tuple[str, str, Callable[..., torch.Tensor], Plan, str]] = {
     "scale": ("fallbacks.scale", "... a, a -> ... a", lambda x, w: ops().scale(x, w), data_parallel(2), "0;1"),
-    "scale_sequence": (
-        "fallbacks.scale", "... a, a -> ... a", lambda x, w: ops().scale(x, w), sequence_parallel(2), "0;1",
+    "normalize": (
+        "fallbacks.normalize", "... z! -> ... za!", lambda x, w: ops().normalize(x, 1e-5), data_parallel(2), "",
     ),
-    "normalize": ("fallbacks.normalize", "... z! -> ... za!", lambda x, w: ops().normalize(x, 1e-5), data_parallel(2), ""),
     "decay": ("fallbacks.decay", "... z! a -> ... za! a", lambda x, w: ops().decay(x), data_parallel(2), "0"),
     "swap": (
         "fallbacks.swap", "... c+ b -> ... b za!", lambda x, w: ops().swap(x)[0].transpose(1, 2), data_parallel(2), "0",
@@ -141,10 +140,10 @@ def test_a_fallback_says_all_that_is_known(library: Any) -> None:
     (fallback,) = program.fallbacks()
     assert fallback.operator == "fallbacks.scale"
     assert fallback.module == "0"
-    assert re.fullmatch(r"test_fallbacks\.py:\d+", fallback.source)
+    assert re.fullmatch(r"test_fallbacks\.py:\d+ in forward", fallback.source)
     assert str(fallback) == (
-        f"fallbacks.scale has no rule: 6,144 bytes are gathered for it in 0, {fallback.source}, and every rank computes "
-        'it whole; to split it, fxshard.register_rule("fallbacks::scale", "... a, a -> ... a", linear="0;1")'
+        f"fallbacks.scale has no rule: 6,144 bytes are gathered for it in 0, {fallback.source}, and every rank "
+        'computes it whole; to split it, fxshard.register_rule("fallbacks::scale", "... a, a -> ... a", linear="0;1")'
     )
     assert str(fallback) in program.explain()
 
@@ -162,16 +161,25 @@ class Cube(torch.autograd.Function):
 
 
 @pytest.mark.parametrize("plan", [data_parallel(2), tensor_parallel(2), sequence_parallel(2)], ids=["dp", "tp", "sp"])
-def test_an_autograd_function(plan: Plan) -> None:
-    """Its operator has no rule: no pair is found through it. What is gathered in its stead is reported all the same."""
-    model = nn.Sequential(*(Between(lambda x, w: Cube.apply(x)) for _ in range(2))).double()
+@pytest.mark.parametrize("layers", [1, 2])
+def test_an_autograd_function(layers: int, plan: Plan) -> None:
+    """Its operator has no rule, so no pair goes through it: weights stay whole, or their products are gathered."""
+    model = nn.Sequential(*(Between(lambda x, w: Cube.apply(x)) for _ in range(layers))).double()
     program = assert_equivalent(model, plan, (X,))
-    fixes = {f.fix for f in program.fallbacks()}
-    assert len(fixes) == 1, fixes
-    assert '"... -> ..."' in (fix := fixes.pop())
-    run(fix)
+    first, *others = program.fallbacks()
+    assert len(others) == layers - 1
+    assert first.operator.endswith("_Cube")
+    assert '"... -> ..."' in first.fix
+    if "tp" in program.mesh.names and layers == 1:
+        assert not program.plan.params
+        assert first.num_bytes == 0
+        assert "tensor parallelism ends at it" in str(first)
+    else:
+        assert first.num_bytes == 4 * 6 * 32 * 8
+    run(first.fix)
     taught = assert_equivalent(model, plan, (X,))
     assert not taught.fallbacks()
     if "tp" in taught.mesh.names:
-        assert any("up.weight" in name for name in taught.plan.params)
-        assert not any(c.kind == "all_gather" and c.module.endswith(("up", "down")) for c in taught.collectives())
+        for layer in range(layers):
+            assert taught.placements_of(f"{layer}.up.weight") == (Shard(0),)
+            assert taught.placements_of(f"{layer}.down.weight") == (Shard(1),)
