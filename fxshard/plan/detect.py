@@ -28,7 +28,7 @@ from torch import fx
 from fxshard.placement import REPLICATE, Cut, Shard, chunk_shares, normalize_blocks, shard
 from fxshard.rules.lookup import WEIGHT_VIEWS, recipe_for
 from fxshard.rules.recipe import At, Dim, Factor, Recipe, Shape, divides, operands_of, shape_of, uncombine, units
-from fxshard.rules.table import name_of
+from fxshard.rules.table import find_rule, name_of
 from fxshard.rules.views import segments_of
 
 Demand = dict[tuple[int, int], tuple[int, ...]]
@@ -127,11 +127,13 @@ class Split:
         pairs: the column/row pairs, in the order of the rows.
         vocabulary: the table of the words, and the heads that score them.
         alone: products whose weight no pair splits, and that weight: columns whose results are gathered.
+        without_rule: calls that no pair goes through, since their operator has no rule.
     """
 
     pairs: tuple[Pair, ...]
     vocabulary: Mapping[fx.Node, Shard]
     alone: Mapping[fx.Node, tuple[fx.Node, Shard]]
+    without_rule: tuple[fx.Node, ...] = ()
 
     @property
     def weights(self) -> dict[fx.Node, Shard]:
@@ -153,10 +155,13 @@ def find_split(facts: Graph, size: int) -> Split:
     taken: dict[fx.Node, Shard] = {}
     pairs: dict[fx.Node, Pair] = {}
     behind_norms: list[fx.Node] = []
+    without_rule: set[fx.Node] = set()
 
     def find(row: fx.Node, through_norms: bool) -> None:
-        pair, met_norm = _pair(row, facts, size, through_norms)
-        if met_norm:
+        met = _Met()
+        pair = _pair(row, facts, size, through_norms, met)
+        without_rule.update(met.without_rule)
+        if met.norm:
             behind_norms.append(row)
         have = pairs[row].weights if row in pairs else {}
         if pair is None or pair.weights.keys() <= have.keys():
@@ -173,7 +178,12 @@ def find_split(facts: Graph, size: int) -> Split:
     for node in tuple(behind_norms):
         find(node, through_norms=True)
     rows = sorted(pairs, key=facts.order.__getitem__)
-    return Split(tuple(pairs[row] for row in rows), words, columns_alone(facts, size, taken))
+    return Split(
+        tuple(pairs[row] for row in rows),
+        words,
+        columns_alone(facts, size, taken),
+        tuple(sorted(without_rule, key=facts.order.__getitem__)),
+    )
 
 
 def _agree(have: Shard | None, want: Shard) -> bool:
@@ -197,14 +207,21 @@ def contraction(node: fx.Node, facts: Graph) -> tuple[Factor, int, int] | None:
     return None
 
 
-def _pair(row: fx.Node, facts: Graph, size: int, through_norms: bool) -> tuple[Pair | None, bool]:
-    """The pair of a row, if it is one; and whether a norm stood in the way of columns."""
+@dataclass
+class _Met:
+    """What stood in the way of columns: a norm, and operators without a rule."""
+
+    norm: bool = False
+    without_rule: set[fx.Node] = field(default_factory=set)
+
+
+def _pair(row: fx.Node, facts: Graph, size: int, through_norms: bool, met: _Met) -> Pair | None:
+    """The pair of a row, if it is one."""
     found = contraction(row, facts)
     if found is None:
-        return None, False
+        return None
     if not _Walk(facts, Cut(), size, {row}, set(), split={facts.operands[row][found[1]]}).closed():
-        return None, False  # its input is read by others: a norm's result, a residual stream
-    met_norm = False
+        return None  # its input is read by others: a norm's result, a residual stream
     tried: set[tuple[int, ...]] = set()
     obstacles = [found[0].size]
     while obstacles:  # uneven shares only where even ones lead to no column, and then of the most units
@@ -213,11 +230,12 @@ def _pair(row: fx.Node, facts: Graph, size: int, through_norms: bool) -> tuple[P
             continue
         tried.add(shares)
         pair, walk = _walk_from(row, found, facts, Cut((1,), shares), size, through_norms)
-        met_norm |= walk.met_norm
+        met.norm |= walk.met_norm
+        met.without_rule |= walk.without_rule
         if pair is not None:
-            return pair, met_norm
+            return pair
         obstacles = sorted({*obstacles, *walk.obstacles}, reverse=True)
-    return None, met_norm
+    return None
 
 
 def _shares(count: Dim, size: int) -> tuple[int, ...] | None:
@@ -274,6 +292,7 @@ class _Walk:
     leaves: dict[fx.Node, Shard] = field(default_factory=dict)
     split: set[fx.Node] = field(default_factory=set)
     obstacles: set[int] = field(default_factory=set)
+    without_rule: set[fx.Node] = field(default_factory=set)
     sound: bool = True
 
     def ask(self, node: fx.Node, result: int, dim: int, blocks: tuple[int, ...]) -> None:
@@ -338,6 +357,8 @@ class _Walk:
             (blocks,) = merged
             results = [result for result, _ in asked]
             found = blocks and self._factor(recipe, results, At(dim, blocks, self.cut.shares))
+        if isinstance(node.target, torch._ops.OperatorBase) and find_rule(node.target) is None:
+            self.without_rule.add(node)
         if not found:
             return  # it cannot be split: it stays whole, and is cut where it is read
         factor, inner = found

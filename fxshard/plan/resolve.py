@@ -45,12 +45,21 @@ class Names:
 
 @dataclass(frozen=True)
 class Resolved:
-    """A plan made explicit, and the same in terms of the graph's nodes."""
+    """A plan made explicit, and the same in terms of the graph's nodes.
+
+    Attributes:
+        plan: the explicit plan.
+        nodes: what it says of the graph's nodes.
+        outputs: what it says of the outputs.
+        notes: what the presets could not do.
+        without_rule: the names of calls at which tensor parallelism ends, since their operator has no rule.
+    """
 
     plan: Plan
     nodes: Mapping[fx.Node, Mapping[str, Placement]]
     outputs: Sequence[Mapping[str, Placement]]
     notes: tuple[str, ...] = ()
+    without_rule: tuple[str, ...] = ()
 
 
 def resolve(plan: Plan, graph: fx.Graph, names: Names) -> Resolved:
@@ -79,7 +88,7 @@ def resolve(plan: Plan, graph: fx.Graph, names: Names) -> Resolved:
         outputs={str(i): dict(o) for i, o in enumerate(outputs) if o},
         presets=(),
     )
-    return Resolved(explicit, work.nodes, outputs, tuple(work.notes))
+    return Resolved(explicit, work.nodes, outputs, tuple(work.notes), tuple(work.without_rule))
 
 
 @dataclass
@@ -94,6 +103,7 @@ class _Work:
     )
     problems: list[FxshardError] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    without_rule: dict[str, None] = field(default_factory=dict)
 
     def split(self, size: int) -> Split:
         """What tensor parallelism over ``size`` ranks splits."""
@@ -378,6 +388,7 @@ def _tensor_parallel(work: _Work, axis: str) -> None:
     by_node = {node: name for name, node in reversed(list(work.names.params.items()))}
     split = work.split(size)
     found = split.weights
+    work.without_rule |= dict.fromkeys(node.name for node in split.without_rule)
     if not any(work.free(n, axis) for n in found) and not any(axis in e for e in work.nodes.values()):
         work.notes.append(f"tensor_parallel found no weight that axis {axis!r} (size {size}) could split")
     for name, node in work.names.params.items():

@@ -83,3 +83,18 @@ def test_dropout_draws_the_masks_of_one_device(name: str) -> None:
 @pytest.mark.parametrize(("world", "plan"), [(2, "sp2"), (2, "dp2"), (4, "dp2_tp2")])
 def test_training_under_other_plans(world: int, plan: str) -> None:
     ranks.launch(world, ranks.train_gpt2, plan)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("plan", "dtype"),
+    [("dp2_tp2", torch.float32), ("dp2_tp2", torch.float64), ("dp2_sp2", torch.float64), ("tp4", torch.float64)],
+)
+def test_training_with_dropout_follows_one_device(plan: str, dtype: torch.dtype) -> None:
+    ranks.launch(4, ranks.train_gpt2, plan, 0.1, dtype)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["llama", "bert", "t5", "vit"])
+def test_many_sizes(name: str) -> None:
+    ranks.launch(4, ranks.many_sizes, [(name, plan) for plan in ("tp4", "dp2_tp2", "dp2_sp2")])
