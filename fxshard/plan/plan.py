@@ -42,6 +42,7 @@ class Plan:
 
     A placement is torch's ``Shard(dim)`` or ``Replicate()``, or a dict from axis names to them.
 
+    >>> from fxshard import Shard
     >>> plan = Plan({"tp": 2}, params={"up.weight": Shard(0), "down.weight": Shard(1)})
     >>> print(plan)
     Plan on {tp: 2}

