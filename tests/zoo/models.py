@@ -425,7 +425,7 @@ ZOO: dict[str, Entry] = {entry.name: entry for entry in (
              **IN_SINGLE, why=OVERFLOW),
     *entries("encoder", masked_text, "LongformerForMaskedLM", refused=GUARD),
     *entries("encoder", masked_text, "IBertForMaskedLM", refused_in_training=GUARD),
-    *entries("encoder", masked_text, "YosoForMaskedLM", refused="YosoCumulation is a custom autograd.Function; it is given a dict"),
+    *entries("encoder", masked_text, "YosoForMaskedLM", refused="is a custom autograd.Function; it is given a dict"),
     *entries("encoder-decoder", pair, """
         BartForConditionalGeneration BigBirdPegasusForConditionalGeneration BlenderbotForConditionalGeneration
         BlenderbotSmallForConditionalGeneration
