@@ -534,7 +534,9 @@ def _is_listed(weight: fx.Node) -> bool:
 
 
 def _numel(weight: fx.Node) -> int:
-    return math.prod(size for size in shapes_of(weight)[0] if isinstance(size, int))
+    """The elements of a weight; of matrices in a row, as experts are, those of one."""
+    shape = [size for size in shapes_of(weight)[0] if isinstance(size, int)]
+    return math.prod(shape[1:] if len(shape) == 3 else shape)
 
 
 def _output_features(node: fx.Node, product: tuple[Factor, int, int], facts: Graph, size: int) -> Shard | None:
