@@ -518,13 +518,13 @@ def columns_alone(facts: Graph, size: int, taken: Mapping[fx.Node, Shard]) -> di
             placement = _output_features(node, product, facts, size)
             if placement is not None:
                 found[node] = weight, placement
-    sizes = {w: _numel(w) for w in [*taken, *(w for w, _ in found.values())] if len(shapes_of(w)[0]) > 1}
-    least = ALONE * max((sizes[w] for w in sizes if w in taken or not taken), default=0)
+    beside = [w for w in taken or (w for w, _ in found.values()) if len(shapes_of(w)[0]) > 1]
+    least = ALONE * max(map(_matrix, beside), default=0)
     shapes = Counter((shapes_of(w)[0], p) for w, p in dict(found.values()).items())
     return {
         node: (weight, placement)
         for node, (weight, placement) in found.items()
-        if sizes[weight] >= least and (shapes[shapes_of(weight)[0], placement] > 1 or _is_listed(weight))
+        if _numel(weight) >= least and (shapes[shapes_of(weight)[0], placement] > 1 or _is_listed(weight))
     }
 
 
@@ -534,9 +534,13 @@ def _is_listed(weight: fx.Node) -> bool:
 
 
 def _numel(weight: fx.Node) -> int:
+    return math.prod(size for size in shapes_of(weight)[0] if isinstance(size, int))
+
+
+def _matrix(weight: fx.Node) -> int:
     """The elements of a weight; of matrices in a row, as experts are, those of one."""
-    shape = [size for size in shapes_of(weight)[0] if isinstance(size, int)]
-    return math.prod(shape[1:] if len(shape) == 3 else shape)
+    shape = shapes_of(weight)[0]
+    return _numel(weight) // (shape[0] if len(shape) == 3 and isinstance(shape[0], int) else 1)
 
 
 def _output_features(node: fx.Node, product: tuple[Factor, int, int], facts: Graph, size: int) -> Shard | None:
