@@ -165,3 +165,23 @@ def test_two_axes_cut_one_dim_one_of_them_unevenly(name: str) -> None:
 def test_what_an_outer_axis_leaves_must_divide(entries: dict[str, Any]) -> None:
     with pytest.raises(DivisibilityError, match=r"cannot be split over mesh axis 'b' \(size 2\) beside axes"):
         fxshard.parallelize(Rows(), Plan({"a": 2, "b": 2}, **entries), (randn(5, 8),))
+
+
+class Table(nn.Module):
+    """A table of weights that every row of the batch is compared with, twice, from its end."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table, self.mix = nn.Parameter(randn(4, 6)), nn.Linear(6, 8, dtype=FLOAT)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        mixed = self.mix(self.table)
+        return x @ mixed.relu().flip(-1).T + torch.exp(x) @ mixed.tanh().flip(-1).T
+
+
+@pytest.mark.parametrize("size", [2, 3])
+def test_what_is_varied_on_one_axis_is_gathered_on_another(size: int) -> None:
+    """The table is varied along ``dp`` where it is smallest; what is made of it is then split along ``tp``."""
+    plan = data_parallel(2) | Plan({"tp": size}, params={"mix.*": {"tp": Shard(0)}})
+    program = assert_equivalent(Table(), plan, (randn(3, 8),))
+    assert any("dp: Varying, tp: Shard(1" in line for line in program.code().splitlines())

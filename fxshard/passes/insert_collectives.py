@@ -133,6 +133,7 @@ class _Versions:
 
     def cheapest(self, wanted: Placements) -> tuple[list[Step], fx.Node]:
         usable = [(p, n) for p, n in self.made if not any(isinstance(x, Varying) for x in p)]
+        usable = usable or self.made  # made of varied operands: what is wanted of it varies along the same axes
         paths = [(steps(p, wanted), n) for p, n in usable]
         return min(paths, key=lambda path: weigh(path[0]))
 
