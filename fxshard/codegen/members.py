@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import keyword
 from collections.abc import Iterator, Sequence
 
 from fxshard.codegen.classes import Class, Classes, own_weights
 from fxshard.codegen.naming import RESERVED, identifier
 from fxshard.codegen.regions import Region
-from fxshard.codegen.text import statement
+from fxshard.codegen.text import attribute, statement
 
 
 class Members:
@@ -156,4 +155,4 @@ def access(owner: str, name: str, is_item: bool = True) -> str:
     """
     if is_item and name.isdigit():
         return f"{owner}[{name}]"
-    return f"{owner}.{name}" if name.isidentifier() and not keyword.iskeyword(name) else f'getattr({owner}, "{name}")'
+    return attribute(owner, name)

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from fxshard.codegen.text import attribute
 from fxshard.passes.insert_collectives import CONVERSIONS
 from fxshard.rules.recipe import is_tensor
 from fxshard.runtime import collectives
@@ -132,8 +133,10 @@ def _ours(target: Any, args: Sequence[Any], kwargs: Mapping[str, Any], text: Tex
 
 
 def _long(target: torch._ops.OpOverload, args: Sequence[Any], kwargs: Mapping[str, Any], text: Text) -> str:
-    name = f"{target.namespace}.{target._schema.name.split('::')[1]}.{target._overloadname}"
-    return _called(name if target.namespace == "aten" else f"torch.ops.{name}", args, kwargs, text)
+    name = "aten" if target.namespace == "aten" else attribute("torch.ops", target.namespace)
+    for part in (target._schema.name.split("::")[1], target._overloadname):
+        name = attribute(name, part)
+    return _called(name, args, kwargs, text)
 
 
 def _infix(args: Sequence[Any], sign: str, text: Text) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import keyword
 import math
 import re
 from collections.abc import Iterable, Iterator
@@ -116,3 +117,14 @@ def _runs(points: list[tuple[int, ...]]) -> Iterator[tuple[tuple[int, ...], tupl
             yield first, points[i - 1]
             first = point
     yield first, last
+
+
+def attribute(owner: str, name: str) -> str:
+    """How ``name`` of ``owner`` is written within a class, where Python reads ``owner.__name`` as another name.
+
+    >>> attribute("m", "norm"), attribute("m", "class"), attribute("m", "__norm"), attribute("m", "__len__")
+    ('m.norm', 'getattr(m, "class")', 'getattr(m, "__norm")', 'm.__len__')
+    """
+    private = name.startswith("__") and not name.endswith("__")
+    is_plain = name.isidentifier() and not keyword.iskeyword(name) and not private
+    return f"{owner}.{name}" if is_plain else f'getattr({owner}, "{name}")'

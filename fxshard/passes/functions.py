@@ -92,7 +92,7 @@ def _make(cls: type, apply: Callable[..., Any], template: tuple[Any, ...], count
         rest = iter(tensors)
         return apply(*(next(rest) if isinstance(item, _Hole) else item for item in template))
 
-    name = re.sub(r"\W+", "_", f"{cls.__module__}.{cls.__qualname__}".replace("<locals>.", ""))
+    name = re.sub(r"[\W_]+", "_", f"{cls.__module__}.{cls.__qualname__}".replace("<locals>.", "")).strip("_")
     same = sum(1 for other in _operators.values() if re.fullmatch(rf"{name}(_\d+)?", other.__name__))
     name = f"{name}_{same}" if same else name
     holes = sum(isinstance(item, _Hole) for item in template)

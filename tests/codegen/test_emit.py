@@ -321,3 +321,38 @@ def test_emit_is_fast() -> None:
         seconds.append(time.perf_counter() - start)
     assert min(seconds) < 100e-6 * len(graph.nodes)  # about 8e-6 on an idle machine
     assert len(re.findall("^class ", program.code(), re.MULTILINE)) == 8
+
+
+class TripleGradient(torch.autograd.Function):
+    """As one is that a script defines, which is run by itself."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
+        return x.relu()
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> torch.Tensor:
+        return 3 * grad
+
+
+TripleGradient.__module__ = "__main__"
+
+
+class Private(nn.Module):
+    """Names of two underscores, which Python changes within a class."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.add_module("__up", nn.Linear(8, 16))
+        self.add_module("down", nn.Linear(16, 8))
+        self.register_parameter("__scale", nn.Parameter(torch.randn(16)))
+
+    def forward(self, __x: torch.Tensor) -> torch.Tensor:
+        hidden = getattr(self, "__up")(__x) * getattr(self, "__scale")
+        out: torch.Tensor = self.down(TripleGradient.apply(hidden))  # type: ignore[no-untyped-call]
+        return out
+
+
+def test_names_of_two_underscores_are_not_those_of_a_class() -> None:
+    program = assert_equivalent(Private(), tensor_parallel(2), (torch.randn(4, 8),))
+    assert "torch.ops.fxshard_function.main_TripleGradient" in program.code()
