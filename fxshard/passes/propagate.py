@@ -38,6 +38,10 @@ WEIGHT_STAYS = 1000.0
 MAY_BE_EMPTY = frozenset({None, "groups", "mean", "dropout", "attention", "causal", "heads", "loss"})
 """Lowerings that hold on an empty part too; others are of no use there: a maximum of nothing, a table without rows."""
 
+CONSTANT = {"aten.detach", "aten.ones_like", "aten.zeros_like", "aten.full_like", "aten.empty_like"}
+CONSTANT |= {"aten.rand_like", "aten.randn_like", "aten.new_ones", "aten.new_zeros", "aten.new_full", "aten.new_empty"}
+"""Operators through which no gradient flows, though a float comes in and goes out."""
+
 METADATA = {
     torch.ops.aten.sym_size.int,
     torch.ops.aten.sym_numel.default,
@@ -90,7 +94,7 @@ def _differentiable(fact: Facts) -> bool:
         return fact.is_float and bool(node.meta.get("is_parameter") or node.meta.get("requires_grad"))
     if node.op != "call_function" or not fact.is_float:
         return False
-    if node.target is torch.ops.aten.detach.default:
+    if name_of(node.target)[1] in CONSTANT:
         return False
     return any(o.differentiable for o in fact.operands)
 

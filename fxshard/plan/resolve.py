@@ -405,7 +405,13 @@ def _sequence_parallel(work: _Work, axis: str) -> None:
     if size == 1:
         return
     rows = [pair.row for pair in work.split(size).pairs]
-    for node in residuals(work.facts, rows):
+    streams = residuals(work.facts, rows)
+    if rows and not streams:
+        work.notes.append(
+            f"sequence_parallel found no residual stream to split on axis {axis!r}: no value is added to what a row "
+            "weight gives, or a norm stands between; it is tensor_parallel here"
+        )
+    for node in streams:
         shape = shapes_of(node)[0]
         if len(shape) >= 3:
             work.offer("activations", f"%{node.name}", node, axis, Shard(1), "sequence_parallel")
