@@ -70,13 +70,13 @@ def _samples(node: fx.Node) -> Iterator[Sample]:
     values = [value for n in node.all_input_nodes for value in values_of(n)]
     if any(not isinstance(value, torch.Tensor) for value in values):
         return  # a dynamic number, or a list of tensors
-    sizes = sorted({size for value in values for size in value.shape if size != 1}, key=str)
+    sizes = sorted({size for value in values for size in shape_of(value) if size != 1}, key=str)
     small = dict(zip(sizes, _SMALL, strict=False)) if len(sizes) <= len(_SMALL) else {}
     own = {size: size for size in sizes if isinstance(size, int)}
     for named in (small, own):
         if any(size not in named for size in sizes):
             continue
-        if sum(math.prod(named.get(s, 1) for s in value.shape) for value in values) > MOST_ELEMENTS:
+        if sum(math.prod(named.get(s, 1) for s in shape_of(value)) for value in values) > MOST_ELEMENTS:
             continue
         for double in (True, False):
             yield _sample(node, named, double)
@@ -88,7 +88,7 @@ def _sample(node: fx.Node, sizes: dict[Any, int], double: bool) -> Sample:
 
 
 def _random(value: torch.Tensor, sizes: dict[Any, int], double: bool) -> torch.Tensor:
-    shape = [sizes.get(size, 1) for size in value.shape]
+    shape = [sizes.get(size, 1) for size in shape_of(value)]
     if value.is_floating_point():
         return torch.randn(shape, dtype=torch.float64 if double else value.dtype)
     if value.is_complex():

@@ -34,8 +34,10 @@ def view(call: Call) -> Recipe:
 def regroup(source: Shape, target: Shape) -> tuple[Factor, ...]:
     """The factors of a view from ``source`` to ``target``.
 
-    >>> [(f.size, f.inputs[0], f.outputs[0]) for f in regroup((2, 12), (2, 3, 4))][1:]
-    [(3, At(dim=1, blocks=(1,)), At(dim=1, blocks=(1,))), (4, At(dim=1, blocks=(1, 1, 1)), At(dim=2, blocks=(1,)))]
+    >>> for factor in regroup((2, 12), (2, 3, 4))[1:]:
+    ...     print(factor.size, factor.inputs[0], factor.outputs[0])
+    3 At(dim=1, blocks=(1,), shares=()) At(dim=1, blocks=(1,), shares=())
+    4 At(dim=1, blocks=(1, 1, 1), shares=()) At(dim=2, blocks=(1,), shares=())
     """
     if 0 in source or 0 in target:
         return ()
