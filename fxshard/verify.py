@@ -15,7 +15,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.utils._pytree as pytree
 from tabulate import tabulate
 from torch import fx, nn
 from torch.func import functional_call
@@ -30,6 +29,7 @@ from fxshard.runtime.autocast import using
 from fxshard.runtime.collectives import Axis
 from fxshard.runtime.lockstep import Turns, lockstep_axes, run_ranks
 from fxshard.runtime.module import find
+from fxshard.torch_internals import pytree
 
 
 @dataclass(frozen=True)

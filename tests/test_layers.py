@@ -19,7 +19,7 @@ ROOT = Path(__file__).resolve().parent.parent / PACKAGE
 
 # Lowest first. The part is what follows `fxshard.` in a module's name; "" is the package itself.
 LAYERS: list[set[str]] = [
-    {"errors", "mesh", "placement"},
+    {"errors", "mesh", "placement", "torch_internals"},
     {"runtime"},
     {"rules"},
     {"plan"},

@@ -9,7 +9,6 @@ from __future__ import annotations
 import operator
 from collections.abc import Mapping
 
-import torch
 from torch import fx
 
 from fxshard.codegen.regions import Region
@@ -17,6 +16,7 @@ from fxshard.mesh import Mesh
 from fxshard.passes.typing import local_bytes
 from fxshard.rules.recipe import is_tensor
 from fxshard.runtime import collectives
+from fxshard.torch_internals import OpOverload
 
 LARGE = 2**20
 """Bytes from which on a dead value is worth a line."""
@@ -44,6 +44,6 @@ def deaths(region: Region, last_use: Mapping[fx.Node, int], mesh: Mesh) -> dict[
 
 
 def _is_view(node: fx.Node) -> bool:
-    if isinstance(node.target, torch._ops.OpOverload):
+    if isinstance(node.target, OpOverload):
         return any(r.alias_info is not None for r in node.target._schema.returns) or not is_tensor(node)
     return node.target in (operator.getitem, collectives.vary, collectives.chunk)

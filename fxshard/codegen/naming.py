@@ -14,6 +14,7 @@ import torch
 from torch import fx
 
 from fxshard.passes.insert_collectives import CONVERSIONS
+from fxshard.torch_internals import OpOverload
 
 _TORCH_DIR = str(Path(torch.__file__).parent)
 _FRAME = re.compile(r'File "([^"]+)", line (\d+), in (\S+)\n *(.*)')
@@ -75,7 +76,7 @@ def identifier(text: str) -> str:
 @functools.lru_cache(maxsize=4096)
 def operator_name(target: Any) -> str:
     """What the result of an operator is called where the user gave it no name."""
-    if isinstance(target, torch._ops.OpOverload):
+    if isinstance(target, OpOverload):
         name = target._schema.name.split("::")[1]
     else:
         name = str(getattr(target, "__name__", None) or getattr(target, "_name", None) or "value")

@@ -17,6 +17,7 @@ from fxshard.codegen.text import attribute
 from fxshard.passes.insert_collectives import CONVERSIONS
 from fxshard.rules.recipe import is_tensor
 from fxshard.runtime import collectives
+from fxshard.torch_internals import HigherOrderOperator, OpOverload
 
 aten = torch.ops.aten
 _END = 2**63 - 1
@@ -102,7 +103,7 @@ def spell(node: fx.Node, text: Text, imports: set[str], axes: Mapping[str, str])
     target = node.target
     args: Sequence[Any] = node.args
     kwargs = {k: v for k, v in node.kwargs.items() if k not in _USELESS or v != _USELESS[k]}
-    if isinstance(target, torch._ops.OpOverload):
+    if isinstance(target, OpOverload):
         return _short(target, args, kwargs, text) or _long(target, args, kwargs, text)
     if is_ours(target):
         return _ours(target, args, kwargs, lambda a: axes[a] if isinstance(a, str) and a in axes else text(a))
@@ -113,7 +114,7 @@ def spell(node: fx.Node, text: Text, imports: set[str], axes: Mapping[str, str])
         if name in NUMBERS and len(args) == 2:
             return _infix(args, NUMBERS[name], text)
         module = "operator"
-    if isinstance(target, torch._ops.HigherOrderOperator):
+    if isinstance(target, HigherOrderOperator):
         return _called(f"torch.ops.higher_order.{target.name()}", args, kwargs, text)
     imports.add(module)
     return _called(f"{module}.{name}", args, kwargs, text)
@@ -132,7 +133,7 @@ def _ours(target: Any, args: Sequence[Any], kwargs: Mapping[str, Any], text: Tex
     return f"{target.__name__}({', '.join(texts)})"
 
 
-def _long(target: torch._ops.OpOverload, args: Sequence[Any], kwargs: Mapping[str, Any], text: Text) -> str:
+def _long(target: OpOverload, args: Sequence[Any], kwargs: Mapping[str, Any], text: Text) -> str:
     name = "aten" if target.namespace == "aten" else attribute("torch.ops", target.namespace)
     for part in (target._schema.name.split("::")[1], target._overloadname):
         name = attribute(name, part)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
 from torch import fx
 
 from fxshard.inspect.suggest import suggest
@@ -16,6 +15,7 @@ from fxshard.placement import is_partial, is_shard
 from fxshard.rules.recipe import operands_of
 from fxshard.rules.table import find_rule, name_of
 from fxshard.runtime.autocast import under_autocast
+from fxshard.torch_internals import OperatorBase, OpOverload
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ def fallbacks_of(compiled: Compiled) -> list[Fallback]:
     out = []
     for node in compiled.stages["propagate"].nodes:
         operator = str(node.args[1]) if node.target is under_autocast else name_of(node.target)[1]
-        is_operator = node.target is under_autocast or isinstance(node.target, torch._ops.OperatorBase)
+        is_operator = node.target is under_autocast or isinstance(node.target, OperatorBase)
         rule = find_rule(node.target) if is_operator else None
         if not is_operator or (rule is not None and not rule.whole):
             continue
@@ -66,7 +66,7 @@ def fallbacks_of(compiled: Compiled) -> list[Fallback]:
         if ends_here and not gathered:
             gathered = [o for o in operands_of(node) if _is_gathered(o)]
         if gathered or ends_here:
-            teachable = isinstance(node.target, torch._ops.OpOverload)
+            teachable = isinstance(node.target, OpOverload)
             fix = _rule(operator, node) if teachable else "write it with operators that have rules"
             total = sum(num_bytes(values_of(o)[0]) for o in gathered)
             out.append(Fallback(operator, module_of(node), source_of(node), total, fix, rule.whole if rule else ""))

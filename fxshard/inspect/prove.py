@@ -54,6 +54,7 @@ from fxshard.rules.recipe import At, Recipe, RuleFunction, operands_of, shape_of
 from fxshard.rules.table import find_rule, temporary_rule
 from fxshard.runtime import collectives as run
 from fxshard.runtime.lockstep import Turns, lockstep_axes, run_ranks
+from fxshard.torch_internals import OpOverload
 
 DOUBLE, SINGLE = 1e-12, 1e-5
 """How far a result may be off, relative to its largest element, where all types are double ones, and otherwise."""
@@ -101,7 +102,7 @@ class Proof:
 
 
 def check_rule(
-    operator: torch._ops.OpOverload,
+    operator: OpOverload,
     calls: Sequence[Sample | tuple[Any, ...]],
     rule: str | RuleFunction | None = None,
     *,
@@ -143,7 +144,7 @@ def check_rule(
 class _Trial:
     """One sample call, and what it gives on one device."""
 
-    operator: torch._ops.OpOverload
+    operator: OpOverload
     sample: Sample
     node: fx.Node
     operands: list[torch.Tensor]
@@ -159,7 +160,7 @@ class _Trial:
         return DOUBLE if all(v.dtype in (torch.float64, torch.complex128) for v in made) else SINGLE
 
     @staticmethod
-    def of(operator: torch._ops.OpOverload, sample: Sample) -> _Trial:
+    def of(operator: OpOverload, sample: Sample) -> _Trial:
         node, operands = _graph_of(operator, sample)
         leaves = [_leaf(x, i, sample) for i, x in enumerate(operands)]
         torch.manual_seed(0)
@@ -375,7 +376,7 @@ def _text(value: Any) -> str:
     return repr(value)
 
 
-def _graph_of(operator: torch._ops.OpOverload, sample: Sample) -> tuple[fx.Node, list[torch.Tensor]]:
+def _graph_of(operator: OpOverload, sample: Sample) -> tuple[fx.Node, list[torch.Tensor]]:
     """A graph of one call; every placeholder knows which operand it is (``meta["operand"]``)."""
     graph = fx.Graph()
 

@@ -12,6 +12,7 @@ from fxshard.passes.insert_collectives import CONVERSIONS
 from fxshard.passes.typing import Choice, has_info, info_of
 from fxshard.placement import REPLICATE, Placement, is_partial, is_shard
 from fxshard.runtime import collectives as run
+from fxshard.torch_internals import OpOverload
 
 MODULES_NAMED = 3
 """How many readers a sentence names."""
@@ -19,7 +20,7 @@ MODULES_NAMED = 3
 
 def op_name(node: fx.Node) -> str:
     """The operator, as users write it: ``aten.linear``, ``all_reduce``."""
-    if isinstance(node.target, torch._ops.OpOverload):
+    if isinstance(node.target, OpOverload):
         return str(node.target._schema.name.replace("::", "."))
     return str(getattr(node.target, "__name__", node.target))
 

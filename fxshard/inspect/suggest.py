@@ -23,6 +23,7 @@ from torch import fx
 from fxshard.inspect.prove import Sample, check_rule
 from fxshard.passes.typing import values_of
 from fxshard.rules.recipe import Shape, shape_of
+from fxshard.torch_internals import OpOverload
 
 MOST_ELEMENTS = 2**16
 MOST_GUESSES = 48
@@ -50,7 +51,7 @@ def suggest(node: fx.Node) -> tuple[str, str] | None:
     None where no way to split the call was found, or where it cannot be tried.
     """
     operator = node.target
-    if not isinstance(operator, torch._ops.OpOverload) or operator._schema.is_mutable or _DRAWS in operator.tags:
+    if not isinstance(operator, OpOverload) or operator._schema.is_mutable or _DRAWS in operator.tags:
         return None
     key = operator, _text(node)
     if key not in _known:
@@ -96,7 +97,7 @@ def _random(value: torch.Tensor, sizes: dict[Any, int], double: bool) -> torch.T
     return torch.randint(0, 2, shape).to(value.dtype)
 
 
-def _search(operator: torch._ops.OpOverload, sample: Sample) -> tuple[str, str] | None:
+def _search(operator: OpOverload, sample: Sample) -> tuple[str, str] | None:
     """The rule that holds for a sample call; None where none does, or the call fails."""
     try:
         made = operator(*sample.args, **sample.kwargs)
@@ -128,7 +129,7 @@ def _search(operator: torch._ops.OpOverload, sample: Sample) -> tuple[str, str] 
     return _notation(factors, inputs, outputs), linear
 
 
-def _differentiates(operator: torch._ops.OpOverload, sample: Sample) -> bool:
+def _differentiates(operator: OpOverload, sample: Sample) -> bool:
     """Whether the operator has a backward pass."""
     ready = [x for x in _flat((sample.args, sample.kwargs)) if isinstance(x, torch.Tensor)]
     ready = [x.requires_grad_() for x in ready if x.is_floating_point() or x.is_complex()]

@@ -28,11 +28,11 @@ from typing import Any
 import torch
 from torch import fx
 from torch.fx.node import map_arg
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from fxshard.passes.capture import quiet
 from fxshard.passes.functionalize import is_mutating
 from fxshard.runtime.autocast import State, under_autocast, using
+from fxshard.torch_internals import HigherOrderOperator, OpOverload, TorchDispatchMode, has_kernel
 
 __all__ = [
     "Casts",
@@ -87,9 +87,9 @@ def casts_of(node: fx.Node, state: State, known: dict[Any, Effect]) -> Effect:
         known: what was found before; added to.
     """
     target = node.target
-    if isinstance(target, torch._ops.HigherOrderOperator):
+    if isinstance(target, HigherOrderOperator):
         return Unknown()
-    if not isinstance(target, torch._ops.OpOverload) or not node.all_input_nodes or _never_cast(target):
+    if not isinstance(target, OpOverload) or not node.all_input_nodes or _never_cast(target):
         return Plain()
     if is_mutating(target):
         return Unknown() if _has_kernel(target, state) else Plain()
@@ -116,18 +116,17 @@ def with_occurrences(node: fx.Node, values: Sequence[Any]) -> tuple[tuple[Any, .
     return args, dict(kwargs)
 
 
-def _never_cast(target: torch._ops.OpOverload) -> bool:
+def _never_cast(target: OpOverload) -> bool:
     """Views and casts: by far the most calls, and none of autocast's."""
     schema = target._schema
     views = bool(schema.arguments) and schema.arguments[0].alias_info is not None and not is_mutating(target)
     return views and target.namespace == "aten"
 
 
-def _has_kernel(target: torch._ops.OpOverload, state: State) -> bool:
-    has = torch._C._dispatch_has_kernel_for_dispatch_key
+def _has_kernel(target: OpOverload, state: State) -> bool:
     name = f"{target._schema.name}.{target._schema.overload_name}".removesuffix(".")
-    composite = has(name, "CompositeImplicitAutograd")
-    return composite or any(has(name, _KEYS.get(device, "AutocastCPU")) for device, _ in state)
+    composite = has_kernel(name, "CompositeImplicitAutograd")
+    return composite or any(has_kernel(name, _KEYS.get(device, "AutocastCPU")) for device, _ in state)
 
 
 def _holds_tensors(value: Any) -> bool:
@@ -172,7 +171,7 @@ def _cast(value: Any, dtype: torch.dtype | None) -> Any:
 
 
 def _takes_dtype(node: fx.Node) -> bool:
-    assert isinstance(node.target, torch._ops.OpOverload)
+    assert isinstance(node.target, OpOverload)
     names = [argument.name for argument in node.target._schema.arguments]
     if "dtype" not in names or node.kwargs.get("dtype") is not None:
         return False
@@ -239,7 +238,7 @@ def _record(node: fx.Node, values: Sequence[Any], more: Mapping[str, Any], state
     """Run a call on ``values`` in place of its operands; None where it fails."""
     args, kwargs = with_occurrences(node, values)
     kwargs |= more
-    if more and isinstance(node.target, torch._ops.OpOverload):
+    if more and isinstance(node.target, OpOverload):
         names = [argument.name for argument in node.target._schema.arguments]
         args = tuple(a for a, name in zip(args, names, strict=False) if name not in more)
     modes = [mode for value in values for item in _tensors(value) if (mode := getattr(item, "fake_mode", None))]
@@ -269,7 +268,7 @@ def _tensors(value: Any) -> list[torch.Tensor]:
 def stay_under_autocast(node: fx.Node, state: State) -> None:
     """Make ``node`` a call of ``under_autocast``: opaque, its operands gathered."""
     name = str(node.target)
-    if isinstance(node.target, torch._ops.HigherOrderOperator):
+    if isinstance(node.target, HigherOrderOperator):
         name = f"higher_order.{node.target.name()}"
     node.args = (state, name, *node.args)
     node.target = under_autocast
@@ -277,7 +276,7 @@ def stay_under_autocast(node: fx.Node, state: State) -> None:
 
 def set_dtype(node: fx.Node, dtype: torch.dtype) -> None:
     """Set the argument ``dtype`` of a call, wherever it stands."""
-    assert isinstance(node.target, torch._ops.OpOverload)
+    assert isinstance(node.target, OpOverload)
     position = [argument.name for argument in node.target._schema.arguments].index("dtype")
     if len(node.args) > position:
         node.args = (*node.args[:position], dtype, *node.args[position + 1 :])

@@ -36,17 +36,16 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import fx, nn
-from torch._export.passes import replace_autocast_with_hop_pass, replace_set_grad_with_hop_pass
 from torch.autograd.function import _SingleLevelFunction
 from torch.export import _trace as exporter
 from torch.fx.graph import CodeGen
-from torch.utils import _pytree as pytree
 
 from fxshard.errors import CaptureError, FxshardError, InputError
 from fxshard.passes.functions import call_whole
 from fxshard.passes.guards import broken, guards_of
 from fxshard.passes.vmaps import unmap
 from fxshard.runtime.autocast import State, ambient
+from fxshard.torch_internals import REGION_PASSES, is_vmapped, pytree
 
 __all__ = ["Captured", "Leaf", "capture", "module_of", "quiet", "signature_key", "source_of"]
 
@@ -57,10 +56,6 @@ _GRAPH_CONSTANTS = (int, float, bool, str, complex, type(None), torch.dtype, tor
 _KEPT_META = ("val", "nn_module_stack", "stack_trace", "torch_fn", "custom")
 # torch's own machinery for wrapping operators: what it wraps is recorded whole, with its gradient.
 _HARMLESS_FUNCTIONS = ("torch._higher_order_ops", "torch._functorch", "torch._dynamo", "torch._library", "torch._C")
-_REGION_PASSES = (
-    (replace_set_grad_with_hop_pass, "replace_set_grad_with_hop_pass"),
-    (replace_autocast_with_hop_pass, "replace_autocast_with_hop_pass"),
-)
 _NOISY_LOGGERS = ("torch.export", "torch._export", "torch.fx", "torch._dynamo", "torch._functorch", "torch._subclasses")
 
 
@@ -734,7 +729,7 @@ def _flat_regions() -> Iterator[None]:
 
     Export would make each a graph of its own. In doing so it forgets a ``no_grad`` inside of an autocast.
     """
-    replaced = [(module, name, getattr(module, name)) for module, name in _REGION_PASSES]
+    replaced = [(module, name, getattr(module, name)) for module, name in REGION_PASSES]
     for module, name, _ in replaced:
         setattr(module, name, lambda graph_module, signature: (graph_module, signature))
     try:
@@ -849,7 +844,7 @@ def _flat_graph(
         elif node.op == "output":
             node.args = (outputs.merge(node.args[0]),)
         node.meta = {key: node.meta[key] for key in _KEPT_META if key in node.meta}
-        if _is_vmapped(node.meta.get("val")):
+        if is_vmapped(node.meta.get("val")):
             raise CaptureError(
                 "the model calls torch.vmap, and export records its values without the mapped dims",
                 op=str(node.target),
@@ -864,10 +859,6 @@ def _flat_graph(
     _mark_non_persistent(graph_module, _non_persistent(model))
     graph_module.train(model.training)
     return graph_module, tuple(node.name for node in placeholders), aliases
-
-
-def _is_vmapped(value: Any) -> bool:
-    return isinstance(value, torch.Tensor) and torch._C._functorch.is_batchedtensor(value)
 
 
 def _canonical_names(model: nn.Module) -> tuple[dict[str, torch.Tensor], dict[str, str]]:

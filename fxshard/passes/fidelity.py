@@ -13,13 +13,13 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-import torch.utils._pytree as pytree
 from torch import fx, nn
 
 from fxshard.errors import CaptureError
 from fxshard.passes.capture import Captured
 from fxshard.passes.typing import values_of
 from fxshard.runtime.autocast import ambient, using
+from fxshard.torch_internals import pytree
 
 TOLERANCE = {
     torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 5e-2,

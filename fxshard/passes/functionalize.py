@@ -28,6 +28,7 @@ from torch.fx.node import map_arg
 
 from fxshard.errors import CaptureError
 from fxshard.passes.capture import module_of, source_of
+from fxshard.torch_internals import HigherOrderOperator, OpOverload
 
 __all__ = [
     "functionalize",
@@ -94,7 +95,7 @@ def is_inert_dropout(node: fx.Node) -> bool:
 
 def nested_graphs(node: fx.Node, root: torch.nn.Module) -> list[fx.GraphModule]:
     """Return the graphs that a higher-order operator calls."""
-    if not isinstance(node.target, torch._ops.HigherOrderOperator):
+    if not isinstance(node.target, HigherOrderOperator):
         return []
     targets = [operand.target for operand in node.all_input_nodes if operand.op == "get_attr"]
     owners = [functools.reduce(getattr, str(target).split("."), root) for target in targets]
@@ -120,13 +121,13 @@ def infer_value(node: fx.Node) -> Any:
 
 
 def _needs_work(node: fx.Node) -> bool:
-    return is_mutating(node.target) or isinstance(node.target, torch._ops.HigherOrderOperator)
+    return is_mutating(node.target) or isinstance(node.target, HigherOrderOperator)
 
 
 @functools.cache
 def _name(target: Any) -> str:
     """Return ``add_`` for ``aten.add_.Tensor``, and nothing for what is not an operator of ATen."""
-    if not isinstance(target, torch._ops.OpOverload) or target.namespace != "aten":
+    if not isinstance(target, OpOverload) or target.namespace != "aten":
         return ""
     return target._schema.name.removeprefix("aten::")
 
@@ -281,7 +282,7 @@ class _Functionalizer:
 
     def _mutate(self, node: fx.Node) -> None:
         target = node.target
-        assert isinstance(target, torch._ops.OpOverload)
+        assert isinstance(target, OpOverload)
         positions = _written(target)
         index, name = positions[0]
         written = node.args[index] if index < len(node.args) else node.kwargs.get(name)

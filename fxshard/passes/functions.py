@@ -18,9 +18,9 @@ from typing import Any
 
 import torch
 from torch.fx.experimental.proxy_tensor import disable_proxy_modes_tracing
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from fxshard.errors import CaptureError
+from fxshard.torch_internals import TorchDispatchMode
 
 __all__ = ["NAMESPACE", "call_whole"]
 

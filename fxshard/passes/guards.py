@@ -15,7 +15,8 @@ from typing import Any
 
 import sympy
 import torch
-from torch._subclasses import FakeTensor
+
+from fxshard.torch_internals import FakeTensor
 
 
 def guards_of(program: torch.export.ExportedProgram) -> tuple[Any, ...]:

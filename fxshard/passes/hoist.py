@@ -21,13 +21,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
-
 from fxshard.passes.facts import Facts, recipe_of, split_choice
 from fxshard.passes.typing import Choice
 from fxshard.placement import REPLICATE, VARYING, Placement, Varying, is_shard, same
 from fxshard.rules.lookup import draws
 from fxshard.rules.recipe import At, written
+from fxshard.torch_internals import OpOverload
 
 CHAIN = 4
 """How many calls in a row may be passed by the sum of a gradient."""
@@ -90,7 +89,7 @@ def _may_vary(call: Facts, operand: Facts) -> bool:
         return False
     if len(call.shapes) != 1 or len(call.readers) < len(call.node.users) or not call.readers:
         return False
-    if draws(call.node) or written(call.node) or not isinstance(call.node.target, torch._ops.OpOverload):
+    if draws(call.node) or written(call.node) or not isinstance(call.node.target, OpOverload):
         return False
     if any(o.current[0] is not REPLICATE or (o.differentiable and o is not operand) for o in call.operands):
         return False

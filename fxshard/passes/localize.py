@@ -20,7 +20,6 @@ from typing import Any
 import sympy
 import torch
 from torch import fx
-from torch.utils._sympy.functions import FloorDiv
 
 from fxshard.mesh import Mesh, RankMesh
 from fxshard.passes import attention, losses, norms, reductions
@@ -38,6 +37,7 @@ from fxshard.placement import (
 )
 from fxshard.rules.recipe import bind, operands_of, shape_of, signature_of
 from fxshard.runtime import collectives as run
+from fxshard.torch_internals import FloorDiv, OpOverload
 
 aten = torch.ops.aten
 
@@ -303,7 +303,7 @@ def _mean(new: fx.Graph, node: fx.Node, info: Info, mesh: RankMesh, axes: list[i
 
 
 def _set_argument(node: fx.Node, name: str, value: Any) -> None:
-    assert isinstance(node.target, torch._ops.OpOverload)
+    assert isinstance(node.target, OpOverload)
     arguments = bind(node) | {name: value}
     later = signature_of(node.target).kwarg_only
     node.args = tuple(v for k, v in arguments.items() if k not in later)

@@ -22,6 +22,7 @@ from fxshard.passes.typing import Info, info_of, values_of
 from fxshard.passes.writer import Writer
 from fxshard.rules.recipe import bind, signature_of
 from fxshard.runtime import collectives as run
+from fxshard.torch_internals import OpOverload
 
 aten = torch.ops.aten
 NONE, SUM = 0, 2  # 1 is the mean
@@ -90,7 +91,7 @@ def _rows(info: Info) -> list[int]:
 def _split_rows(write: Writer, node: fx.Node, info: Info) -> fx.Node:
     """The mean: this rank's sum, over what all ranks' valid targets weigh."""
     arguments = bind(node)
-    assert isinstance(node.target, torch._ops.OpOverload)
+    assert isinstance(node.target, OpOverload)
     names = signature_of(node.target).names
     total = write(node.target, *(SUM if n == "reduction" else arguments[n] for n in names))
     target, weight = arguments["target"], arguments["weight"]

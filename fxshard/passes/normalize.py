@@ -23,7 +23,6 @@ from typing import Any
 
 import torch
 from torch import fx
-from torch.fx._lazy_graph_module import _LazyGraphModule
 from torch.fx.node import map_arg
 
 from fxshard.passes.autocast import (
@@ -46,6 +45,7 @@ from fxshard.passes.functionalize import (
     same_shape,
 )
 from fxshard.runtime.autocast import State, entered
+from fxshard.torch_internals import EXIT_AUTOCAST, MODE_MARKS, SET_GRAD, LazyGraphModule, OpOverload
 
 __all__ = ["normalize"]
 
@@ -53,7 +53,6 @@ _aten = torch.ops.aten
 _hop = torch.ops.higher_order
 _SOURCE_META = ("nn_module_stack", "stack_trace", "torch_fn", "custom")
 # They begin and end a region without gradient, or of autocast.
-_MARKS = (torch._C._set_grad_enabled, torch.amp.autocast_mode._enter_autocast, torch.amp.autocast_mode._exit_autocast)
 # Only memory or the name of the region differ; the values and their order are those of the graph inside.
 _PLAIN_WRAPPERS = frozenset(
     getattr(_hop, name) for name in ("tag_activation_checkpoint", "wrap") if hasattr(_hop, name)
@@ -99,7 +98,7 @@ def normalize(gm: fx.GraphModule, autocast: State = ()) -> fx.GraphModule:
     graph = functionalize_graph(_Inliner(gm, autocast).run(), gm)
     _simplify(graph, gm)
     # Its Python code is written when it is first called or printed: most stages are only read by the next one.
-    result = _LazyGraphModule(gm, graph, class_name=type(gm).__name__)
+    result = LazyGraphModule(gm, graph, class_name=type(gm).__name__)
     _keep_non_persistent(gm, result)
     return result
 
@@ -111,11 +110,11 @@ def _kind(target: Any) -> str:
         return "getitem"
     if target in _SIZED or target is _aten.type_as.default:
         return "like"
-    if target in _MARKS:
+    if target in MODE_MARKS:
         return "mark"
     if target in _PLAIN_WRAPPERS:
         return "wrapper"
-    if not isinstance(target, torch._ops.OpOverload) or target.namespace != "aten":
+    if not isinstance(target, OpOverload) or target.namespace != "aten":
         return ""
     name = target._schema.name.removeprefix("aten::")
     kinds = {"guard": _GUARDS, "identity": _IDENTITIES, "dropout": _DROPOUTS, "bias": {"linear", "addmm"}}
@@ -125,7 +124,7 @@ def _kind(target: Any) -> str:
 @functools.cache
 def is_effect(target: Any) -> bool:
     """Say whether a node must stay though nobody reads it: it writes, draws random numbers, or returns nothing."""
-    if not isinstance(target, torch._ops.OpOverload):
+    if not isinstance(target, OpOverload):
         return False
     return is_mutating(target) or torch.Tag.nondeterministic_seeded in target.tags or not target._schema.returns
 
@@ -195,9 +194,9 @@ class _Inliner:
 
     def _enter_or_leave(self, node: fx.Node, mode: _Mode, outside: dict[fx.Node, _Mode]) -> _Mode:
         """Return the mode behind a call that enters or leaves a region."""
-        if node.target is torch._C._set_grad_enabled:
+        if node.target is SET_GRAD:
             return replace(mode, grad=bool(node.args[0]))
-        if node.target is torch.amp.autocast_mode._exit_autocast:
+        if node.target is EXIT_AUTOCAST:
             before = outside[node.args[0]]  # type: ignore[index]
             return replace(mode, autocast=before.autocast, depth=before.depth)
         outside[node] = mode
@@ -340,7 +339,7 @@ def _name_sizes(graph: fx.Graph, node: fx.Node) -> None:
                 read.meta = {**node.meta, "val": size}
                 size = read
             sizes.append(size)
-    assert isinstance(node.target, torch._ops.OpOverload)
+    assert isinstance(node.target, OpOverload)
     node.target, node.args = _SIZED[node.target], (source, sizes)
 
 

@@ -18,16 +18,13 @@ from typing import Any
 
 import torch
 from torch import fx
-from torch._functorch import predispatch
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from fxshard.errors import CaptureError
+from fxshard.torch_internals import ENTER_VMAP, LAZY_LOAD, LEAVE_VMAP, MODE_MARKS, leave_vmaps, vmap_level
 
 __all__ = ["unmap"]
 
-_ENTERS = predispatch._vmap_increment_nesting
-_LEAVES = predispatch._vmap_decrement_nesting
-_MODES = (torch._C._set_grad_enabled, torch.amp.autocast_mode._enter_autocast, torch.amp.autocast_mode._exit_autocast)
 _SOURCE_META = ("nn_module_stack", "stack_trace", "torch_fn", "custom")
 
 
@@ -40,7 +37,7 @@ def unmap(graph: fx.Graph) -> None:
     for region in list(_regions(graph)):
         _replace(graph, region)
     for node in reversed(graph.nodes):
-        if node.target is predispatch.lazy_load_decompositions and not node.users:
+        if node.target is LAZY_LOAD and not node.users:
             graph.erase_node(node)
 
 
@@ -48,10 +45,10 @@ def _regions(graph: fx.Graph) -> Iterator[list[fx.Node]]:
     """The nodes of each outermost region, in order."""
     depth, region = 0, []
     for node in graph.nodes:
-        depth += node.target is _ENTERS
+        depth += node.target is ENTER_VMAP
         if depth:
             region.append(node)
-        depth -= node.target is _LEAVES
+        depth -= node.target is LEAVE_VMAP
         if not depth and region:
             yield region
             region = []
@@ -64,7 +61,7 @@ def _replace(graph: fx.Graph, region: Sequence[fx.Node]) -> None:
     body = [node for node in region if node in inside]
     inputs = list(dict.fromkeys(o for node in body for o in node.all_input_nodes if o not in inside))
     outputs = [node for node in body if any(user not in inside for user in node.users)]
-    if any(node.target in _MODES for node in body):
+    if any(node.target in MODE_MARKS for node in body):
         raise _refused(region[0], "turns gradients or autocast on or off")
     traced = _trace(region[0], _function(body, inputs, outputs), [node.meta["val"] for node in inputs])
     env: dict[fx.Node, Any] = dict(zip(traced.graph.find_nodes(op="placeholder"), inputs, strict=True))
@@ -101,13 +98,12 @@ def _trace(first: fx.Node, function: fx.GraphModule, values: Sequence[Any]) -> f
     modes = [mode for value in values if (mode := getattr(value, "fake_mode", None)) is not None]
     if not modes:
         raise _refused(first, "reads no tensor from outside")
-    level = torch._C._functorch.maybe_current_level() or 0
+    level = vmap_level()
     try:
         with modes[0], torch.no_grad():
             return make_fx(fx.Interpreter(function).run)(*values)
     except Exception as error:
-        while (torch._C._functorch.maybe_current_level() or 0) > level:
-            torch._C._functorch._vmap_decrement_nesting()
+        leave_vmaps(level)
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise _refused(first, f"cannot be traced again: {reason}") from None
 

@@ -26,6 +26,7 @@ from fxshard.placement import (
 )
 from fxshard.rules.recipe import At, operands_of, shape_of
 from fxshard.runtime import collectives as run
+from fxshard.torch_internals import OpOverload
 
 aten = torch.ops.aten
 
@@ -40,7 +41,7 @@ class Writer:
         """Writes a call."""
         made = self.new.call_function(function, args, kwargs)
         made.meta = {k: v for k, v in self.node.meta.items() if k in ("nn_module_stack", "stack_trace")}
-        if isinstance(function, torch._ops.OpOverload):
+        if isinstance(function, OpOverload):
             values, named = fx.map_arg((args, kwargs), lambda n: n.meta["val"])
             with torch.no_grad():
                 made.meta["val"] = function(*values, **named)

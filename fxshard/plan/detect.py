@@ -30,6 +30,7 @@ from fxshard.rules.lookup import WEIGHT_VIEWS, recipe_for
 from fxshard.rules.recipe import At, Dim, Factor, Recipe, Shape, divides, operands_of, shape_of, uncombine, units
 from fxshard.rules.table import find_rule, name_of
 from fxshard.rules.views import segments_of
+from fxshard.torch_internals import OperatorBase
 
 Demand = dict[tuple[int, int], tuple[int, ...]]
 """What is asked of one value along one dim: [start, end) of a segment -> the blocks within it that are cut alike."""
@@ -357,7 +358,7 @@ class _Walk:
             (blocks,) = merged
             results = [result for result, _ in asked]
             found = blocks and self._factor(recipe, results, At(dim, blocks, self.cut.shares))
-        if isinstance(node.target, torch._ops.OperatorBase) and find_rule(node.target) is None:
+        if isinstance(node.target, OperatorBase) and find_rule(node.target) is None:
             self.without_rule.add(node)
         if not found:
             return  # it cannot be split: it stays whole, and is cut where it is read

@@ -13,6 +13,7 @@ from fxshard.placement import Placement
 from fxshard.rules.recipe import At, Call, Factor, Operand, Recipe, Shape, bind, operands_of, shape_of, signature_of
 from fxshard.rules.table import find_rule, generation, name_of
 from fxshard.runtime.autocast import operator_named, under_autocast
+from fxshard.torch_internals import OpOverload
 
 _CUTS = {"aten.split", "aten.split_with_sizes", "aten.chunk", "aten.slice", "aten.narrow", "aten.tensor_split"}
 _LITERAL = _CUTS | {"aten.embedding", "aten.group_norm"}
@@ -39,7 +40,7 @@ def recipe_for(
     Calls that look alike share one recipe: repeated layers are analysed once.
     """
     rule = find_rule(node.target)
-    if rule is None or not isinstance(node.target, torch._ops.OpOverload):
+    if rule is None or not isinstance(node.target, OpOverload):
         return None
     packet = name_of(node.target)[1]
     ats: tuple[At | None, ...] = ()
@@ -73,7 +74,7 @@ def _is_dynamic(factor: Factor, inputs: Sequence[Shape], outputs: Sequence[Shape
 def draws(node: fx.Node) -> bool:
     """Whether the call draws random numbers: then only a lowering may split it."""
     target = operator_named(str(node.args[1])) if node.target is under_autocast else node.target
-    if not isinstance(target, torch._ops.OpOverload):
+    if not isinstance(target, OpOverload):
         return False
     chances = [name for name in ("dropout_p", "dropout") if name in signature_of(target).names]
     if chances and target is node.target:  # an operator with a dropout inside: an attention, an lstm
@@ -83,7 +84,7 @@ def draws(node: fx.Node) -> bool:
 
 
 def _affine(node: fx.Node) -> bool:
-    assert isinstance(node.target, torch._ops.OpOverload)
+    assert isinstance(node.target, OpOverload)
     sig = signature_of(node.target)
     numbers = (t and isinstance(a, (int, float, complex)) for t, a in zip(sig.tensor, bind(node).values(), strict=True))
     return any(numbers) or "Scalar" in node.target._overloadname

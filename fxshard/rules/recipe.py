@@ -25,6 +25,7 @@ import torch
 from torch import fx
 
 from fxshard.placement import Cut, Placement, Shard, cut_of, is_shard, normalize_blocks, shard
+from fxshard.torch_internals import OpOverload
 
 Dim: TypeAlias = "int | sympy.Expr"
 Shape: TypeAlias = tuple[Dim, ...]
@@ -234,7 +235,7 @@ class Signature:
 
 
 @cache
-def signature_of(target: torch._ops.OpOverload) -> Signature:
+def signature_of(target: OpOverload) -> Signature:
     """The schema of an overload: names, defaults, which arguments are tensors."""
     arguments = target._schema.arguments
     return Signature(
@@ -247,7 +248,7 @@ def signature_of(target: torch._ops.OpOverload) -> Signature:
 
 def bind(node: fx.Node) -> dict[str, Any]:
     """The arguments of a call by their schema names, defaults filled in."""
-    assert isinstance(node.target, torch._ops.OpOverload)
+    assert isinstance(node.target, OpOverload)
     sig = signature_of(node.target)
     out = dict(zip(sig.names, sig.defaults, strict=True))
     out.update(zip(sig.names, node.args, strict=False))
@@ -257,7 +258,7 @@ def bind(node: fx.Node) -> dict[str, Any]:
 
 def written(node: fx.Node) -> dict[str, fx.Node]:
     """The tensors that a call updates in place, by argument: a buffer, the running statistics of a batch_norm."""
-    if not isinstance(node.target, torch._ops.OpOverload):
+    if not isinstance(node.target, OpOverload):
         return {}
     names = [a.name for a in node.target._schema.arguments if a.alias_info is not None and a.alias_info.is_write]
     training = node.target is torch.ops.aten.batch_norm.default and bind(node)["training"]
@@ -276,7 +277,7 @@ def is_tensor(node: Any) -> bool:
 
 def operands_of(node: fx.Node) -> list[fx.Node]:
     """The tensor operands of a call, in the order of the schema, lists flattened, with repetitions."""
-    if isinstance(node.target, torch._ops.OpOverload):
+    if isinstance(node.target, OpOverload):
         values = bind(node).values() if node.kwargs else node.args
     else:
         values = (*node.args, *node.kwargs.values())
@@ -314,7 +315,7 @@ def with_operands(
             return slice(swap(value.start), swap(value.stop), swap(value.step))
         return value
 
-    if node.kwargs and isinstance(node.target, torch._ops.OpOverload):
+    if node.kwargs and isinstance(node.target, OpOverload):
         swapped = {name: swap(value) for name, value in bind(node).items()}
         names = signature_of(node.target).names
         return tuple(swapped[n] for n in names[: len(node.args)]), {n: swapped[n] for n in node.kwargs}

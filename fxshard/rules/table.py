@@ -15,12 +15,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
 
-import torch
-
 from fxshard.errors import RuleError
 from fxshard.rules import contractions, indexing, norms, pointwise, reductions, views
 from fxshard.rules.notation import apply, fits, parse
 from fxshard.rules.recipe import Call, Recipe, RuleFunction
+from fxshard.torch_internals import OpOverload, OpOverloadPacket
 
 POINTWISE = """
     abs acos acosh angle asin asinh atan atan2 atanh bitwise_and bitwise_not bitwise_or bitwise_xor
@@ -322,7 +321,7 @@ def _rows(table: str) -> Iterator[list[str]]:
 @cache
 def name_of(target: object) -> tuple[str, str]:
     """The two names under which a rule is looked up: with the overload, and without."""
-    if isinstance(target, torch._ops.OpOverload):
+    if isinstance(target, OpOverload):
         packet = f"{target.namespace}.{target._schema.name.split('::')[1]}"
         return f"{packet}.{target._overloadname}", packet
     return str(target), str(target)
@@ -354,9 +353,9 @@ def register_rule(operator: object, rule: str | RuleFunction, *, linear: str = "
     """
     if not _rules:
         _load()
-    if isinstance(operator, torch._ops.OpOverload):
+    if isinstance(operator, OpOverload):
         name = name_of(operator)[0]
-    elif isinstance(operator, torch._ops.OpOverloadPacket):
+    elif isinstance(operator, OpOverloadPacket):
         name = operator._qualified_op_name.replace("::", ".")
     elif isinstance(operator, str):
         name = operator.replace("::", ".")

@@ -14,12 +14,12 @@ import math
 from collections.abc import Sequence
 
 import sympy
-import torch
 from torch import fx
 
 from fxshard.placement import normalize_blocks
 from fxshard.rules.notation import make_factors
 from fxshard.rules.recipe import At, Call, Dim, Factor, Recipe, Shape, bind, operands_of, shape_of
+from fxshard.torch_internals import OpOverload
 
 LINEAR = (frozenset({0}),)
 MAX_PREFIX = 1024
@@ -294,7 +294,7 @@ def segments_of(node: fx.Node, dim: int) -> list[tuple[int, int]] | None:
     value = node.meta["val"]
     inputs = tuple(shape_of(o.meta["val"]) for o in operands_of(node))
     outputs = tuple(map(shape_of, value)) if isinstance(value, (list, tuple)) else (shape_of(value),)
-    assert isinstance(node.target, torch._ops.OpOverload)
+    assert isinstance(node.target, OpOverload)
     arguments = bind(node)
     if not isinstance(arguments.get("dim", 0), int) or arguments.get("dim", 0) % len(inputs[0]) != dim:
         return None
