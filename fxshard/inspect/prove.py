@@ -40,7 +40,7 @@ from fxshard.placement import (
     Placements,
     Varying,
     chunk_shares,
-    cut,
+    cut_all,
     cut_of,
     describe,
     is_partial,
@@ -270,14 +270,14 @@ class _Trial:
         for i, operand in enumerate(self.operands):
             summands = _summands(operand, sizes[0]) if is_partial(inputs[i][0]) else None
             values = _garbage(operand) if i in unread else operand
-            parts.append([summands[at[0]] if summands else _cut_all(values, inputs[i], sizes, at) for at in ranks])
+            parts.append([summands[at[0]] if summands else cut_all(values, inputs[i], sizes, at) for at in ranks])
         try:
             leaves = [[_leaf(p[r], i, self.sample) for i, p in enumerate(parts)] for r in range(len(ranks))]
             results = self._run(mesh, choices, inputs, outputs, leaves)
             if any(len(result) != len(outputs) for result in results):
                 raise RuleError(f"a rank gives {len(results[0])} results, not {len(outputs)}")
             cotangents = [
-                [None if g is None else _cut_all(g, outputs[k], sizes, at) for k, g in enumerate(self.cotangents)]
+                [None if g is None else cut_all(g, outputs[k], sizes, at) for k, g in enumerate(self.cotangents)]
                 for at in ranks
             ]
             for k, expected in enumerate(self.outputs):
@@ -478,16 +478,10 @@ def _summands(value: torch.Tensor, size: int) -> list[torch.Tensor]:
     return [value - sum(out), *out]
 
 
-def _cut_all(value: torch.Tensor, placements: Placements, sizes: Sequence[int], at: Sequence[int]) -> torch.Tensor:
-    for placement, size, position in zip(placements, sizes, at, strict=True):
-        value = cut(value, placement, size, position)
-    return value
-
-
 def _join_all(
     parts: Sequence[torch.Tensor], placements: Placements, sizes: Sequence[int], tolerance: float
 ) -> torch.Tensor:
-    """The whole value from all ranks' parts: the inverse of ``_cut_all``; what replicates must be equal everywhere."""
+    """The whole value from all ranks' parts: the inverse of ``cut_all``; what replicates must be equal everywhere."""
     if not sizes:
         return parts[0]
     step = len(parts) // sizes[0]

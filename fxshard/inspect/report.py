@@ -19,6 +19,7 @@ from fxshard.passes.insert_collectives import CONVERSIONS
 from fxshard.passes.pipeline import Compiled
 from fxshard.passes.typing import has_info, info_of, is_float, local_bytes, values_of
 from fxshard.placement import Placement, Varying, cut_of, is_partial, is_shard
+from fxshard.rules.lookup import is_constant
 from fxshard.runtime import collectives as run
 
 
@@ -78,7 +79,7 @@ def needs_grad(compiled: Compiled) -> dict[fx.Node, bool]:
         elif node.op == "get_attr":
             out[node] = bool(node.meta.get("requires_grad"))
         else:
-            flows = node.target not in (torch.ops.aten.detach.default, run.dropout_mask)
+            flows = node.target is not run.dropout_mask and not is_constant(node.target)
             out[node] = flows and any(out.get(n, False) for n in node.all_input_nodes) and _is_float(node)
     return out
 

@@ -13,10 +13,10 @@ from typing import Any
 import torch
 from torch import fx
 
-from fxshard.mesh import Mesh, RankMesh
+from fxshard.mesh import RankMesh
 from fxshard.passes.insert_collectives import how
-from fxshard.passes.typing import Info, info_of, parts_along, set_info, values_of
-from fxshard.passes.writer import Writer, give_lengths
+from fxshard.passes.typing import Info, info_of, set_info, values_of
+from fxshard.passes.writer import Writer, call_like, give_lengths
 from fxshard.placement import REPLICATE, Placement, is_shard
 from fxshard.rules.recipe import bind
 from fxshard.runtime import collectives as run
@@ -31,23 +31,23 @@ def dropout(new: fx.Graph, node: fx.Node, info: Info, mesh: RankMesh, axes: list
     source, p = arguments["input"], arguments["p"]
     value = values_of(node)[0]
     with new.inserting_before(node):
-        shape, strides = _global_layout(new, source, value, info, mesh)
+        shape, strides = _global_layout(Writer(new, node, mesh), source, value)
         mask = _mask_part(new, node, (source, shape, strides, p), info, mesh, value.dim())
-    result = _made(new, aten.mul.Tensor, (source, mask), node)
+    result = call_like(new, aten.mul.Tensor, (source, mask), node)
     new.erase_node(node)  # it would draw once more
     return result
 
 
 def _mask_part(new: fx.Graph, node: fx.Node, args: tuple[Any, ...], info: Info, mesh: RankMesh, dims: int) -> fx.Node:
     """This rank's part of a whole dropout mask, along the first ``dims`` dims."""
-    mask = _made(new, run.dropout_mask, args, node)
+    mask = call_like(new, run.dropout_mask, args, node)
     set_info(mask, Info(((REPLICATE,) * mesh.ndim,)))
     now: list[Placement] = [REPLICATE] * mesh.ndim
     for axis, placement in enumerate(info.placements):
         if is_shard(placement) and placement.dim < dims:  # type: ignore[attr-defined]
             args = (mask, mesh.names[axis], placement.dim)  # type: ignore[attr-defined]
             now[axis] = placement
-            mask = _made(new, run.chunk, args, node, **how(placement))
+            mask = call_like(new, run.chunk, args, node, **how(placement))
             set_info(mask, Info((tuple(now),)))
             give_lengths(mask, mesh)
     return mask
@@ -58,7 +58,7 @@ def draw_apart(new: fx.Graph, node: fx.Node, info: Info, mesh: RankMesh) -> fx.N
     split = [name for name, p in zip(mesh.names, info.placements, strict=True) if is_shard(p)]
     if any(choice is not None and choice.factor == "h" for choice in info.choices):
         node = heads(new, node, info, mesh, [])
-    made = _made(new, run.draw_apart, (str(node.target), list(node.args), dict(node.kwargs), *split), node)
+    made = call_like(new, run.draw_apart, (str(node.target), list(node.args), dict(node.kwargs), *split), node)
     new.erase_node(node)
     return made
 
@@ -92,12 +92,12 @@ def with_dropout(new: fx.Graph, node: fx.Node, info: Info, mesh: RankMesh, axes:
             else:
                 scores = write(aten.add.Tensor, scores, masked)
         weights = write(aten._safe_softmax.default, scores, -1)
-        shape, _ = _global_layout(new, query, values_of(node)[0], info, mesh)
+        shape, _ = _global_layout(Writer(new, node, mesh), query, values_of(node)[0])
         shape[-1] = keys[-2] if isinstance(keys[-2], int) else write(aten.sym_size.int, key, -2)
         lead = values_of(node)[0].dim() - 1
         mask = _mask_part(new, node, (query, shape, None, arguments["dropout_p"]), info, mesh, lead)
         kept = write(aten.mul.Tensor, weights, mask)
-    result = _made(new, aten.matmul.default, (kept, value), node)
+    result = call_like(new, aten.matmul.default, (kept, value), node)
     new.erase_node(node)
     return result
 
@@ -111,9 +111,9 @@ def causal(new: fx.Graph, node: fx.Node, info: Info, mesh: RankMesh, axes: list[
         write = Writer(new, node, mesh)
         start, count = write.range_of(axes[0], length, info.placements[axes[0]])
         device = keys.device
-        rows = _made(new, aten.arange.start, (start, _plus(new, start, count)), node, device=device)
-        columns = _made(new, aten.arange.default, (keys.shape[QUERIES],), node, device=device)
-        mask = _made(new, aten.le.Tensor, (columns, _made(new, aten.unsqueeze.default, (rows, -1), node)), node)
+        rows = call_like(new, aten.arange.start, (start, _plus(new, start, count)), node, device=device)
+        columns = call_like(new, aten.arange.default, (keys.shape[QUERIES],), node, device=device)
+        mask = call_like(new, aten.le.Tensor, (columns, call_like(new, aten.unsqueeze.default, (rows, -1), node)), node)
     arguments |= {"attn_mask": mask, "is_causal": False}
     return _with(node, arguments)
 
@@ -137,7 +137,7 @@ def _for_queries(new: fx.Graph, node: fx.Node, info: Info, mesh: RankMesh, x: fx
             start, count = write.range_of(axis, queries, info.placements[axis])
             before = info_of(x)
             after = (*before.placements[:axis], info.placements[axis], *before.placements[axis + 1 :])
-            x = _made(new, aten.slice.Tensor, (x, HEADS, start, _plus(new, start, count)), x)
+            x = call_like(new, aten.slice.Tensor, (x, HEADS, start, _plus(new, start, count)), x)
             set_info(x, Info((after,), differentiable=before.differentiable))
     return x
 
@@ -153,20 +153,8 @@ def _with(node: fx.Node, arguments: dict[str, Any]) -> fx.Node:
     return node
 
 
-def _made(new: fx.Graph, function: Any, args: tuple[Any, ...], like: fx.Node, **kwargs: Any) -> fx.Node:
-    made = new.call_function(function, args, kwargs)
-    made.meta = dict(like.meta)
-    return made
-
-
-def _global_layout(
-    new: fx.Graph, source: fx.Node, value: torch.Tensor, info: Info, mesh: Mesh
-) -> tuple[list[Any], list[int] | None]:
-    shape: list[Any] = list(value.shape)
-    for dim, size in enumerate(shape):
-        if not isinstance(size, int):
-            local = new.call_function(aten.sym_size.int, (source, dim))
-            parts = parts_along(info, 0, dim, mesh)
-            shape[dim] = local if parts == 1 else new.call_function(operator.mul, (local, parts))
-    contiguous = all(isinstance(s, int) for s in value.shape) and not value.is_contiguous()
-    return shape, list(value.stride()) if contiguous else None
+def _global_layout(write: Writer, source: fx.Node, value: torch.Tensor) -> tuple[list[Any], list[int] | None]:
+    """The whole shape of ``value``, whose symbolic sizes ``source`` has too, and its strides where they matter."""
+    shape = [size if isinstance(size, int) else write.count(source, [dim]) for dim, size in enumerate(value.shape)]
+    strided = all(isinstance(s, int) for s in value.shape) and not value.is_contiguous()
+    return shape, list(value.stride()) if strided else None

@@ -14,7 +14,7 @@ from __future__ import annotations
 import functools
 import math
 import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import sympy
@@ -26,13 +26,12 @@ from fxshard.passes import attention, losses, norms, reductions
 from fxshard.passes.propagate import METADATA
 from fxshard.passes.statistics import Lowered
 from fxshard.passes.typing import Info, info_of, parts_along, set_info, values_of
-from fxshard.passes.writer import Writer, give_lengths
+from fxshard.passes.writer import Writer, call_like, give_lengths
 from fxshard.placement import (
     REPLICATE,
     Placements,
     cut_of,
     is_shard,
-    is_uneven,
     local_shape,
 )
 from fxshard.rules.recipe import bind, operands_of, shape_of, signature_of
@@ -132,13 +131,13 @@ def _nothing(new: fx.Graph, node: fx.Node, info: Info, mesh: RankMesh) -> fx.Nod
             if None in shape:
                 return None
             if info.differentiable:
-                made = _call(new, run.nothing, (operands_of(node), shape, value.dtype), node)
+                made = call_like(new, run.nothing, (operands_of(node), shape, value.dtype), node)
             else:  # nothing flows back: the operands stay apart, as behind a detach
-                made = _call(new, aten.new_zeros.default, (operands_of(node)[0], shape), node, dtype=value.dtype)
+                made = call_like(new, aten.new_zeros.default, (operands_of(node)[0], shape), node, dtype=value.dtype)
             results.append(made)
             results[-1].meta["val"] = value
             set_info(results[-1], Info((placements,), differentiable=info.differentiable))
-        out = results[0] if isinstance(node.meta["val"], torch.Tensor) else _call(new, tuple, (results,), node)
+        out = results[0] if isinstance(node.meta["val"], torch.Tensor) else call_like(new, tuple, (results,), node)
     new.erase_node(node)
     return out
 
@@ -149,9 +148,9 @@ def _read_size(new: fx.Graph, node: fx.Node, size: torch.SymInt, parts: int, mes
         for dim, other in enumerate(values_of(operand)[0].shape):
             alike = isinstance(other, torch.SymInt) and other.node.expr == size.node.expr
             if alike and parts_along(info_of(operand), 0, dim, mesh) == parts:
-                return _call(new, aten.sym_size.int, (operand, dim), node)
+                return call_like(new, aten.sym_size.int, (operand, dim), node)
     whole = _calculated(new, node, size.node.expr)
-    return whole if whole is None or parts == 1 else _call(new, operator.floordiv, (whole, parts), node)
+    return whole if whole is None or parts == 1 else call_like(new, operator.floordiv, (whole, parts), node)
 
 
 def _calculated(new: fx.Graph, node: fx.Node, expr: sympy.Expr) -> Any:
@@ -162,7 +161,7 @@ def _calculated(new: fx.Graph, node: fx.Node, expr: sympy.Expr) -> Any:
         for given in new.find_nodes(op="placeholder"):
             for dim, size in enumerate(shape_of(given.meta.get("val"))):
                 if size == expr:
-                    return _call(new, aten.sym_size.int, (given, dim), node)
+                    return call_like(new, aten.sym_size.int, (given, dim), node)
         return None
     above, below = expr.args if isinstance(expr, FloorDiv) else expr.as_numer_denom()
     function = {sympy.Add: operator.add, sympy.Mul: operator.mul}.get(type(expr))
@@ -175,7 +174,7 @@ def _calculated(new: fx.Graph, node: fx.Node, expr: sympy.Expr) -> Any:
     found = [_calculated(new, node, term) for term in terms]
     if None in found:
         return None
-    return functools.reduce(lambda a, b: _call(new, function, (a, b), node), found)
+    return functools.reduce(lambda a, b: call_like(new, function, (a, b), node), found)
 
 
 def local_sizes(value: Any, placements: Placements, mesh: RankMesh) -> tuple[Any, ...]:
@@ -187,31 +186,11 @@ def _global_size(new: fx.Graph, node: fx.Node, mesh: RankMesh) -> fx.Node:
     source = node.args[0]
     assert isinstance(source, fx.Node)
     info = info_of(source)
-    dims = range(len(values_of(source)[0].shape)) if node.target is aten.sym_numel.default else [node.args[1]]
-    if is_uneven(info.placements) and node.target is aten.sym_numel.default:
-        return _number_of_elements(new, source, dims, node, mesh)  # type: ignore[no-any-return, arg-type]
-    parts = 1
-    for dim in dims:
-        parts *= parts_along(info, 0, int(dim), mesh)  # type: ignore[arg-type]
-    return node if parts == 1 else _call(new, operator.mul, (node, parts), node)
-
-
-def _number_of_elements(new: fx.Graph, source: fx.Node, dims: Sequence[int], node: fx.Node, mesh: RankMesh) -> Any:
-    """The elements along ``dims`` of the whole ``source``: a number, unless sizes are symbolic."""
-    shape = values_of(source)[0].shape
-    out: Any = math.prod(shape[dim] for dim in dims if isinstance(shape[dim], int))
-    for dim in dims:
-        if not isinstance(shape[dim], int):
-            parts = parts_along(info_of(source), 0, dim, mesh)
-            whole = _call(new, operator.mul, (_call(new, aten.sym_size.int, (source, dim), node), parts), node)
-            out = _call(new, operator.mul, (whole, out), node)
-    return out
-
-
-def _call(new: fx.Graph, function: Any, args: tuple[Any, ...], like: fx.Node, **kwargs: Any) -> fx.Node:
-    made = new.call_function(function, args, kwargs)
-    made.meta = dict(like.meta)
-    return made
+    dims: Any = range(values_of(source)[0].dim()) if node.target is aten.sym_numel.default else [node.args[1]]
+    if node.target is aten.sym_numel.default:
+        return Writer(new, node, mesh).count(source, dims)  # type: ignore[no-any-return]
+    parts = parts_along(info, 0, dims[0], mesh)
+    return node if parts == 1 else call_like(new, operator.mul, (node, parts), node)
 
 
 def _local_sizes(new: fx.Graph, node: fx.Node, info: Info, mesh: RankMesh) -> None:
@@ -233,7 +212,7 @@ def _local_sizes(new: fx.Graph, node: fx.Node, info: Info, mesh: RankMesh) -> No
             if isinstance(size, int):
                 sizes.append(here[dim])
             elif isinstance(given, fx.Node):
-                sizes.append(given if parts == 1 else _call(new, operator.floordiv, (given, parts), given))
+                sizes.append(given if parts == 1 else call_like(new, operator.floordiv, (given, parts), given))
             else:
                 sizes.append(-1)
         for dim, size in enumerate(value.shape):
@@ -299,7 +278,7 @@ def _mean(new: fx.Graph, node: fx.Node, info: Info, mesh: RankMesh, axes: list[i
         assert choice is not None
         cut = next(cut_of(p) for p in choice.inputs if is_shard(p) and p is not None)
         weight *= cut.share(mesh.sizes[axis], mesh.at[axis]) / cut.pieces(mesh.sizes[axis])
-    return _call(new, aten.mul.Tensor, (node, weight), node)
+    return call_like(new, aten.mul.Tensor, (node, weight), node)
 
 
 def _set_argument(node: fx.Node, name: str, value: Any) -> None:
@@ -328,7 +307,7 @@ def _share(new: fx.Graph, node: fx.Node, info: Info, mesh: RankMesh, axes: list[
         _set_argument(node, "beta", arguments["beta"] / ranks)
         return node
     with new.inserting_before(node):
-        bias = _call(new, aten.mul.Tensor, (arguments["bias"], 1 / ranks), arguments["bias"])
+        bias = call_like(new, aten.mul.Tensor, (arguments["bias"], 1 / ranks), arguments["bias"])
     _set_argument(node, "bias", bias)
     return node
 
@@ -355,7 +334,7 @@ def _embedding(new: fx.Graph, node: fx.Node, info: Info, mesh: RankMesh, axes: l
             padding = write.index_in(axes[0], vocabulary, rows, padding)
         column = write(aten.unsqueeze.default, outside, -1)
     node.args, node.kwargs = (weight, safe, *([padding] if padding is not None else [])), {}
-    return _call(new, aten.masked_fill.Scalar, (node, column, 0), node)
+    return call_like(new, aten.masked_fill.Scalar, (node, column, 0), node)
 
 
 LOWERINGS: dict[str, Callable[[fx.Graph, fx.Node, Info, RankMesh, list[int]], Lowered]] = {

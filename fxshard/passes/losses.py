@@ -18,77 +18,55 @@ import torch
 from torch import fx
 
 from fxshard.mesh import RankMesh
+from fxshard.passes.statistics import HALF, Lowered, Statistics, replace
 from fxshard.passes.typing import Info, info_of, values_of
-from fxshard.passes.writer import Writer
 from fxshard.rules.recipe import bind, signature_of
-from fxshard.runtime import collectives as run
 from fxshard.torch_internals import OpOverload
 
 aten = torch.ops.aten
 NONE, SUM = 0, 2  # 1 is the mean
 
 
-def softmax(new: fx.Graph, node: fx.Node, info: Info, mesh: RankMesh, axes: list[int]) -> fx.Node:
+def softmax(new: fx.Graph, node: fx.Node, info: Info, mesh: RankMesh, axes: list[int]) -> Lowered:
     """Softmax and log_softmax over a dim that ``axes`` split."""
     arguments = bind(node)
     source = arguments["self"]
-    value = values_of(source)[0]
-    dim = arguments["dim"] % value.dim()
+    dim = arguments["dim"] % values_of(source)[0].dim()
     wanted = values_of(node)[0].dtype
     log = "log_softmax" in str(node.target)
     with new.inserting_before(node):
-        write = Writer(new, node, mesh)
-        out = _normalized(write, source, value, dim, axes, log, wanted)
-    return _replace(new, node, out)
+        write = Statistics(new, node, mesh, axes)
+        out = _normalized(write, source, dim, log, wanted)
+    return replace(new, node, out)
 
 
-def _normalized(
-    write: Writer,
-    source: fx.Node,
-    value: torch.Tensor,
-    dim: int,
-    axes: Sequence[int],
-    log: bool,
-    wanted: torch.dtype,
-) -> fx.Node:
-    exact = torch.float32 if wanted in (torch.float16, torch.bfloat16) else wanted
-    x = source if value.dtype == exact else write(aten.to.dtype, source, exact)
-    top = write(aten.amax.default, write(aten.detach.default, x), [dim], True)
-    for axis in axes:
-        top = write(aten.amax.default, write.gathered(top, axis), [0])
+def _normalized(write: Statistics, source: fx.Node, dim: int, log: bool, wanted: torch.dtype) -> fx.Node:
+    x = write.cast(source, torch.float32 if wanted in HALF else wanted)
+    top = write.again(write(aten.amax.default, write(aten.detach.default, x), [dim], True), aten.amax.default, [0])
     shifted = write(aten.sub.Tensor, x, top)
     exps = write(aten.exp.default, shifted)
-    total = write(aten.sum.dim_IntList, exps, [dim], True)
-    for axis in axes:
-        total = write.collective(run.all_reduce, total, axis)
-        total = write.collective(run.vary, total, axis)
+    total = write.varied(write.total(exps, [dim]))
     if log:
         out = write(aten.sub.Tensor, shifted, write(aten.log.default, total))
     else:
         out = write(aten.div.Tensor, exps, total)
-    return out if exact == wanted else write(aten.to.dtype, out, wanted)
+    return write.cast(out, wanted)
 
 
-def loss(new: fx.Graph, node: fx.Node, info: Info, mesh: RankMesh, axes: list[int]) -> fx.Node:
+def loss(new: fx.Graph, node: fx.Node, info: Info, mesh: RankMesh, axes: list[int]) -> Lowered:
     """cross_entropy_loss and nll_loss whose rows or classes ``axes`` split."""
     classes = [a for a in axes if (choice := info.choices[a]) is not None and choice.factor == "v"]
     with new.inserting_before(node):
-        write = Writer(new, node, mesh)
-        out = _split_classes(write, node, info, classes) if classes else _split_rows(write, node, info)
-    return _replace(new, node, out)
-
-
-def _replace(new: fx.Graph, node: fx.Node, out: fx.Node) -> fx.Node:
-    out.meta = {**node.meta}
-    new.erase_node(node)
-    return out
+        write = Statistics(new, node, mesh, classes)
+        out = _split_classes(write, node, info) if classes else _split_rows(write, node, info)
+    return replace(new, node, out)
 
 
 def _rows(info: Info) -> list[int]:
     return [a for a, c in enumerate(info.choices) if c is not None and c.kind == "split" and c.factor != "v"]
 
 
-def _split_rows(write: Writer, node: fx.Node, info: Info) -> fx.Node:
+def _split_rows(write: Statistics, node: fx.Node, info: Info) -> fx.Node:
     """The mean: this rank's sum, over what all ranks' valid targets weigh."""
     arguments = bind(node)
     assert isinstance(node.target, OpOverload)
@@ -100,29 +78,27 @@ def _split_rows(write: Writer, node: fx.Node, info: Info) -> fx.Node:
     if weight is not None:
         safe = write(aten.masked_fill.Scalar, target, skipped, 0)
         picked = write(aten.index.Tensor, write(aten.detach.default, weight), [safe])
-    return write(aten.div.Tensor, total, _valid(write, node, skipped, picked, _rows(info)))
+    return write(aten.div.Tensor, total, _valid(write, skipped, picked, _rows(info)))
 
 
-def _valid(write: Writer, node: fx.Node, skipped: fx.Node, picked: fx.Node | None, axes: Sequence[int]) -> fx.Node:
+def _valid(write: Statistics, skipped: fx.Node, picked: fx.Node | None, axes: Sequence[int]) -> fx.Node:
     """What the valid targets of all ranks weigh together; their number where there are no weights."""
     if picked is None:
         count = write(aten.sum.default, write(aten.logical_not.default, skipped))
     else:
         count = write(aten.sum.default, write(aten.masked_fill.Scalar, picked, skipped, 0))
-    for axis in axes:
-        count = write.collective(run.all_reduce, count, axis)
-    return count
+    return write.total(count, [], axes)
 
 
-def _split_classes(write: Writer, node: fx.Node, info: Info, axes: Sequence[int]) -> fx.Node:
+def _split_classes(write: Statistics, node: fx.Node, info: Info) -> fx.Node:
     arguments = bind(node)
     source, target, weight = arguments["self"], arguments["target"], arguments["weight"]
     value = values_of(source)[0]
-    (axis,) = axes
+    (axis,) = write.axes
     count = value.shape[1]
     logs = source
     if node.target is aten.cross_entropy_loss.default:
-        logs = _normalized(write, source, value, 1, axes, True, value.dtype)
+        logs = _normalized(write, source, 1, True, value.dtype)
     start, length = write.range_of(axis, count, info_of(source).placements[axis])
     local = write(aten.sub.Tensor, target, start)
     low, high = write(aten.lt.Scalar, local, 0), write(aten.ge.Scalar, local, length)
@@ -151,5 +127,5 @@ def _split_classes(write: Writer, node: fx.Node, info: Info, axes: Sequence[int]
     out = write(aten.sum.default, out)
     if arguments["reduction"] == SUM:
         return out
-    reduced = _rows(info) + (list(axes) if weight is not None else [])
-    return write(aten.div.Tensor, out, _valid(write, node, skipped, picked, reduced))
+    reduced = _rows(info) + (list(write.axes) if weight is not None else [])
+    return write(aten.div.Tensor, out, _valid(write, skipped, picked, reduced))

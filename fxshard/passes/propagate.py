@@ -28,7 +28,7 @@ from fxshard.passes.facts import Facts, may_lower, recipe_of, split_choice
 from fxshard.passes.hoist import hoist_cuts, hoist_varies
 from fxshard.passes.typing import Choice, Info, copy_graph, set_info
 from fxshard.placement import PARTIAL, REPLICATE, VARYING, Cut, Placement, is_partial, is_shard, same
-from fxshard.rules.lookup import WEIGHT_VIEWS
+from fxshard.rules.lookup import WEIGHT_VIEWS, is_constant
 from fxshard.rules.recipe import At, Factor, Recipe, operands_of, written
 from fxshard.rules.table import find_rule, name_of
 
@@ -37,10 +37,6 @@ WEIGHT_STAYS = 1000.0
 
 MAY_BE_EMPTY = frozenset({None, "groups", "mean", "dropout", "attention", "causal", "heads", "loss"})
 """Lowerings that hold on an empty part too; others are of no use there: a maximum of nothing, a table without rows."""
-
-CONSTANT = {"aten.detach", "aten.ones_like", "aten.zeros_like", "aten.full_like", "aten.empty_like"}
-CONSTANT |= {"aten.rand_like", "aten.randn_like", "aten.new_ones", "aten.new_zeros", "aten.new_full", "aten.new_empty"}
-"""Operators through which no gradient flows, though a float comes in and goes out."""
 
 METADATA = {
     torch.ops.aten.sym_size.int,
@@ -94,7 +90,7 @@ def _differentiable(fact: Facts) -> bool:
         return fact.is_float and bool(node.meta.get("is_parameter") or node.meta.get("requires_grad"))
     if node.op != "call_function" or not fact.is_float:
         return False
-    if name_of(node.target)[1] in CONSTANT:
+    if is_constant(node.target):
         return False
     return any(o.differentiable for o in fact.operands)
 

@@ -12,7 +12,6 @@ precision is computed in float32, as ATen's own kernels do.
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Sequence
 from typing import Any, TypeAlias
 
@@ -23,7 +22,7 @@ from fxshard.mesh import RankMesh
 from fxshard.passes.insert_collectives import emit, steps
 from fxshard.passes.typing import Info, info_of, set_info, values_of
 from fxshard.passes.writer import Writer, give_lengths
-from fxshard.placement import Placement, is_shard
+from fxshard.placement import Placement
 from fxshard.runtime import collectives as run
 
 aten = torch.ops.aten
@@ -74,23 +73,6 @@ class Statistics(Writer):
         for axis in self.axes if axes is None else axes:
             x = self.collective(run.vary, x, axis)
         return x
-
-    def count(self, x: fx.Node, dims: Sequence[int]) -> Any:
-        """How many elements the whole of ``x`` has along ``dims``: a number, or a node that gives it."""
-        out: Any = 1
-        for dim in dims:
-            size: Any = x.meta["val"].shape[dim]
-            if not isinstance(size, int):
-                size = self.number(aten.sym_size.int, x, dim)
-                for placement, ranks in zip(info_of(x).placements, self.mesh.sizes, strict=True):
-                    if is_shard(placement) and placement.dim == dim:  # type: ignore[attr-defined]
-                        size = self.calculated(operator.mul, size, ranks)
-            out = self.calculated(operator.mul, out, size)
-        return out
-
-    def calculated(self, function: Any, a: Any, b: Any) -> Any:
-        """Arithmetic of numbers, or of nodes that give them."""
-        return self.number(function, a, b) if isinstance(a, fx.Node) or isinstance(b, fx.Node) else function(a, b)
 
     def moments(self, x: fx.Node, dims: Sequence[int], count: Any) -> tuple[fx.Node, fx.Node, fx.Node]:
         """The mean, this rank's deviations from it, and the sum of all ranks' squared ones; the dims stay."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
 from typing import Any
 
@@ -10,7 +11,7 @@ from torch import fx
 
 from fxshard.mesh import RankMesh
 from fxshard.passes.facts import recipe_on_parts, split_choice
-from fxshard.passes.typing import Info, info_of, is_float, set_info, values_of
+from fxshard.passes.typing import Info, info_of, is_float, parts_along, set_info, values_of
 from fxshard.placement import (
     PARTIAL,
     REPLICATE,
@@ -24,6 +25,7 @@ from fxshard.placement import (
     local_shape,
     shard,
 )
+from fxshard.rules.lookup import is_constant
 from fxshard.rules.recipe import At, operands_of, shape_of
 from fxshard.runtime import collectives as run
 from fxshard.torch_internals import OpOverload
@@ -46,7 +48,7 @@ class Writer:
             with torch.no_grad():
                 made.meta["val"] = function(*values, **named)
             operands = operands_of(made)
-            flows = function is not aten.detach.default and is_float(made.meta["val"])
+            flows = not is_constant(function) and is_float(made.meta["val"])
             differentiable = flows and any(info_of(o).differentiable for o in operands)
             set_info(made, Info((self._placements(made, operands),), differentiable=differentiable))
         return made
@@ -84,6 +86,23 @@ class Writer:
         set_info(made, Info(((REPLICATE,) * self.mesh.ndim,)))
         return made
 
+    def count(self, x: fx.Node, dims: Sequence[int]) -> Any:
+        """How many elements the whole of ``x`` has along ``dims``: a number, or a node that gives it."""
+        out: Any = 1
+        for dim in dims:
+            size: Any = x.meta["val"].shape[dim]
+            if not isinstance(size, int):
+                parts = parts_along(info_of(x), 0, dim, self.mesh)
+                size = self.calculated(operator.mul, self.number(aten.sym_size.int, x, dim), parts)
+            out = self.calculated(operator.mul, out, size)
+        return out
+
+    def calculated(self, function: Any, a: Any, b: Any) -> Any:
+        """Arithmetic of numbers, or of nodes that give them."""
+        if function is operator.mul and 1 in (a, b):
+            return b if a == 1 else a
+        return self.number(function, a, b) if isinstance(a, fx.Node) or isinstance(b, fx.Node) else function(a, b)
+
     def range_of(self, axis: int, size: int, placement: Placement) -> tuple[Any, int]:
         """Where this rank's part begins of a dim of ``size`` that ``axis`` alone cuts, and its length."""
         lengths = lengths_of(size, placement, self.mesh.sizes[axis])
@@ -117,6 +136,13 @@ class Writer:
         after = tuple(equal if a == axis else p for a, p in enumerate(info_of(x).placements))
         set_info(made, Info((after,), differentiable=info_of(x).differentiable))
         return made
+
+
+def call_like(new: fx.Graph, function: Any, args: tuple[Any, ...], like: fx.Node, **kwargs: Any) -> fx.Node:
+    """Writes a call that stands for ``like``: with its value, placements and source."""
+    made = new.call_function(function, args, kwargs)
+    made.meta = dict(like.meta)
+    return made
 
 
 def give_lengths(node: fx.Node, mesh: RankMesh) -> None:

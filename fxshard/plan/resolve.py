@@ -319,10 +319,10 @@ class _Beside(NamedTuple):
     inner: tuple[tuple[Cut, int], ...] = ()
 
 
-ALONE = _Beside()
+NOTHING = _Beside()
 
 
-def _fitting(size: Dim, dim: int, placement: Shard, ranks: int, beside: _Beside = ALONE) -> Shard | None:
+def _fitting(size: Dim, dim: int, placement: Shard, ranks: int, beside: _Beside = NOTHING) -> Shard | None:
     """The shard of a dim of ``size`` over ``ranks``, beside others that split it too; None where there is none.
 
     Where the size does not divide, the first ranks hold more, as with ``torch.chunk``; beside others it must divide.

@@ -25,6 +25,8 @@ _LAYOUT = {"aten.cat", "aten.concat", "aten.concatenate"} | _CUTS
 WEIGHT_VIEWS = {"aten.t", "aten.transpose", "aten.permute", "aten.numpy_T", "aten.view", "aten.reshape", "aten.to"}
 WEIGHT_VIEWS |= {"aten.unsqueeze"}
 """Operators whose result, given a weight, is that weight in another shape or dtype."""
+_CONSTANT = {"aten.detach", "aten.ones_like", "aten.zeros_like", "aten.full_like", "aten.empty_like"}
+_CONSTANT |= {"aten.rand_like", "aten.randn_like", "aten.new_ones", "aten.new_zeros", "aten.new_full", "aten.new_empty"}
 _cache: dict[Any, Recipe] = {}
 
 
@@ -69,6 +71,11 @@ def _is_dynamic(factor: Factor, inputs: Sequence[Shape], outputs: Sequence[Shape
     """Whether a factor lies in a dim whose size is known when the program runs."""
     placed = zip((*factor.inputs, *factor.outputs), (*inputs, *outputs), strict=True)
     return any(at is not None and type(shape[at.dim]) is not int for at, shape in placed)
+
+
+def is_constant(target: Any) -> bool:
+    """Whether no gradient flows through an operator, though a float comes in and goes out."""
+    return name_of(target)[1] in _CONSTANT
 
 
 def draws(node: fx.Node) -> bool:

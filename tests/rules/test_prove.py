@@ -11,11 +11,13 @@ import torch
 
 from fxshard.errors import RuleError
 from fxshard.inspect.prove import MESHES, check_rule
-from fxshard.passes import localize, losses
+from fxshard.passes import localize
+from fxshard.passes.writer import Writer
 from fxshard.rules.names import left
 from fxshard.rules.notation import make_factors
 from fxshard.rules.recipe import At, Call, Factor, Recipe
 from fxshard.rules.table import all_rules, find_rule, temporary_rule
+from fxshard.runtime import collectives
 from tests.rules.samples import all_samples, ints, overload, pos, r
 
 pytestmark = [
@@ -204,13 +206,13 @@ def test_a_lowering_that_does_nothing_is_refuted(lowering: str, monkeypatch: pyt
 
 def test_a_lowering_with_a_wrong_gradient_is_refuted(monkeypatch: pytest.MonkeyPatch) -> None:
     """A log-sum that every rank uses for its own classes, and whose gradients nobody sums."""
-    vary = losses.run.vary
+    vary = collectives.vary
 
     def without_vary(self: Any, function: Any, x: Any, axis: int) -> Any:
         return x if function is vary else collective(self, function, x, axis)
 
-    collective = losses.Writer.collective
-    monkeypatch.setattr(losses.Writer, "collective", without_vary)
+    collective = Writer.collective
+    monkeypatch.setattr(Writer, "collective", without_vary)
     with pytest.raises(RuleError, match="gradient of operand 0 differs"):
         check_rule(aten.log_softmax.int, [(x(), 1)])
 
