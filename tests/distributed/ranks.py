@@ -15,25 +15,15 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 import fxshard
-from fxshard import Plan, Shard, data_parallel, sequence_parallel, tensor_parallel
+from fxshard import Plan, Shard, data_parallel, tensor_parallel
 from fxshard.errors import DistributedError, InputError, MeshError
 from fxshard.runtime import collectives
 from tests.helpers import TOLERANCES, Result, problems_of, run_original, tensors_of, weighted_loss
 from tests.models import uneven
 from tests.models.zoo import Built, build, dynamic, ids, sized
+from tests.presets import presets
 
-PLANS: dict[str, Plan] = {
-    "tp2": tensor_parallel(2),
-    "sp2": sequence_parallel(2),
-    "dp2": data_parallel(2),
-    "tp4": tensor_parallel(4),
-    "sp4": sequence_parallel(4),
-    "dp4": data_parallel(4),
-    "dp2_tp2": data_parallel(2) | tensor_parallel(2),
-    "tp2_dp2": tensor_parallel(2) | data_parallel(2),
-    "dp2_sp2": data_parallel(2) | sequence_parallel(2),
-    **uneven.PLANS,
-}
+PLANS = presets("tp2", "sp2", "dp2", "tp4", "sp4", "dp4", "dp2_tp2", "tp2_dp2", "dp2_sp2") | uneven.PLANS
 
 
 # The ranks are forked from a server that has imported these already; imported anew they would take most of the time.

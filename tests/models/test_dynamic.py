@@ -11,21 +11,12 @@ from torch import nn
 from torch.export import Dim
 
 import fxshard
-from fxshard import Plan, data_parallel, sequence_parallel, tensor_parallel
 from fxshard.errors import CaptureError, InputError
 from tests.helpers import problems_of, run_original, run_simulated
 from tests.models.zoo import MODELS, build, dynamic, ids, images, padding, sized
+from tests.presets import presets
 
-PLANS: dict[str, Plan] = {
-    "tp2": tensor_parallel(2),
-    "dp2": data_parallel(2),
-    "sp2": sequence_parallel(2),
-    "dp2_tp2": data_parallel(2) | tensor_parallel(2),
-    "dp2_sp2": data_parallel(2) | sequence_parallel(2),
-    "tp4": tensor_parallel(4),
-    "sp4": sequence_parallel(4),
-    "dp4": data_parallel(4),
-}
+PLANS = presets("tp2", "dp2", "sp2", "dp2_tp2", "dp2_sp2", "tp4", "sp4", "dp4")
 each_model = pytest.mark.parametrize("name", MODELS)
 
 

@@ -17,11 +17,12 @@ from torch import nn
 from torch.nn import functional as F
 
 import fxshard
-from fxshard import Plan, data_parallel, sequence_parallel, tensor_parallel
+from fxshard import tensor_parallel
 from fxshard.errors import CaptureError
 from fxshard.placement import BlockShard, Shard
 from tests.helpers import Result, assert_equivalent, run_original
 from tests.models.zoo import ids
+from tests.presets import presets
 
 transformers = pytest.importorskip("transformers")
 
@@ -56,12 +57,7 @@ MODELS: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 LOOPS = ("llama4_text",)
 """Those that compute all experts in their own way, with no choice of another."""
-PLANS: dict[str, Plan] = {
-    "tp2": tensor_parallel(2),
-    "tp4": tensor_parallel(4),
-    "dp2": data_parallel(2),
-    "sp2": sequence_parallel(2),
-}
+PLANS = presets("tp2", "tp4", "dp2", "sp2")
 
 
 @functools.cache

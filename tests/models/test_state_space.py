@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch import nn
 
-from fxshard import data_parallel, sequence_parallel, tensor_parallel
 from tests.helpers import assert_equivalent
 from tests.models.zoo import ids
+from tests.presets import presets
 
 transformers = pytest.importorskip("transformers")
 
@@ -19,7 +19,7 @@ MODELS: dict[str, dict[str, Any]] = {
     "mamba": {"state_size": 8, "time_step_rank": 4, "use_mambapy": False, "expand": 2},
     "rwkv": {"attention_hidden_size": 32, "intermediate_size": 64, "context_length": 32, "rescale_every": 0},
 }
-PLANS = {"tp2": tensor_parallel(2), "sp2": sequence_parallel(2), "dp2": data_parallel(2)}
+PLANS = presets("tp2", "sp2", "dp2")
 
 
 def build(name: str) -> nn.Module:

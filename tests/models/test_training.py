@@ -13,17 +13,11 @@ import torch
 from torch.nn import functional as F
 
 import fxshard
-from fxshard import Plan, data_parallel, sequence_parallel, tensor_parallel
 from tests.models.zoo import build, ids
+from tests.presets import presets
 
 STEPS = 20
-PLANS: dict[str, Plan] = {
-    "dp2_tp2": data_parallel(2) | tensor_parallel(2),
-    "dp2_sp2": data_parallel(2) | sequence_parallel(2),
-    "tp4": tensor_parallel(4),
-    "sp4": sequence_parallel(4),
-    "dp4": data_parallel(4),
-}
+PLANS = presets("dp2_tp2", "dp2_sp2", "tp4", "sp4", "dp4")
 
 
 def batches() -> list[torch.Tensor]:

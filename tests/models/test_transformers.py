@@ -9,22 +9,12 @@ import pytest
 import torch
 
 import fxshard
-from fxshard import Plan, data_parallel, sequence_parallel, tensor_parallel
+from fxshard import data_parallel, tensor_parallel
 from tests.helpers import TOLERANCES, Result, assert_equivalent, problems_of, run_original, run_simulated
 from tests.models.zoo import MODELS, build, ids, labels_for, padding, sized
+from tests.presets import presets
 
-PLANS: dict[str, Plan] = {
-    "tp2": tensor_parallel(2),
-    "tp4": tensor_parallel(4),
-    "sp2": sequence_parallel(2),
-    "sp4": sequence_parallel(4),
-    "dp2": data_parallel(2),
-    "dp4": data_parallel(4),
-    "dp2_tp2": data_parallel(2) | tensor_parallel(2),
-    "tp2_dp2": tensor_parallel(2) | data_parallel(2),
-    "dp2_sp2": data_parallel(2) | sequence_parallel(2),
-    "sp2_dp2": sequence_parallel(2) | data_parallel(2),
-}
+PLANS = presets("tp2", "tp4", "sp2", "sp4", "dp2", "dp4", "dp2_tp2", "tp2_dp2", "dp2_sp2", "sp2_dp2")
 each_model = pytest.mark.parametrize("name", MODELS)
 each_plan = pytest.mark.parametrize("plan", PLANS)
 

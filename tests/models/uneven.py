@@ -11,21 +11,12 @@ from typing import Any
 
 import torch
 
-from fxshard import Plan, data_parallel, sequence_parallel, tensor_parallel
 from tests.models.zoo import Built, build, images, padding
+from tests.presets import presets
 
 WORDS = 1003
 
-PLANS: dict[str, Plan] = {
-    "tp4": tensor_parallel(4),
-    "sp4": sequence_parallel(4),
-    "dp4": data_parallel(4),
-    "dp2_tp2": data_parallel(2) | tensor_parallel(2),
-    "tp2_dp2": tensor_parallel(2) | data_parallel(2),
-    "dp2_sp2": data_parallel(2) | sequence_parallel(2),
-    "dp2_tp3": data_parallel(2) | tensor_parallel(3),
-    "dp2_sp3": data_parallel(2) | sequence_parallel(3),
-}
+PLANS = presets("tp4", "sp4", "dp4", "dp2_tp2", "tp2_dp2", "dp2_sp2", "dp2_tp3", "dp2_sp3")
 
 
 @dataclass(frozen=True)

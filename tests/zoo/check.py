@@ -15,18 +15,14 @@ import torch
 from torch import nn
 
 import fxshard
-from fxshard import Plan, data_parallel, program, sequence_parallel, tensor_parallel
+from fxshard import Plan, data_parallel, program, tensor_parallel
 from fxshard.errors import FxshardError
 from fxshard.placement import is_shard
 from tests.helpers import Result, problems_of, run_original, run_simulated
+from tests.presets import presets
 from tests.zoo.models import ISLANDS, Entry, Inputs, Tolerances
 
-PLANS: dict[str, Plan] = {
-    "tp2": tensor_parallel(2),
-    "tp4": tensor_parallel(4),
-    "dp2": data_parallel(2),
-    "sp2": sequence_parallel(2),
-}
+PLANS = presets("tp2", "tp4", "dp2", "sp2")
 TWO_AXES = {"dp2_tp2": data_parallel(2) | tensor_parallel(2)}
 
 
