@@ -18,7 +18,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from functools import cache
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, NamedTuple, TypeAlias, TypeGuard
 
 import torch
 from torch.distributed.tensor import Partial, Replicate, Shard
@@ -154,12 +154,12 @@ def _is_a(kind: type, base: type) -> bool:
     return issubclass(kind, base)  # once a type: the metaclass of torch's placements makes isinstance slow
 
 
-def is_shard(placement: Placement | None) -> bool:
+def is_shard(placement: Placement | None) -> TypeGuard[Shard]:
     """Whether the placement cuts a dim."""
     return _is_a(type(placement), Shard)  # type: ignore[arg-type]
 
 
-def is_partial(placement: Placement | None) -> bool:
+def is_partial(placement: Placement | None) -> TypeGuard[Partial]:
     """Whether the ranks hold summands."""
     return _is_a(type(placement), Partial)  # type: ignore[arg-type]
 
@@ -169,7 +169,7 @@ def same(a: Placement, b: Placement) -> bool:
     if a is b:
         return True
     if is_shard(a) and is_shard(b):
-        return a.dim == b.dim and cut_of(a) == cut_of(b)  # type: ignore[attr-defined]
+        return a.dim == b.dim and cut_of(a) == cut_of(b)
     return type(a) is type(b) and a == b
 
 
@@ -225,7 +225,7 @@ def local_shape(
     out = list(shape)
     for axis, (placement, size) in enumerate(zip(placements, sizes, strict=True)):
         if is_shard(placement):
-            dim = placement.dim  # type: ignore[attr-defined]
+            dim = placement.dim
             out[dim] = local_size(out[dim], placement, size, at[axis] if at else 0)
     return tuple(out)
 
@@ -256,7 +256,7 @@ def cut(tensor: torch.Tensor, placement: Placement, size: int, position: int) ->
     """
     if not is_shard(placement):
         return tensor
-    dim, (blocks, shares) = placement.dim, cut_of(placement)  # type: ignore[attr-defined]
+    dim, (blocks, shares) = placement.dim, cut_of(placement)
     pieces = sum(shares) or size
     before, share = (sum(shares[:position]), shares[position]) if shares else (position, 1)
     unit = tensor.shape[dim] // sum(blocks)
@@ -281,7 +281,7 @@ def join(parts: Sequence[torch.Tensor], placement: Placement) -> torch.Tensor:
         return torch.stack(tuple(parts)).sum(0)
     if not is_shard(placement):
         return parts[0]
-    dim, blocks = placement.dim, blocks_of(placement)  # type: ignore[attr-defined]
+    dim, blocks = placement.dim, blocks_of(placement)
     pieces, before = [], 0
     for block in blocks:
         for part in parts:

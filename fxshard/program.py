@@ -326,7 +326,7 @@ def gather_whole(part: torch.Tensor, placed: Placements, mesh: Mesh, axes: Mappi
     """The whole tensor from this rank's part; collective."""
     for placement, name in zip(reversed(placed), reversed(mesh.names), strict=True):
         if is_shard(placement):
-            axis, dim = axes[name], placement.dim  # type: ignore[attr-defined]
+            axis, dim = axes[name], placement.dim
             lengths: tuple[int, ...] = ()
             if cut_of(placement).shares:
                 length = torch.tensor([part.shape[dim]], device=part.device)

@@ -11,6 +11,8 @@ from torch._export.passes import replace_autocast_with_hop_pass, replace_set_gra
 from torch._functorch import predispatch
 from torch._ops import HigherOrderOperator, OperatorBase, OpOverload, OpOverloadPacket
 from torch._subclasses import FakeTensor
+from torch.autograd.function import _SingleLevelFunction as SingleLevelFunction
+from torch.export import _trace as exporter
 from torch.fx._lazy_graph_module import _LazyGraphModule as LazyGraphModule
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -31,7 +33,9 @@ __all__ = [
     "OpOverload",
     "OpOverloadPacket",
     "OperatorBase",
+    "SingleLevelFunction",
     "TorchDispatchMode",
+    "exporter",
     "has_kernel",
     "is_vmapped",
     "leave_vmaps",

@@ -19,8 +19,8 @@ from tabulate import tabulate
 from torch import fx, nn
 from torch.func import functional_call
 
-from fxshard.passes.capture import module_of, source_of
 from fxshard.passes.fidelity import difference, tolerance_of
+from fxshard.passes.origins import module_of, source_of
 from fxshard.passes.pipeline import Compiled
 from fxshard.passes.typing import has_info, info_of
 from fxshard.placement import Placements, Replicate, Varying, cut_all, is_partial, join_all

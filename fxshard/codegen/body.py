@@ -19,8 +19,8 @@ from fxshard.codegen.spelling import literal, spell
 from fxshard.codegen.text import WIDTH, statement, summarize
 from fxshard.codegen.types import describe_local
 from fxshard.mesh import Mesh
-from fxshard.passes.capture import module_of
 from fxshard.passes.insert_collectives import CONVERSIONS
+from fxshard.passes.origins import module_of
 from fxshard.passes.typing import is_float
 
 
@@ -179,8 +179,8 @@ class Body:
         yield from self._entered(node)
         if node.target in CONVERSIONS:
             source = node.args[0]
-            if self.scope.names.get(source):  # type: ignore[arg-type]
-                yield self.scope.names[source]  # type: ignore[index]
+            if self.scope.names.get(source):
+                yield self.scope.names[source]
             yield hint(node)
             return
         if len(names) == 1 and self.ends.get(trace_of(node)) is node:
@@ -262,6 +262,7 @@ class Body:
         """The last of the calls from ``at`` on that one loop can make: each takes what the one before it gave."""
         items = self.region.items
         end = at
+        taken: fx.Node | None = None  # what the last call of the loop so far was given
         first = items[at]
         assert isinstance(first, Region)
         if len(first.outputs) != 1 or id(first) not in self.members.listed:
@@ -278,10 +279,10 @@ class Body:
                 self.file.classes.of(here) is not self.file.classes.of(after)
                 or [b for _, b in changes] != [carried]
                 or self.uses.get(carried) != [end + 1]
-                or (end > at and changes[0][0] is not next(iter(items[end - 1].outputs)))  # type: ignore[union-attr]
+                or (taken is not None and changes[0][0] is not taken)
             ):
                 break
-            end += 1
+            end, taken = end + 1, carried
         return end
 
     def _loop(self, at: int, end: int) -> Iterator[str]:
@@ -298,8 +299,8 @@ class Body:
         prefix, index = self.members.listed[id(first)]
         members, count = self.members.lists[prefix]
         each = members.removesuffix("s") if members != members.removesuffix("s") else "layer"
-        each = self.scope.name(first, [each, "layer"], end)  # type: ignore[arg-type]
-        self.scope.last_use[first] = end  # type: ignore[index]
+        each = self.scope.name(first, [each, "layer"], end)
+        self.scope.read(first, end)
         whole = index == 0 and end - at + 1 == count
         cut = "" if whole else f"[{index}:{index + end - at + 1}]"
         arguments = ", ".join(name if n is initial else self.text(n) for n in first.inputs)

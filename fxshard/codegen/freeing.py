@@ -22,7 +22,7 @@ LARGE = 2**20
 """Bytes from which on a dead value is worth a line."""
 
 
-def deaths(region: Region, last_use: Mapping[fx.Node, int], mesh: Mesh) -> dict[int, list[fx.Node]]:
+def deaths(region: Region, last_use: Mapping[object, int], mesh: Mesh) -> dict[int, list[fx.Node]]:
     """Statement -> the values, made in this call, whose memory nothing reads after it."""
     groups: dict[fx.Node, list[fx.Node]] = {}
     base: dict[fx.Node, fx.Node] = {}

@@ -107,17 +107,20 @@ def hint(node: fx.Node) -> str:
 
 
 class Scope:
-    """The names of one function's values. A name is free again once its value is dead."""
+    """The names of one function's values: of nodes, and of the modules that its loops run over.
+
+    A name is free again once its value is dead.
+    """
 
     def __init__(self, reserved: Iterable[str]) -> None:
         self.reserved = reserved
-        self.names: dict[fx.Node, str] = {}
-        self.last_use: dict[fx.Node, int] = {}
-        self._held: dict[str, fx.Node] = {}
+        self.names: dict[object, str] = {}
+        self.last_use: dict[object, int] = {}
+        self._held: dict[str, object] = {}
 
-    def read(self, node: fx.Node, at: int) -> None:
-        """Notes that statement number ``at`` reads ``node``."""
-        self.last_use[node] = at
+    def read(self, value: object, at: int) -> None:
+        """Notes that statement number ``at`` reads ``value``."""
+        self.last_use[value] = at
 
     def is_free(self, name: str, at: int) -> bool:
         """Whether statement ``at`` may give ``name`` to its result."""
@@ -126,26 +129,26 @@ class Scope:
         held = self._held.get(name)
         return held is None or self.last_use.get(held, -1) <= at
 
-    def name(self, node: fx.Node, wishes: Iterable[str], at: int) -> str:
+    def name(self, value: object, wishes: Iterable[str], at: int) -> str:
         """Names the result of statement ``at``: by the first wish that is free, else by the last one and a number."""
         last = "x"
         for wish in wishes:
             last = wish
             if self.is_free(wish, at):
-                return self._take(node, wish)
+                return self._take(value, wish)
         if last in self.reserved or last in RESERVED:
             last += "_"
         name, count = last, 1
         while not self.is_free(name, at):
             count += 1
             name = f"{last}_{count}"
-        return self._take(node, name)
+        return self._take(value, name)
 
-    def holds(self, node: fx.Node) -> bool:
-        """Whether ``node`` still has its name to itself."""
-        return self._held.get(self.names.get(node, "")) is node
+    def holds(self, value: object) -> bool:
+        """Whether ``value`` still has its name to itself."""
+        return self._held.get(self.names.get(value, "")) is value
 
-    def _take(self, node: fx.Node, name: str) -> str:
-        self._held[name] = node
-        self.names[node] = name
+    def _take(self, value: object, name: str) -> str:
+        self._held[name] = value
+        self.names[value] = name
         return name

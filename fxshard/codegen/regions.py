@@ -22,7 +22,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import fx
 
-from fxshard.passes.capture import _clean_path
+from fxshard.passes.origins import clean_path
 
 Path: TypeAlias = tuple[str, ...]
 Item: TypeAlias = "fx.Node | Region"
@@ -106,7 +106,7 @@ class _Stacks:
         return found
 
     def _note(self, key: str, path: str, kind: Any) -> bool:
-        module = _clean_path(path)
+        module = clean_path(path)
         name = kind if isinstance(kind, str) else getattr(kind, "__name__", "")
         name = name.rsplit(".", 1)[-1]
         if not module:
@@ -131,7 +131,8 @@ def _paths(nodes: Sequence[fx.Node], stacks: _Stacks) -> list[Path]:
     after: Path = ()
     for i in reversed(range(len(nodes))):
         following[i] = after
-        after = own[i] if own[i] is not None else after  # type: ignore[assignment]
+        path = own[i]
+        after = after if path is None else path
     out: list[Path] = []
     before: Path = ()
     for node, path, after in zip(nodes, own, following, strict=True):

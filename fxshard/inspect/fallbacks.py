@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from torch import fx
 
 from fxshard.inspect.suggest import suggest
-from fxshard.passes.capture import module_of, source_of
+from fxshard.passes.origins import module_of, source_of
 from fxshard.passes.pipeline import Compiled
 from fxshard.passes.propagate import constrain
 from fxshard.passes.typing import info_of, num_bytes, values_of

@@ -494,7 +494,7 @@ def _join_all(
             _same(row, rows[0], "a replicated value on another rank", tolerance)
     whole = list(rows[0].shape)
     if is_shard(placement):
-        dim: int = placement.dim  # type: ignore[attr-defined]
+        dim = placement.dim
         whole[dim] = sum(row.shape[dim] for row in rows)
     expected = [local_shape(whole, (placement,), sizes[:1], (i,)) for i in range(sizes[0])]
     if [tuple(row.shape) for row in rows] != expected:

@@ -7,8 +7,8 @@ import re
 import torch
 from torch import fx
 
-from fxshard.passes.capture import module_of
 from fxshard.passes.insert_collectives import CONVERSIONS
+from fxshard.passes.origins import module_of
 from fxshard.passes.typing import Choice, has_info, info_of
 from fxshard.placement import REPLICATE, Placement, is_partial, is_shard
 from fxshard.runtime import collectives as run
@@ -57,11 +57,11 @@ def _placed(node: fx.Node, axis: int) -> Placement:
 def _what(placement: Placement) -> str:
     if is_partial(placement):
         return "a partial sum"
-    return f"a part along dim {placement.dim}" if is_shard(placement) else "a part"  # type: ignore[attr-defined]
+    return f"a part along dim {placement.dim}" if is_shard(placement) else "a part"
 
 
 def _need(placement: Placement) -> str:
-    return f"needed in parts along dim {placement.dim}" if is_shard(placement) else "needed whole"  # type: ignore[attr-defined]
+    return f"needed in parts along dim {placement.dim}" if is_shard(placement) else "needed whole"
 
 
 def _named(node: fx.Node) -> str:
@@ -160,7 +160,7 @@ def _sentence(node: fx.Node, leader: fx.Node, axis: int, axis_name: str, choice:
     over = f"over `{choice.factor}`" if choice is not None and choice.factor else ""
     if not over or node.meta.get("split_bias"):
         placed = _placed(leader, axis)
-        over = f"along dim {placed.dim}" if is_shard(placed) else ""  # type: ignore[attr-defined]
+        over = f"along dim {placed.dim}" if is_shard(placed) else ""
     if leader.op == "get_attr":
         owner, _, name = str(leader.target).rpartition(".")
         what = f"its {name}" if owner == module_of(node) else str(leader.target)

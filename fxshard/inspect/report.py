@@ -14,8 +14,8 @@ from fxshard.codegen.types import describe_local, describe_value
 from fxshard.inspect.fallbacks import fallbacks_of
 from fxshard.inspect.reasons import home_of, op_name, reason, source_of_value, without_layers
 from fxshard.mesh import Mesh
-from fxshard.passes.capture import module_of, source_of
 from fxshard.passes.insert_collectives import CONVERSIONS
+from fxshard.passes.origins import module_of, source_of
 from fxshard.passes.pipeline import Compiled
 from fxshard.passes.typing import has_info, info_of, is_float, local_bytes, values_of
 from fxshard.placement import Placement, Varying, cut_of, is_partial, is_shard
@@ -138,7 +138,7 @@ def short(placement: Placement) -> str:
     if is_shard(placement):
         blocks, shares = cut_of(placement)
         text = f";{':'.join(map(str, blocks))}" if blocks != (1,) else ""
-        return f"S({placement.dim}{text}{'~' if shares else ''})"  # type: ignore[attr-defined]
+        return f"S({placement.dim}{text}{'~' if shares else ''})"
     if isinstance(placement, Varying):
         return "V"
     return "P" if is_partial(placement) else "R"

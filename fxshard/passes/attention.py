@@ -44,8 +44,8 @@ def _mask_part(new: fx.Graph, node: fx.Node, args: tuple[Any, ...], info: Info, 
     set_info(mask, Info(((REPLICATE,) * mesh.ndim,)))
     now: list[Placement] = [REPLICATE] * mesh.ndim
     for axis, placement in enumerate(info.placements):
-        if is_shard(placement) and placement.dim < dims:  # type: ignore[attr-defined]
-            args = (mask, mesh.names[axis], placement.dim)  # type: ignore[attr-defined]
+        if is_shard(placement) and placement.dim < dims:
+            args = (mask, mesh.names[axis], placement.dim)
             now[axis] = placement
             mask = call_like(new, run.chunk, args, node, **how(placement))
             set_info(mask, Info((tuple(now),)))

@@ -24,9 +24,9 @@ from torch import fx
 
 from fxshard.errors import SoundnessError
 from fxshard.mesh import Mesh
-from fxshard.passes.capture import module_of, source_of
 from fxshard.passes.facts import recipe_on_parts
 from fxshard.passes.insert_collectives import CONVERSIONS
+from fxshard.passes.origins import module_of, source_of
 from fxshard.passes.propagate import METADATA
 from fxshard.passes.typing import Info, info_of, values_of
 from fxshard.placement import Cut, Placement, Varying, cut_of, describe, is_partial, is_shard, same, shard
@@ -140,9 +140,9 @@ def _check_conversion(node: fx.Node, mesh: Mesh) -> None:
     stacked = node.target is run.all_gather and not same(have, shard(0))
     if stacked and any(user.target is not run.concat for user in node.users):
         raise _unsound(node, [source], [have], [want], mesh.names[changed[0]])
-    dims = {p.dim for p in (have, want) if is_shard(p)}  # type: ignore[attr-defined]
+    dims = {p.dim for p in (have, want) if is_shard(p)}
     inner = before[changed[0] + 1 :]
-    if any(is_shard(p) and p.dim in dims for p in inner):  # type: ignore[attr-defined]
+    if any(is_shard(p) and p.dim in dims for p in inner):
         raise _unsound(node, [source], before, after, mesh.names[changed[0]])
 
 
@@ -153,7 +153,7 @@ def _check_concat(node: fx.Node, source: fx.Node, mesh: Mesh) -> None:
     if source.target is not run.all_gather or source.args[1] != node.args[1]:
         raise _unsound(node, [source], info_of(source).placements[axis:], after[axis:], mesh.names[axis])
     have = info_of(source.args[0]).placements[axis]  # type: ignore[arg-type]
-    if not is_shard(have) or have.dim != node.args[2] or not _cuts_as(have, node.kwargs):  # type: ignore[attr-defined]
+    if not is_shard(have) or have.dim != node.args[2] or not _cuts_as(have, node.kwargs):
         raise _unsound(node, [source], [have], after[axis:], mesh.names[axis])
 
 
@@ -171,7 +171,7 @@ def _summed(args: Any) -> bool:
 
 
 def _splits(want: Placement, args: Any, said: Mapping[str, Any]) -> bool:
-    return is_shard(want) and want.dim == args[2] and _cuts_as(want, said)  # type: ignore[attr-defined]
+    return is_shard(want) and want.dim == args[2] and _cuts_as(want, said)
 
 
 def _gathers(have: Placement, want: Placement, args: Any, said: Mapping[str, Any]) -> bool:

@@ -27,7 +27,7 @@ from torch import fx
 from torch.fx.node import map_arg
 
 from fxshard.errors import CaptureError
-from fxshard.passes.capture import module_of, source_of
+from fxshard.passes.origins import module_of, source_of
 from fxshard.torch_internals import HigherOrderOperator, OpOverload
 
 __all__ = [

@@ -90,7 +90,7 @@ def steps(source: Placements, target: Placements) -> list[Step]:
             else:
                 step(run.all_reduce, axis, REPLICATE)
         elif is_shard(have):
-            if free and is_shard(want) and blocks_of(have) == blocks_of(want) == (1,) and have.dim != want.dim:  # type: ignore[attr-defined]
+            if free and is_shard(want) and blocks_of(have) == blocks_of(want) == (1,) and have.dim != want.dim:
                 step(run.all_to_all, axis, want)
             else:
                 step(run.all_gather, axis, want if isinstance(want, Varying) else REPLICATE)
@@ -106,9 +106,9 @@ def _to_redo(source: Placements, target: Placements) -> set[int]:
     redo: set[int] = set()
     changing = [a for a in range(len(source)) if not same(source[a], target[a])]
     for a in changing:
-        dims = {p.dim for p in (source[a], target[a]) if is_shard(p)}  # type: ignore[attr-defined]
+        dims = {p.dim for p in (source[a], target[a]) if is_shard(p)}
         for b in range(len(source)):
-            others = {p.dim for p in (source[b], target[b]) if is_shard(p)}  # type: ignore[attr-defined]
+            others = {p.dim for p in (source[b], target[b]) if is_shard(p)}
             if b != a and dims & others and (b > a or b in changing):
                 redo |= {a, b}
     return redo

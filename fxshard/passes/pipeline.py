@@ -16,13 +16,14 @@ from torch import fx
 
 from fxshard.mesh import Mesh
 from fxshard.passes.annotate import annotate
-from fxshard.passes.capture import Captured, module_of
+from fxshard.passes.capture import Captured
 from fxshard.passes.check import check
 from fxshard.passes.functionalize import nested_graphs
 from fxshard.passes.insert_collectives import insert_collectives
 from fxshard.passes.localize import localize
 from fxshard.passes.normalize import normalize
 from fxshard.passes.optimize import optimize
+from fxshard.passes.origins import module_of
 from fxshard.passes.propagate import propagate
 from fxshard.passes.typing import has_info, info_of, values_of
 from fxshard.placement import Placements, cut_of, is_uneven

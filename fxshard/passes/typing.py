@@ -91,7 +91,7 @@ def parts_along(info: Info, index: int, dim: int, mesh: Mesh) -> int:
     """Over how many ranks dim ``dim`` of the ``index``-th result is cut."""
     out = 1
     for placement, size in zip(info.outputs[index], mesh.sizes, strict=True):
-        if is_shard(placement) and placement.dim == dim:  # type: ignore[attr-defined]
+        if is_shard(placement) and placement.dim == dim:
             out *= size
     return out
 

@@ -75,7 +75,7 @@ class Writer:
         parts = self.collective(run.all_gather, x, axis)
         made = self(run.by_rank, parts, self.mesh.names[axis])
         made.meta["val"] = torch.stack([x.meta["val"]] * self.mesh.sizes[axis])
-        placed = (shard(p.dim + 1, *cut_of(p)) if is_shard(p) else p for p in info_of(parts).placements)  # type: ignore[attr-defined]
+        placed = (shard(p.dim + 1, *cut_of(p)) if is_shard(p) else p for p in info_of(parts).placements)
         set_info(made, Info((tuple(placed),), differentiable=info_of(x).differentiable))
         return made
 

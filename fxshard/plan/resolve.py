@@ -19,7 +19,8 @@ from torch import fx
 from fxshard.errors import DivisibilityError, FxshardError, MeshError, PlanError
 from fxshard.mesh import Mesh
 from fxshard.placement import BlockShard, Cut, Placement, Replicate, Shard, chunk_shares, cut_of, describe, shard
-from fxshard.plan.detect import Graph, Split, find_split, is_parameter, residuals, shapes_of
+from fxshard.plan.detect import Split, find_split, residuals
+from fxshard.plan.graph import Graph, is_parameter, shapes_of
 from fxshard.plan.plan import Plan
 from fxshard.rules.recipe import Dim, units
 

@@ -55,7 +55,7 @@ class At(NamedTuple):
     @staticmethod
     def of(placement: Placement) -> At | None:
         """Where a placement cuts; None where it does not."""
-        return At(placement.dim, *cut_of(placement)) if is_shard(placement) else None  # type: ignore[attr-defined]
+        return At(placement.dim, *cut_of(placement)) if is_shard(placement) else None
 
 
 @dataclass(frozen=True)

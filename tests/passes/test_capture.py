@@ -17,8 +17,9 @@ from torch.export import Dim
 from torch.utils.checkpoint import checkpoint
 
 from fxshard.errors import CaptureError, InputError
-from fxshard.passes.capture import capture, module_of, signature_key, source_of
+from fxshard.passes.capture import capture, signature_key
 from fxshard.passes.functions import NAMESPACE
+from fxshard.passes.origins import module_of, source_of
 
 torch.set_num_threads(1)
 

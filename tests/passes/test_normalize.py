@@ -12,9 +12,10 @@ from torch import fx, nn
 from torch.utils import _pytree as pytree
 from torch.utils.checkpoint import checkpoint
 
-from fxshard.passes.capture import capture, module_of, source_of
+from fxshard.passes.capture import capture
 from fxshard.passes.functionalize import is_mutating
 from fxshard.passes.normalize import normalize
+from fxshard.passes.origins import module_of, source_of
 
 torch.set_num_threads(1)
 Tensor = torch.Tensor

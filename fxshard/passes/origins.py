@@ -1,0 +1,48 @@
+"""Where a node comes from: the user's module and line, as export noted them."""
+
+from __future__ import annotations
+
+import functools
+import re
+from pathlib import Path
+
+import torch
+from torch import fx
+
+__all__ = ["TORCH_DIR", "clean_path", "module_of", "source_of"]
+
+TORCH_DIR = str(Path(torch.__file__).parent)
+
+
+def module_of(node: fx.Node) -> str:
+    """Return the dotted path of the module that ``node`` comes from; ``""`` for the root or where it is unknown."""
+    stack = node.meta.get("nn_module_stack")
+    if not stack:
+        return ""
+    return clean_path(next(reversed(stack.values()))[0])
+
+
+def source_of(node: fx.Node) -> str:
+    """Return the user's line that ``node`` comes from, e.g. ``model.py:6 in forward``; ``""`` where it is unknown."""
+    trace = node.meta.get("stack_trace")
+    return _innermost_line(trace) if trace else ""
+
+
+@functools.lru_cache(maxsize=65536)
+def clean_path(path: str) -> str:
+    """Return the dotted path of a module as the user writes it.
+
+    >>> clean_path("L['self'].layers._modules['0'].mlp@1")
+    'layers.0.mlp'
+    """
+    path = re.sub(r"^L\['self'\]\.?|^L__self__[._]?|@\d+", "", path)
+    return re.sub(r"\._modules\['([^']*)'\]|\['([^']*)'\]", lambda m: f".{m[1] or m[2]}", path).strip(".")
+
+
+@functools.lru_cache(maxsize=65536)
+def _innermost_line(trace: str) -> str:
+    best = ""
+    for file, line, function in re.findall(r'File "([^"]+)", line (\d+), in (\S+)', trace):
+        if not file.startswith(TORCH_DIR) and not file.startswith("<"):
+            best = f"{file.rsplit('/', 1)[-1]}:{line} in {function}"
+    return best

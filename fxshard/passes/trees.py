@@ -1,0 +1,139 @@
+"""The trees of a model's inputs and outputs: their leaves, and the names of these.
+
+Dataclasses and the caches of transformers, which pytree does not know, are taught to it where they are met.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+
+from fxshard.torch_internals import pytree
+
+__all__ = ["flatten", "paths", "reorder"]
+
+
+def flatten(tree: Any) -> tuple[list[Any], pytree.TreeSpec]:
+    """Flatten ``tree``, and teach pytree the dataclasses and caches that it meets on the way."""
+    leaves, spec = pytree.tree_flatten(tree)
+    while any(_register(type(leaf)) for leaf in leaves):
+        leaves, spec = pytree.tree_flatten(tree)
+    return leaves, spec
+
+
+def reorder(tree: Any, spec: pytree.TreeSpec) -> Any:
+    """Put the keys of every dict of ``tree`` in the order of ``spec``, where they are the same keys."""
+    children = spec.children()
+    if spec.type is dict and type(tree) is dict and set(spec.context) == tree.keys():
+        return {key: reorder(tree[key], child) for key, child in zip(spec.context, children, strict=True)}
+    if spec.type in (list, tuple) and type(tree) is spec.type and len(tree) == len(children):
+        return spec.type(reorder(item, child) for item, child in zip(tree, children, strict=True))
+    return tree
+
+
+def paths(tree: Any) -> list[str]:
+    """Name each leaf as a user writes it: ``input_ids``, ``batch['x']``, ``args[0]``."""
+    names = []
+    for path, _ in pytree.tree_flatten_with_path(tree)[0]:
+        key = path[1]
+        head = str(key.key) if isinstance(key, pytree.MappingKey) else f"args{pytree.keystr((key,))}"
+        names.append(head + pytree.keystr(path[2:]))
+    return names
+
+
+class _Slot(NamedTuple):
+    """The place of a leaf in the remembered state of an object."""
+
+    position: int
+
+
+class _Plain(NamedTuple):
+    """The remembered state of an object: its class, and its attributes with tensors replaced by slots."""
+
+    cls: type
+    state: tuple[tuple[str, Any], ...]
+
+
+def _register(cls: type) -> bool:
+    """Register ``cls`` with pytree if it is a dataclass or a cache of transformers; say whether it was."""
+    if cls in pytree.SUPPORTED_NODES or issubclass(cls, torch.Tensor):
+        return False
+    take: Callable[[Any], tuple[list[Any], Any]]
+    make: Callable[[Any, Any], Any]
+    if dataclasses.is_dataclass(cls):
+        take, make = _flatten_dataclass, functools.partial(_unflatten_dataclass, cls)
+    elif any(base.__name__ == "Cache" and base.__module__.startswith("transformers.") for base in cls.__mro__):
+        take, make = _flatten_object, _unflatten_object
+    else:
+        return False
+
+    def flatten_with_keys(value: Any) -> tuple[list[Any], Any]:
+        leaves, context = take(value)
+        names = context if dataclasses.is_dataclass(cls) else [str(i) for i in range(len(leaves))]
+        return [(pytree.GetAttrKey(name), leaf) for name, leaf in zip(names, leaves, strict=True)], context
+
+    pytree.register_pytree_node(
+        cls,
+        take,
+        make,
+        serialized_type_name=f"{cls.__module__}.{cls.__qualname__}",
+        flatten_with_keys_fn=flatten_with_keys,
+    )
+    return True
+
+
+def _flatten_dataclass(value: Any) -> tuple[list[Any], Any]:
+    names = tuple(item.name for item in dataclasses.fields(value) if hasattr(value, item.name))
+    return [getattr(value, name) for name in names], names
+
+
+def _unflatten_dataclass(cls: type, leaves: Any, names: Any) -> Any:
+    pairs = dict(zip(names, leaves, strict=True))
+    if issubclass(cls, dict):
+        return cls(**pairs)
+    result = object.__new__(cls)  # __post_init__ ran when the user made it; to run it again may change it
+    for name, leaf in pairs.items():
+        object.__setattr__(result, name, leaf)
+    return result
+
+
+def _flatten_object(value: Any) -> tuple[list[Any], Any]:
+    leaves: list[Any] = []
+    return leaves, _template(value, leaves)
+
+
+def _template(value: Any, leaves: list[Any]) -> Any:
+    """Return ``value`` with its tensors moved to ``leaves``; two templates are equal if the rest is."""
+    if isinstance(value, torch.Tensor | torch.SymInt | torch.SymFloat):
+        leaves.append(value)
+        return _Slot(len(leaves) - 1)
+    if type(value) in (list, tuple):
+        return type(value)(_template(item, leaves) for item in value)
+    if type(value) is dict:
+        return {key: _template(item, leaves) for key, item in value.items()}
+    if type(value).__module__.startswith("transformers.cache_utils"):
+        return _Plain(type(value), tuple((name, _template(item, leaves)) for name, item in vars(value).items()))
+    return value
+
+
+def _unflatten_object(leaves: Any, template: Any) -> Any:
+    leaves = list(leaves)
+
+    def build(item: Any) -> Any:
+        if isinstance(item, _Slot):
+            return leaves[item.position]
+        if isinstance(item, _Plain):
+            result: Any = object.__new__(item.cls)
+            vars(result).update((name, build(value)) for name, value in item.state)
+            return result
+        if type(item) in (list, tuple):
+            return type(item)(build(value) for value in item)
+        if type(item) is dict:
+            return {key: build(value) for key, value in item.items()}
+        return item
+
+    return build(template)

@@ -1,0 +1,107 @@
+"""The facts of a graph that detection needs: what is a weight, what is computed from weights, what contracts what."""
+
+from __future__ import annotations
+
+import operator
+from dataclasses import dataclass, field
+
+from torch import fx
+
+from fxshard.placement import REPLICATE, chunk_shares
+from fxshard.rules.lookup import WEIGHT_VIEWS, recipe_for
+from fxshard.rules.recipe import Dim, Factor, Recipe, Shape, divides, operands_of, shape_of
+from fxshard.rules.table import name_of
+
+CUTS = {"aten.split", "aten.split_with_sizes", "aten.chunk", "aten.slice", "aten.narrow"}
+
+
+@dataclass
+class Graph:
+    """The facts of a graph that detection needs, gathered once."""
+
+    order: dict[fx.Node, int] = field(default_factory=dict)
+    weights: dict[fx.Node, fx.Node] = field(default_factory=dict)
+    learned: set[fx.Node] = field(default_factory=set)
+    operands: dict[fx.Node, list[fx.Node]] = field(default_factory=dict)
+    shapes: dict[fx.Node, tuple[Shape, ...]] = field(default_factory=dict)
+    recipes: dict[fx.Node, Recipe | None] = field(default_factory=dict)
+
+    @staticmethod
+    def of(graph: fx.Graph) -> Graph:
+        """Reads a graph: its order, the weights (with their views), and what is computed from weights."""
+        facts = Graph()
+        weights, learned = facts.weights, facts.learned
+        for i, node in enumerate(graph.nodes):
+            facts.order[node] = i
+            facts.shapes[node] = shapes_of(node)
+            if node.op == "get_attr" and is_parameter(node):
+                weights[node] = node
+            elif node.op == "call_function":
+                ops = facts.operands[node] = operands_of(node)
+                if any(o in learned or o in weights for o in ops):
+                    if ops[0] in weights and facts._is_of_weight(node):
+                        weights[node] = weights[ops[0]]
+                    else:
+                        learned.add(node)
+        return facts
+
+    def _is_of_weight(self, node: fx.Node) -> bool:
+        """Whether a call gives a weight in another form: a view, or the matrices of it that positions pick.
+
+        The experts' matrices that a router picks for each token are weights; the vectors of a table are activations.
+        """
+        ops = self.operands[node]
+        if len(ops) == 1 and (name_of(node.target)[1] in WEIGHT_VIEWS | CUTS or node.target is operator.getitem):
+            return True
+        if any(o.meta["val"].is_floating_point() for o in ops[1:]):
+            return False
+        recipe = self.recipe(node)
+        if recipe is None or frozenset({0}) not in recipe.linear:
+            return False
+        kept = [f.inputs[0].dim for f in recipe.factors if f.inputs[0] and all(f.outputs) and not any(f.inputs[1:])]
+        return len(set(kept)) > 1
+
+    def recipe(self, node: fx.Node) -> Recipe | None:
+        """The recipe of a call on whole operands; None where it has no rule."""
+        if node not in self.recipes:
+            shapes = [self.shapes[o] for o in self.operands[node]]
+            single = all(len(s) == 1 for s in shapes)
+            inputs = tuple(s[0] for s in shapes)
+            current = (REPLICATE,) * len(inputs)
+            self.recipes[node] = recipe_for(node, inputs, self.shapes[node], current) if single else None
+        return self.recipes[node]
+
+
+def is_parameter(node: fx.Node) -> bool:
+    """Whether a node reads a parameter of the model."""
+    return bool(node.meta.get("is_parameter"))
+
+
+def shapes_of(node: fx.Node) -> tuple[Shape, ...]:
+    """The shapes of a node's results."""
+    value = node.meta.get("val")
+    return tuple(map(shape_of, value)) if isinstance(value, (list, tuple)) else (shape_of(value),)
+
+
+def contraction(node: fx.Node, facts: Graph) -> tuple[Factor, int, int] | None:
+    """The factor that a call contracts between an activation and a weight, and the positions of the two."""
+    operands = facts.operands[node]
+    if len(operands) < 2 or not any(o in facts.weights for o in operands):
+        return None
+    recipe = facts.recipe(node)
+    for factor in recipe.factors if recipe is not None else ():
+        if any(at is not None for at in factor.outputs) or factor.lowering:
+            continue
+        at = [i for i, a in enumerate(factor.inputs) if a is not None]
+        weights = [i for i in at if operands[i] in facts.weights]
+        values = [i for i in at if operands[i] not in facts.weights]
+        if len(weights) == 1 and len(values) == 1:
+            return factor, values[0], weights[0]
+    return None
+
+
+def shares_among(count: Dim, size: int) -> tuple[int, ...] | None:
+    """How ``count`` units fall to the ranks; None where that is not known."""
+    if isinstance(count, int):
+        return chunk_shares(count, size) if count > 0 else None
+    return () if divides(count, size) else None
