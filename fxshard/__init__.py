@@ -6,7 +6,7 @@ from fxshard.api import parallelize
 from fxshard.errors import FxshardError
 from fxshard.inspect.prove import check_rule
 from fxshard.mesh import Mesh
-from fxshard.plan.plan import Plan, data_parallel, sequence_parallel, tensor_parallel
+from fxshard.plan.plan import Plan, data_parallel, sequence_parallel, tensor_parallel, zero
 from fxshard.program import ParallelModule
 from fxshard.rules.table import register_rule
 from fxshard.simulate import Simulation, simulate
@@ -30,4 +30,5 @@ __all__ = [
     "simulate",
     "tensor_parallel",
     "verify",
+    "zero",
 ]

@@ -16,7 +16,7 @@ the outer axis cuts first, and the inner one cuts what it left.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import cache
 from typing import Any, NamedTuple, TypeAlias, TypeGuard
 
@@ -147,6 +147,30 @@ def cut_of(placement: Placement) -> Cut:
 def blocks_of(placement: Placement) -> tuple[int, ...]:
     """The relative sizes of the blocks that a shard cuts alike; ``(1,)`` for a plain one."""
     return cut_of(placement).blocks
+
+
+def cut_within(placement: Shard, inner: Iterable[tuple[Placement, int]]) -> Cut | None:
+    """How a shard cuts what the axes inside of its own leave each rank of the dim; None where it cuts across them.
+
+    An outer axis cuts first. But where its blocks are so fine that every part of the inner axes is made of whole
+    blocks, the two cuts do not disturb each other: the outer one can be undone on the inner one's parts alone.
+
+    Args:
+        placement: the shard.
+        inner: the placements on the axes inside, with these axes' sizes.
+
+    >>> cut_within(BlockShard(0, (1, 1, 1, 1)), [(Shard(0), 2)]), cut_within(Shard(0), [(Shard(0), 2)])
+    (Cut(blocks=(1, 1), shares=()), None)
+    """
+    blocks, shares = cut_of(placement)
+    for other, size in inner:
+        if not (is_shard(other) and other.dim == placement.dim):
+            continue
+        beside = cut_of(other)
+        if shares or beside.shares or len(set(blocks)) > 1 or len(blocks) % (sum(beside.blocks) * size):
+            return None
+        blocks = (1,) * (len(blocks) // size)
+    return Cut(blocks, shares)
 
 
 @cache

@@ -6,6 +6,7 @@ import logging
 import os
 import time
 from collections.abc import Hashable, Mapping
+from dataclasses import replace
 from functools import cached_property
 from typing import Any
 
@@ -110,9 +111,7 @@ class ParallelModule(nn.Module):
         if self._latest is None:
             return self._asked
         every = {name: dict(zip(self.mesh.names, placed, strict=True)) for name, placed in self._placements.items()}
-        return Plan(
-            self.mesh, every, self._asked.inputs, self._asked.activations, self._asked.outputs, self._asked.presets
-        )
+        return replace(self._asked, params=every)
 
     def _settle(self, compiled: Compiled) -> None:
         """After the first capture: the plan is explicit, and this rank's weights exist."""

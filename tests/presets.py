@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from fxshard import Plan, data_parallel, sequence_parallel, tensor_parallel
+import re
 
-PRESETS = {"tp": tensor_parallel, "sp": sequence_parallel, "dp": data_parallel}
+from fxshard import Plan, data_parallel, sequence_parallel, tensor_parallel, zero
+
+PRESETS = {"tp": tensor_parallel, "sp": sequence_parallel, "dp": data_parallel, "zero": zero}
 
 
 def preset(name: str) -> Plan:
     """``dp2_tp4``: two ranks of data parallelism, outermost, each of four of tensor parallelism."""
-    first, *others = (PRESETS[part[:2]](int(part[2:])) for part in name.split("_"))
+    parts = (re.fullmatch(r"([a-z]+)(\d+)", part) for part in name.split("_"))
+    first, *others = (PRESETS[part[1]](int(part[2])) for part in parts if part)
     for other in others:
         first = first | other
     return first

@@ -20,7 +20,7 @@ from torch import fx
 from fxshard.mesh import Mesh
 from fxshard.passes.propagate import constrain
 from fxshard.passes.typing import Info, set_info
-from fxshard.placement import REPLICATE, Placement, Placements, Replicate
+from fxshard.placement import REPLICATE, Placement, Placements, Replicate, Shard
 from fxshard.plan.resolve import Resolved
 
 
@@ -32,12 +32,12 @@ def annotate(graph: fx.Graph, resolved: Resolved, mesh: Mesh) -> fx.Graph:
         if node.op == "output":
             break
         copy = copies[node] = new.node_copy(node, copies.__getitem__)
-        asked = resolved.nodes.get(node)
-        if asked is None:
-            continue
+        asked, used = resolved.nodes.get(node), resolved.uses.get(node)
         if node.op == "get_attr":
-            set_info(copy, Info((), given=placements(asked, mesh)))
-        else:
+            set_info(copy, Info((), given=placements(asked or {}, mesh)))
+            if used is not None and any(isinstance((asked or {}).get(axis), Shard) for axis in used):
+                copies[node] = _constrain(new, copy, tuple(used.get(name) for name in mesh.names))
+        elif asked is not None:
             copies[node] = _constrain(new, copy, tuple(asked.get(name) for name in mesh.names))
     last = next(iter(reversed(graph.nodes)))
     leaves = []

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import fx
@@ -25,11 +25,22 @@ from torch import fx
 from fxshard.errors import SoundnessError
 from fxshard.mesh import Mesh
 from fxshard.passes.facts import recipe_on_parts
-from fxshard.passes.insert_collectives import CONVERSIONS
+from fxshard.passes.insert_collectives import CONVERSIONS, inside
 from fxshard.passes.origins import module_of, source_of
 from fxshard.passes.propagate import METADATA
 from fxshard.passes.typing import Info, info_of, values_of
-from fxshard.placement import Cut, Placement, Varying, cut_of, describe, is_partial, is_shard, same, shard
+from fxshard.placement import (
+    Cut,
+    Placement,
+    Shard,
+    Varying,
+    cut_of,
+    cut_within,
+    describe,
+    is_partial,
+    is_shard,
+    same,
+)
 from fxshard.rules.lookup import draws
 from fxshard.rules.recipe import At, Factor, operands_of, shape_of, written
 from fxshard.runtime import collectives as run
@@ -135,15 +146,14 @@ def _check_conversion(node: fx.Node, mesh: Mesh) -> None:
     if len(changed) != 1 or mesh.names[changed[0]] != node.args[1]:
         raise _unsound(node, [source], before, after, str(node.args[1]))
     have, want = before[changed[0]], after[changed[0]]
-    if not ALLOWED[node.target](have, want, node.args, node.kwargs):
+    within = inside(before, changed[0], mesh.sizes)
+    if any(is_shard(p) and cut_within(p, within) is None for p in (have, want)):
+        raise _unsound(node, [source], before, after, mesh.names[changed[0]])
+    if not ALLOWED[node.target](have, want, node.args, node.kwargs, within):
         raise _unsound(node, [source], [have], [want], mesh.names[changed[0]])
-    stacked = node.target is run.all_gather and not same(have, shard(0))
+    stacked = node.target is run.all_gather and not (is_shard(have) and have.dim == 0 and _cuts_as(have, {}, within))
     if stacked and any(user.target is not run.concat for user in node.users):
         raise _unsound(node, [source], [have], [want], mesh.names[changed[0]])
-    dims = {p.dim for p in (have, want) if is_shard(p)}
-    inner = before[changed[0] + 1 :]
-    if any(is_shard(p) and p.dim in dims for p in inner):
-        raise _unsound(node, [source], before, after, mesh.names[changed[0]])
 
 
 def _check_concat(node: fx.Node, source: fx.Node, mesh: Mesh) -> None:
@@ -152,14 +162,19 @@ def _check_concat(node: fx.Node, source: fx.Node, mesh: Mesh) -> None:
     after = info_of(node).placements
     if source.target is not run.all_gather or source.args[1] != node.args[1]:
         raise _unsound(node, [source], info_of(source).placements[axis:], after[axis:], mesh.names[axis])
-    have = info_of(source.args[0]).placements[axis]  # type: ignore[arg-type]
-    if not is_shard(have) or have.dim != node.args[2] or not _cuts_as(have, node.kwargs):
+    before = info_of(source.args[0]).placements  # type: ignore[arg-type]
+    have, within = before[axis], inside(before, axis, mesh.sizes)
+    if not is_shard(have) or have.dim != node.args[2] or not _cuts_as(have, node.kwargs, within):
         raise _unsound(node, [source], [have], after[axis:], mesh.names[axis])
 
 
-def _cuts_as(placement: Placement, said: Mapping[str, Any]) -> bool:
-    """Whether a conversion's arguments cut a dim as the placement does."""
-    return cut_of(placement) == Cut(said.get("blocks", (1,)), said.get("lengths", ()))
+Within: TypeAlias = Sequence[tuple[Placement, int]]
+"""The placements on the axes inside of the one at hand, with these axes' sizes."""
+
+
+def _cuts_as(placement: Shard, said: Mapping[str, Any], within: Within) -> bool:
+    """Whether a conversion's arguments cut, of what the inner axes leave of a dim, what the placement says."""
+    return cut_within(placement, within) == Cut(said.get("blocks", (1,)), said.get("lengths", ()))
 
 
 def _replicated(placement: Placement) -> bool:
@@ -170,29 +185,33 @@ def _summed(args: Any) -> bool:
     return len(args) > 2 and bool(args[2])
 
 
-def _splits(want: Placement, args: Any, said: Mapping[str, Any]) -> bool:
-    return is_shard(want) and want.dim == args[2] and _cuts_as(want, said)
+def _splits(want: Placement, args: Any, said: Mapping[str, Any], within: Within) -> bool:
+    return is_shard(want) and want.dim == args[2] and _cuts_as(want, said, within)
 
 
 def _gathers(have: Placement, want: Placement, args: Any, said: Mapping[str, Any]) -> bool:
-    padded = not cut_of(have).shares or (said.get("lengths"), said.get("dim")) == (cut_of(have).shares, have.dim)  # type: ignore[attr-defined]
+    if not is_shard(have):
+        return False
+    padded = not cut_of(have).shares or (said.get("lengths"), said.get("dim")) == (cut_of(have).shares, have.dim)
     return padded and (isinstance(want, Varying) if _summed(args) else _replicated(want))
 
 
-def _exchanges(have: Placement, want: Placement, args: Any, said: Mapping[str, Any]) -> bool:
+def _exchanges(have: Placement, want: Placement, args: Any, said: Mapping[str, Any], within: Within) -> bool:
+    if not is_shard(have) or not is_shard(want):
+        return False
+    found = cut_within(have, within), cut_within(want, within)
     lengths = cut_of(have).shares, cut_of(want).shares
-    return (have.dim, want.dim) == (args[2], args[3]) and said.get("lengths", ((), ())) == lengths  # type: ignore[attr-defined]
+    whole = all(cut is not None and cut.blocks == (1,) for cut in found)
+    return whole and (have.dim, want.dim) == (args[2], args[3]) and said.get("lengths", ((), ())) == lengths
 
 
-ALLOWED: dict[Any, Callable[[Placement, Placement, Any, Mapping[str, Any]], bool]] = {
-    run.vary: lambda have, want, args, said: _replicated(have) and isinstance(want, Varying),
-    run.all_reduce: lambda have, want, args, said: is_partial(have) and _replicated(want),
-    run.reduce_scatter: lambda have, want, args, said: is_partial(have) and _splits(want, args, said),
-    run.chunk: lambda have, want, args, said: _replicated(have) and _splits(want, args, said),
-    run.all_gather: lambda have, want, args, said: is_shard(have) and _gathers(have, want, args, said),
-    run.all_to_all: lambda have, want, args, said: (
-        is_shard(have) and is_shard(want) and _exchanges(have, want, args, said)
-    ),
+ALLOWED: dict[Any, Callable[[Placement, Placement, Any, Mapping[str, Any], Within], bool]] = {
+    run.vary: lambda have, want, args, said, within: _replicated(have) and isinstance(want, Varying),
+    run.all_reduce: lambda have, want, args, said, within: is_partial(have) and _replicated(want),
+    run.reduce_scatter: lambda have, want, args, said, within: is_partial(have) and _splits(want, args, said, within),
+    run.chunk: lambda have, want, args, said, within: _replicated(have) and _splits(want, args, said, within),
+    run.all_gather: lambda have, want, args, said, within: _gathers(have, want, args, said),
+    run.all_to_all: _exchanges,
 }
 """For each conversion, what it may be given and what it gives: the table of ``runtime.collectives``."""
 

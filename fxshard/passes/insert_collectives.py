@@ -13,7 +13,7 @@ cut one dim, the outer one cut first: to change it, the inner ones are undone fi
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -26,9 +26,10 @@ from fxshard.placement import (
     REPLICATE,
     Placement,
     Placements,
+    Shard,
     Varying,
-    blocks_of,
     cut_of,
+    cut_within,
     describe,
     is_partial,
     is_shard,
@@ -64,15 +65,15 @@ class Step:
     after: Placements
 
 
-def steps(source: Placements, target: Placements) -> list[Step]:
-    """The conversions that lead from ``source`` to ``target``, in order.
+def steps(source: Placements, target: Placements, sizes: Sequence[int]) -> list[Step]:
+    """The conversions that lead from ``source`` to ``target``, in order; ``sizes`` are those of the axes.
 
     >>> from fxshard.placement import PARTIAL, Shard
-    >>> [s.function.__name__ for s in steps((Shard(0), PARTIAL), (REPLICATE, Shard(0)))]
+    >>> [s.function.__name__ for s in steps((Shard(0), PARTIAL), (REPLICATE, Shard(0)), (2, 2))]
     ['all_reduce', 'all_gather', 'chunk']
     """
     now = list(source)
-    redo = _to_redo(source, target)
+    redo = _to_redo(source, target, sizes)
     out: list[Step] = []
 
     def step(function: Any, axis: int, after: Placement) -> None:
@@ -90,7 +91,7 @@ def steps(source: Placements, target: Placements) -> list[Step]:
             else:
                 step(run.all_reduce, axis, REPLICATE)
         elif is_shard(have):
-            if free and is_shard(want) and blocks_of(have) == blocks_of(want) == (1,) and have.dim != want.dim:
+            if free and is_shard(want) and have.dim != want.dim and _exchanges(have, want, now, axis, sizes):
                 step(run.all_to_all, axis, want)
             else:
                 step(run.all_gather, axis, want if isinstance(want, Varying) else REPLICATE)
@@ -101,17 +102,31 @@ def steps(source: Placements, target: Placements) -> list[Step]:
     return out
 
 
-def _to_redo(source: Placements, target: Placements) -> set[int]:
+def _to_redo(source: Placements, target: Placements, sizes: Sequence[int]) -> set[int]:
     """The axes that cannot be changed directly, since another axis that changes cuts the same dim."""
     redo: set[int] = set()
     changing = [a for a in range(len(source)) if not same(source[a], target[a])]
     for a in changing:
-        dims = {p.dim for p in (source[a], target[a]) if is_shard(p)}
+        cuts = [p for p in (source[a], target[a]) if is_shard(p)]
         for b in range(len(source)):
             others = {p.dim for p in (source[b], target[b]) if is_shard(p)}
-            if b != a and dims & others and (b > a or b in changing):
+            clash = [p for p in cuts if p.dim in others]
+            if b == a or not clash or not (b > a or b in changing):
+                continue
+            if b in changing or any(cut_within(p, [(source[b], sizes[b])]) is None for p in clash):
                 redo |= {a, b}
     return redo
+
+
+def _exchanges(have: Shard, want: Shard, now: Sequence[Placement], axis: int, sizes: Sequence[int]) -> bool:
+    """Whether one exchange leads from the one cut to the other: neither has blocks, as the inner axes leave them."""
+    cuts = [cut_within(p, inside(now, axis, sizes)) for p in (have, want)]
+    return all(cut is not None and cut.blocks == (1,) for cut in cuts)
+
+
+def inside(placements: Sequence[Placement], axis: int, sizes: Sequence[int]) -> list[tuple[Placement, int]]:
+    """The placements on the axes inside of ``axis``, with these axes' sizes."""
+    return list(zip(placements, sizes, strict=True))[axis + 1 :]
 
 
 def weigh(path: list[Step]) -> int:
@@ -131,10 +146,10 @@ class _Versions:
                 return node
         return None
 
-    def cheapest(self, wanted: Placements) -> tuple[list[Step], fx.Node]:
+    def cheapest(self, wanted: Placements, sizes: Sequence[int]) -> tuple[list[Step], fx.Node]:
         usable = [(p, n) for p, n in self.made if not any(isinstance(x, Varying) for x in p)]
         usable = usable or self.made  # made of varied operands: what is wanted of it varies along the same axes
-        paths = [(steps(p, wanted), n) for p, n in usable]
+        paths = [(steps(p, wanted, sizes), n) for p, n in usable]
         return min(paths, key=lambda path: weigh(path[0]))
 
 
@@ -143,24 +158,28 @@ def insert_collectives(graph: fx.Graph, mesh: Mesh) -> fx.Graph:
     new = fx.Graph()
     copies: dict[fx.Node, fx.Node] = {}
     versions: dict[fx.Node, _Versions] = {}
+
+    def form(operand: fx.Node, wanted: Placements | None, reader: fx.Node) -> fx.Node:
+        if wanted is None and operand in copies:
+            return copies[operand]
+        return _convert(new, versions[operand], wanted or info_of(operand).placements, mesh, reader)
+
     for node in graph.nodes:
         if node.target is constrain:
             operand = node.args[0]
-            info = info_of(node)
             versions[node] = versions[operand]
-            copies[node] = _convert(new, versions[operand], info.placements, mesh, node)
+            if operand.op != "get_attr":  # of a weight, each reader says in which form it reads it
+                copies[node] = form(operand, info_of(node).placements, node)
             continue
         wanted = list(required(node))
         if any(w is not None for w in wanted):
-            made = [
-                copies[o] if w is None else _convert(new, versions[o], w, mesh, node)
-                for o, w in zip(operands_of(node), wanted, strict=True)
-            ]
+            made = [form(o, w, node) for o, w in zip(operands_of(node), wanted, strict=True)]
             args, kwargs = with_operands(node, made, copies)
             copy = new.create_node(node.op, node.target, args, kwargs, node.name)
             copy.meta = dict(node.meta)
         else:
-            copy = new.node_copy(node, copies.__getitem__)
+            read = {o: form(o, None, node) for o in node.all_input_nodes}
+            copy = new.node_copy(node, read.__getitem__)
         copies[node] = copy
         info = info_of(node)
         versions[node] = _Versions([(info.placements, copy)] if info.outputs else [])
@@ -189,7 +208,7 @@ def _convert(new: fx.Graph, versions: _Versions, wanted: Placements, mesh: Mesh,
     found = versions.find(wanted)
     if found is not None:
         return found
-    path, node = versions.cheapest(wanted)
+    path, node = versions.cheapest(wanted, mesh.sizes)
     for step in path:
         done = versions.find(step.after)
         if done is None:
@@ -205,6 +224,7 @@ def emit(new: fx.Graph, node: fx.Node, step: Step, mesh: Mesh, reader: fx.Node) 
     after = step.after[step.axis]
     known = info_of(node)
     info = Info((step.after,), differentiable=known.differentiable)
+    within = inside(step.after, step.axis, mesh.sizes)
     reason = {"reader": reader.name, "from": describe(step.source), "to": describe(after)}
 
     def make(function: Any, *args: Any, **kwargs: Any) -> fx.Node:
@@ -219,7 +239,8 @@ def emit(new: fx.Graph, node: fx.Node, step: Step, mesh: Mesh, reader: fx.Node) 
         return made
 
     if step.function is run.all_gather:
-        dim, said = step.source.dim, how(step.source)  # type: ignore[attr-defined]
+        assert is_shard(step.source)
+        dim, said = step.source.dim, how(step.source, within)
         args = (node, axis, True) if isinstance(after, Varying) else (node, axis)
         gathered = make(
             run.all_gather, *args, **({"dim": dim, "lengths": said["lengths"]} if "lengths" in said else {})
@@ -230,11 +251,18 @@ def emit(new: fx.Graph, node: fx.Node, step: Step, mesh: Mesh, reader: fx.Node) 
         dims = step.source.dim, after.dim  # type: ignore[attr-defined]
         return make(run.all_to_all, node, axis, *dims, **({"lengths": lengths} if any(lengths) else {}))
     if step.function in (run.chunk, run.reduce_scatter):
-        return make(step.function, node, axis, after.dim, **how(after))  # type: ignore[attr-defined]
+        assert is_shard(after)
+        return make(step.function, node, axis, after.dim, **how(after, within))
     return make(step.function, node, axis)
 
 
-def how(placement: Placement) -> dict[str, tuple[int, ...]]:
-    """What a conversion is told of a shard beside its dim; ``localize`` makes lengths of the shares."""
-    blocks, shares = cut_of(placement)
-    return ({"blocks": blocks} if blocks != (1,) else {}) | ({"lengths": shares} if shares else {})
+def how(placement: Shard, within: Sequence[tuple[Placement, int]] = ()) -> dict[str, tuple[int, ...]]:
+    """What a conversion is told of a shard beside its dim; ``localize`` makes lengths of the shares.
+
+    Args:
+        placement: the shard.
+        within: the placements on the axes inside, with these axes' sizes.
+    """
+    cut = cut_within(placement, within)
+    assert cut is not None, (placement, within)
+    return ({"blocks": cut.blocks} if cut.blocks != (1,) else {}) | ({"lengths": cut.shares} if cut.shares else {})

@@ -66,7 +66,9 @@ def propagate(graph: fx.Graph, mesh: Mesh) -> fx.Graph:
             operand.readers.append(fact)
         fact.differentiable = _differentiable(fact)
         fact.stored = fact.node.op == "get_attr" or (
-            bool(fact.operands) and fact.operands[0].stored and name_of(fact.node.target)[1] in WEIGHT_VIEWS
+            bool(fact.operands)
+            and fact.operands[0].stored
+            and (fact.node.target is constrain or name_of(fact.node.target)[1] in WEIGHT_VIEWS)
         )
     for axis in range(mesh.ndim):
         if mesh.sizes[axis] > 1:

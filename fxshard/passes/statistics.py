@@ -89,7 +89,7 @@ class Statistics(Writer):
     def placed(self, x: fx.Node, axis: int, placement: Placement) -> fx.Node:
         """``x`` as ``placement`` along one axis."""
         before = info_of(x).placements
-        for step in steps(before, (*before[:axis], placement, *before[axis + 1 :])):
+        for step in steps(before, (*before[:axis], placement, *before[axis + 1 :]), self.mesh.sizes):
             x = emit(self.new, x, step, self.mesh, self.node)
             for made in (*x.all_input_nodes, x):  # of a gather there are two
                 give_lengths(made, self.mesh)

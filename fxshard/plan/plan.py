@@ -25,6 +25,9 @@ from fxshard.plan.formats import axis_for, read_hf
 Entry: TypeAlias = "Placement | Mapping[str, Placement]"
 """One placement (on a one-axis mesh), or one an axis."""
 
+PARTS = ("params", "uses", "inputs", "activations", "outputs")
+"""What a plan speaks of."""
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -36,6 +39,8 @@ class Plan:
         inputs: globs of input names -> placements: how an input, given whole to every rank, is split for use.
         activations: globs of module paths -> placements of what those modules return; ``"%name"`` is the result of
             that node of the graph.
+        uses: globs of parameter names -> placements as which they are read, where that is not how they are stored:
+            ``{"*": {"dp": Replicate()}}`` gathers every parameter that ``params`` splits over ``dp`` before its use.
         outputs: placements of the model's outputs; on an axis that is not named an output comes back whole. Or globs of
             output positions (``"0"``) -> placements.
         presets: intentions that are resolved against the captured graph: (preset, axis) pairs.
@@ -57,12 +62,13 @@ class Plan:
     inputs: Mapping[str, Entry] = field(default_factory=dict)
     activations: Mapping[str, Entry] = field(default_factory=dict)
     outputs: Mapping[str, Any] = field(default_factory=dict)
+    uses: Mapping[str, Entry] = field(default_factory=dict)
     presets: tuple[tuple[str, str], ...] = ()
 
     def __post_init__(self) -> None:
         if self.mesh is not None:
             object.__setattr__(self, "mesh", Mesh.of(self.mesh))
-        for part in ("params", "inputs", "activations"):
+        for part in ("params", "uses", "inputs", "activations"):
             entries = {name: self._entry(entry, f"{part}[{name!r}]") for name, entry in getattr(self, part).items()}
             object.__setattr__(self, part, entries)
         object.__setattr__(self, "outputs", self._outputs(self.outputs))
@@ -96,7 +102,7 @@ class Plan:
     def on(self, mesh: Mesh) -> Plan:
         """This plan on a mesh: bare placements take its one axis."""
         plan = replace(self, mesh=mesh if self.mesh is None else self.mesh | mesh)
-        for part in ("params", "inputs", "activations", "outputs"):
+        for part in PARTS:
             entries = {
                 name: plan._entry(entry[""], f"{part}[{name!r}]") if "" in entry else entry
                 for name, entry in getattr(self, part).items()
@@ -110,7 +116,7 @@ class Plan:
             return NotImplemented
         mesh = other.mesh if self.mesh is None else self.mesh if other.mesh is None else self.mesh | other.mesh
         merged: dict[str, Any] = {}
-        for part in ("params", "inputs", "activations", "outputs"):
+        for part in PARTS:
             merged[part] = {name: dict(entry) for name, entry in getattr(self, part).items()}
             for name, entry in getattr(other, part).items():
                 mine = merged[part].setdefault(name, {})
@@ -131,7 +137,7 @@ class Plan:
             part: {
                 name: {axis: describe(p) for axis, p in entry.items()} for name, entry in getattr(self, part).items()
             }
-            for part in ("params", "inputs", "activations", "outputs")
+            for part in PARTS
         }
         return json.dumps({"mesh": mesh, **parts, "presets": self.presets}, indent=2)
 
@@ -140,8 +146,8 @@ class Plan:
         """The plan that ``to_json`` wrote."""
         data = json.loads(text)
         parts = {
-            part: {name: {a: parse_placement(p) for a, p in entry.items()} for name, entry in data[part].items()}
-            for part in ("params", "inputs", "activations", "outputs")
+            part: {name: {a: parse_placement(p) for a, p in entry.items()} for name, entry in data.get(part, {}).items()}
+            for part in PARTS
         }
         return Plan(data["mesh"], presets=tuple(map(tuple, data["presets"])), **parts)
 
@@ -174,7 +180,7 @@ class Plan:
         lines = [f"Plan on {self.mesh}"]
         rows = [
             (part, name, ", ".join(f"{a}: {describe(p)}" if a else describe(p) for a, p in entry.items()))
-            for part in ("params", "inputs", "activations", "outputs")
+            for part in PARTS
             for name, entry in getattr(self, part).items()
         ] + [("preset", name, axis) for name, axis in self.presets]
         width = max((len(name) for _, name, _ in rows), default=0)
@@ -242,3 +248,17 @@ def sequence_parallel(size: int, axis: str = "tp") -> Plan:
     Reference: Reducing Activation Recomputation in Large Transformer Models (Korthikanti et al., 2022).
     """
     return Plan({axis: size}, presets=(("tensor_parallel", axis), ("sequence_parallel", axis)))
+
+
+def zero(size: int, axis: str = "dp") -> Plan:
+    """Data parallelism whose parameters, with their gradients and optimizer states, are stored in parts.
+
+    Each parameter is gathered where it is used, and its gradient reduce-scattered. The smallest ones stay whole.
+
+    Args:
+        size: the number of ranks along the axis.
+        axis: the mesh axis.
+
+    Reference: ZeRO (Rajbhandari et al., 2020), stage 3; PyTorch FSDP (Zhao et al., 2023).
+    """
+    return Plan({axis: size}, presets=(("data_parallel", axis), ("zero", axis)))

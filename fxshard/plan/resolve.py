@@ -18,7 +18,18 @@ from torch import fx
 
 from fxshard.errors import DivisibilityError, FxshardError, MeshError, PlanError
 from fxshard.mesh import Mesh
-from fxshard.placement import BlockShard, Cut, Placement, Replicate, Shard, chunk_shares, cut_of, describe, shard
+from fxshard.placement import (
+    REPLICATE,
+    BlockShard,
+    Cut,
+    Placement,
+    Replicate,
+    Shard,
+    chunk_shares,
+    cut_of,
+    describe,
+    shard,
+)
 from fxshard.plan.detect import Split, find_split, residuals
 from fxshard.plan.graph import Graph, is_parameter, shapes_of
 from fxshard.plan.plan import Plan
@@ -51,6 +62,7 @@ class Resolved:
     Attributes:
         plan: the explicit plan.
         nodes: what it says of the graph's nodes.
+        uses: as what parameters are read, where that is not how they are stored.
         outputs: what it says of the outputs.
         notes: what the presets could not do.
         without_rule: the names of calls at which tensor parallelism ends, since their operator has no rule.
@@ -58,6 +70,7 @@ class Resolved:
 
     plan: Plan
     nodes: Mapping[fx.Node, Mapping[str, Placement]]
+    uses: Mapping[fx.Node, Mapping[str, Placement]]
     outputs: Sequence[Mapping[str, Placement]]
     notes: tuple[str, ...] = ()
     without_rule: tuple[str, ...] = ()
@@ -77,19 +90,22 @@ def resolve(plan: Plan, graph: fx.Graph, names: Names) -> Resolved:
         for glob, entry in getattr(plan, part).items():
             work.apply(part, glob, entry)
     work.match_blocks()
-    for preset, axis in plan.presets:
+    for preset, axis in sorted(plan.presets, key=lambda each: list(PRESETS).index(each[0])):
         PRESETS[preset](work, axis)
+    for glob, entry in plan.uses.items():
+        work.use(glob, entry)
     outputs = work.outputs(plan.outputs)
     work.raise_problems()
     explicit = replace(
         plan,
         params=work.explicit["params"],
+        uses=work.uses,
         inputs=work.explicit["inputs"],
         activations=work.explicit["activations"],
         outputs={str(i): dict(o) for i, o in enumerate(outputs) if o},
         presets=(),
     )
-    return Resolved(explicit, work.nodes, outputs, tuple(work.notes), tuple(work.without_rule))
+    return Resolved(explicit, work.nodes, work.used, outputs, tuple(work.notes), tuple(work.without_rule))
 
 
 @dataclass
@@ -102,6 +118,8 @@ class _Work:
     explicit: dict[str, dict[str, dict[str, Placement]]] = field(
         default_factory=lambda: {"params": {}, "inputs": {}, "activations": {}}
     )
+    used: dict[fx.Node, dict[str, Placement]] = field(default_factory=dict)
+    uses: dict[str, dict[str, Placement]] = field(default_factory=dict)
     problems: list[FxshardError] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     without_rule: dict[str, None] = field(default_factory=dict)
@@ -122,6 +140,21 @@ class _Work:
                 is_tensor = name in self.names.params or name in self.names.all_params
                 kind = "params" if is_tensor else "activations" if part == "params" else part
                 self.put(kind, name, node, axis, placement, f"{part} {glob!r}")
+
+    def use(self, glob: str, entry: Mapping[str, Placement]) -> None:
+        """One entry of how parameters are read."""
+        matched = self._match("params", glob)
+        for axis, placement in entry.items():
+            if not self._has_axis(axis, f"uses {glob!r}"):
+                continue
+            if isinstance(placement, Shard) or placement.is_partial():
+                asked = f"uses {glob!r}: a parameter cannot be read as {describe(placement)}"
+                self.problems.append(PlanError(asked, fix="give Replicate(); to read it in parts, store it so"))
+                continue
+            self.uses.setdefault(glob, {})[axis] = placement
+            for name, node in matched:
+                if node is not None and name in self.names.params:
+                    self.used.setdefault(node, {})[axis] = placement
 
     def _has_axis(self, axis: str, asked_by: str) -> bool:
         if axis in self.mesh.names:
@@ -209,7 +242,7 @@ class _Work:
                 )
             )
             return None
-        beside = self._beside(known, axis, dim)
+        beside = self.beside(known, axis, dim)
         found = _fitting(shape[dim], dim, placement, size, beside)
         if found is None:
             others = [ranks for _, ranks in beside.inner + beside.outer]
@@ -224,7 +257,7 @@ class _Work:
             return None
         return found
 
-    def _beside(self, known: Mapping[str, Placement], axis: str, dim: int) -> _Beside:
+    def beside(self, known: Mapping[str, Placement], axis: str, dim: int) -> _Beside:
         """How the other axes split the same dim."""
         outer: list[tuple[Cut, int]] = []
         inner: list[tuple[Cut, int]] = []
@@ -240,7 +273,7 @@ class _Work:
         if not self.free(node, axis):
             return
         size = shapes_of(node)[0][placement.dim]
-        beside = self._beside(self.nodes.get(node, {}), axis, placement.dim)
+        beside = self.beside(self.nodes.get(node, {}), axis, placement.dim)
         if _fitting(size, placement.dim, placement, self.mesh.size(axis), beside) is not None:
             self.put(part, name, node, axis, placement, preset)
         else:
@@ -268,7 +301,7 @@ class _Work:
     def _says_only(self, dim: int, node: fx.Node, placement: Placement, axis: str) -> bool:
         """Whether the user said no more than which dim to split: no blocks, and no shares but those of ``chunk``."""
         count = shapes_of(node)[0][dim]
-        if any(self._beside(self.nodes[node], axis, dim)):
+        if any(self.beside(self.nodes[node], axis, dim)):
             return False  # heads would have to go round all these axes
         return placement.is_shard(dim) and cut_of(placement) == cut_of(
             _fitting(count, 0, Shard(0), self.mesh.size(axis)) or placement
@@ -418,8 +451,59 @@ def _sequence_parallel(work: _Work, axis: str) -> None:
             work.offer("activations", f"%{node.name}", node, axis, Shard(1), "sequence_parallel")
 
 
+SMALL = 1 / 50
+"""What part of a rank's share of all parameters may lie in parameters that every rank holds whole."""
+
+
+def _zero(work: _Work, axis: str) -> None:
+    """Every parameter in parts, but for the smallest: what they are in all is little beside a rank's share."""
+    size = work.mesh.size(axis)
+    if size == 1:
+        return
+    free = {node: name for name, node in reversed(list(work.names.params.items())) if is_parameter(node)}
+    free = {node: name for node, name in reversed(list(free.items())) if work.free(node, axis)}
+    left = SMALL * sum(node.meta["val"].nbytes for node in free) / size
+    small = set()
+    for node in sorted(free, key=lambda each: each.meta["val"].nbytes):
+        left -= node.meta["val"].nbytes
+        if left < 0:
+            break
+        small.add(node)
+    for node, name in free.items():
+        placement = None if node in small else _stored(work, node, axis)
+        if placement is not None:
+            work.put("params", name, node, axis, placement, "zero")
+        elif node not in small:
+            work.notes.append(f"zero leaves {name} whole on axis {axis!r}: no dim of it can be cut")
+    work.use("*", {axis: REPLICATE})
+
+
+def _stored(work: _Work, node: fx.Node, axis: str) -> Shard | None:
+    """How a parameter is cut to be stored: best along dim 0, whose parts need not be put together when gathered.
+
+    Where an inner axis cuts that dim too, it is cut in blocks so fine that the parts can be gathered within its.
+    """
+    size, shape = work.mesh.size(axis), shapes_of(node)[0]
+    found: list[tuple[bool, int, Shard]] = []
+    for dim in range(len(shape)):
+        beside = work.beside(work.nodes.get(node, {}), axis, dim)
+        if any(cut.shares for cut, _ in beside.inner + beside.outer):
+            continue
+        blocks = math.prod(sum(cut.blocks) * ranks for cut, ranks in beside.inner)
+        within = math.prod(sum(cut.blocks) for cut, _ in beside.inner)
+        placement = shard(dim, (1,) * blocks)
+        if _divides_by(shape[dim], (*beside.outer, (cut_of(placement), size), *beside.inner)):
+            found.append((dim > 0 or within > 1, dim, placement))
+    if found:
+        return min(found, key=lambda each: each[:2])[2]
+    uncut = [dim for dim in range(len(shape)) if shape[dim] and not any(work.beside(work.nodes.get(node, {}), axis, dim))]
+    return _fitting(shape[uncut[0]], uncut[0], Shard(uncut[0]), size) if uncut else None
+
+
 PRESETS = {
     "data_parallel": _data_parallel,
     "tensor_parallel": _tensor_parallel,
     "sequence_parallel": _sequence_parallel,
+    "zero": _zero,
 }
+"""In the order in which they are resolved: the later ones see what the earlier ones have placed."""

@@ -14,7 +14,22 @@ from tests.helpers import TOLERANCES, Result, assert_equivalent, problems_of, ru
 from tests.models.zoo import MODELS, build, ids, labels_for, padding, sized
 from tests.presets import presets
 
-PLANS = presets("tp2", "tp4", "sp2", "sp4", "dp2", "dp4", "dp2_tp2", "tp2_dp2", "dp2_sp2", "sp2_dp2")
+PLANS = presets(
+    "tp2",
+    "tp4",
+    "sp2",
+    "sp4",
+    "dp2",
+    "dp4",
+    "dp2_tp2",
+    "tp2_dp2",
+    "dp2_sp2",
+    "sp2_dp2",
+    "zero2",
+    "zero2_tp2",
+    "tp2_zero2",
+    "zero3_sp2",
+)
 each_model = pytest.mark.parametrize("name", MODELS)
 each_plan = pytest.mark.parametrize("plan", PLANS)
 
@@ -35,8 +50,8 @@ def check(name: str, plan: str, dtype: torch.dtype, training: bool = False) -> f
 def test_float64(name: str, plan: str) -> None:
     program = check(name, plan, torch.float64)
     splits_weights = any(e for e in program.plan.params.values())
-    assert splits_weights == ("tp" in plan or "sp" in plan)
-    assert bool(program.plan.inputs) == ("dp" in plan)
+    assert splits_weights == any(preset in plan for preset in ("tp", "sp", "zero"))
+    assert bool(program.plan.inputs) == ("dp" in plan or "zero" in plan)
     assert bool(program.plan.activations) == ("sp" in plan)
 
 
