@@ -15,6 +15,7 @@ from fxshard.passes.pipeline import Options
 from fxshard.plan.formats import axis_for, is_style, read_styles
 from fxshard.plan.plan import Plan
 from fxshard.program import ParallelModule
+from fxshard.runtime.buckets import BUCKET_BYTES
 from fxshard.runtime.process import check_world
 
 
@@ -28,6 +29,8 @@ def parallelize(
     dynamic_shapes: Any = None,
     reduce_dtype: torch.dtype | None = None,
     randomness: str = "single_device",
+    bucket_bytes: int = BUCKET_BYTES,
+    regather: bool = True,
 ) -> ParallelModule:
     """Compiles an unmodified model for a mesh.
 
@@ -45,6 +48,10 @@ def parallelize(
         randomness: ``"single_device"``: dropout drops what one device would drop, mask for mask. Every rank draws the
             whole mask for that, and attention with dropout is written out. ``"independent"``: each rank draws for its
             own part, and attention stays fused; what is replicated is dropped alike on all ranks.
+        bucket_bytes: the gradients of weights that every rank holds whole are summed over the ranks in buckets of so
+            many bytes, while the backward pass goes on. 0 sums each by itself.
+        regather: weights that are stored in parts and gathered for use (``zero``) are not kept for the backward pass,
+            which gathers them once more: less memory, more traffic.
 
     Returns:
         A module that is called like the model, with the same whole inputs on every rank.
@@ -75,7 +82,9 @@ def parallelize(
         raise PlanError(f"reduce_dtype is {reduce_dtype}, in which nothing can be summed", fix="give torch.float32")
     if randomness not in ("single_device", "independent"):
         raise PlanError(f"randomness is {randomness!r}", fix="give 'single_device' or 'independent'")
-    options = Options(reduce_dtype, randomness == "independent")
+    if bucket_bytes < 0:
+        raise PlanError(f"bucket_bytes is {bucket_bytes}", fix="give a number of bytes, or 0 for no buckets")
+    options = Options(reduce_dtype, randomness == "independent", bucket_bytes, regather)
     program = ParallelModule(model, asked, device_mesh, dynamic_shapes, options)
     if args or kwargs:
         program.capture(tuple(args), kwargs)

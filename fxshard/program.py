@@ -6,6 +6,7 @@ import logging
 import os
 import time
 from collections.abc import Hashable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from functools import cached_property
 from typing import Any
@@ -26,9 +27,11 @@ from fxshard.passes.pipeline import STAGES, Compiled, Options, compile_graph
 from fxshard.placement import REPLICATE, Placements, cut_of, is_shard, join_all
 from fxshard.plan.plan import Plan
 from fxshard.runtime.autocast import ambient, using
-from fxshard.runtime.collectives import Axis, all_gather, concat
+from fxshard.runtime.buckets import Buckets, Synchronization, defer
+from fxshard.runtime.collectives import Axis, ProcessAxisGroup, all_gather, concat
 from fxshard.runtime.module import RankModule, find, load, local_part, place, share
-from fxshard.runtime.process import check_same_weights, checksum, process_axes, share_random_state
+from fxshard.runtime.process import check_same_weights, checksum, joint_group, process_axes, share_random_state
+from fxshard.runtime.regather import Regather
 
 logger = logging.getLogger("fxshard")
 
@@ -70,6 +73,10 @@ class ParallelModule(nn.Module):
         self._functions: dict[int, Any] = {}
         self._checksums: dict[str, int] = {}
         self._axes: dict[str, Axis] | None = None
+        self._joint: dict[tuple[str, ...], ProcessAxisGroup] = {}
+        self._buckets: list[Buckets] = []
+        self._synchronization = Synchronization()
+        self._regather = Regather()
         self._placements: dict[str, Placements] = {}
         self.training = model.training
 
@@ -241,15 +248,49 @@ class ParallelModule(nn.Module):
         compiled, leaves = self.compile_call(args, kwargs)
         if id(compiled) not in self._functions:
             self._functions[id(compiled)] = self.function(compiled, self.rank, self.axes)
+            self._defer_gradients(compiled)
         if self._checksums:
             check_same_weights(self._checksums)
             self._checksums = {}
         if compiled.draws:
             share_random_state(self.mesh)
         leaves = [x.to(self._device) if isinstance(x, torch.Tensor) else x for x in leaves]
-        with using(()):  # the casts are in the code
+        with using(()), self._regather.saving() if self._gathers(compiled) else nullcontext():  # casts are in the code
             out = self._functions[id(compiled)](self.rank_module(self.rank), *leaves)
         return compiled.captured.unflatten_outputs(out)
+
+    def _gathers(self, compiled: Compiled) -> bool:
+        """Whether weights are gathered that the backward pass will gather again."""
+        return self.options.regather and compiled.gathers and torch.is_grad_enabled()
+
+    def _defer_gradients(self, compiled: Compiled) -> None:
+        """Sums the gradients of whole weights in buckets from now on; collective."""
+        if self.mesh.world_size == 1:
+            return
+        module = self.rank_module(self.rank)
+        weights = [(find(module, name), names) for name, names in compiled.varied_weights]
+        for _, names in weights:
+            if names not in self._joint:
+                self._joint[names] = joint_group(self.mesh, names, self.axes)
+        size = self.options.bucket_bytes
+        self._buckets += defer(weights, self._joint, self.axes, size, self._synchronization)
+
+    def no_sync(self) -> AbstractContextManager[None]:
+        """Within it, gradients of weights that every rank holds whole are not summed over the ranks.
+
+        For the inner steps of gradient accumulation: the first backward pass outside sums what all of them gave. Until
+        then ``.grad`` is each rank's own. Gradients of weights that are stored in parts are summed all the same.
+
+        >>> import fxshard
+        >>> model, x = nn.Linear(4, 4), torch.randn(2, 4)
+        >>> program = fxshard.parallelize(model, fxshard.data_parallel(1), (x,))
+        >>> with program.no_sync():
+        ...     program(x).sum().backward()
+        >>> program(x).sum().backward()  # the sum of both is in .grad
+
+        Reference: ``torch.nn.parallel.DistributedDataParallel.no_sync``.
+        """
+        return self._synchronization.hold()
 
     # --- whole tensors ---------------------------------------------------------------------------------------------
 
@@ -289,6 +330,8 @@ class ParallelModule(nn.Module):
         """This process's axes; ``DistributedError`` without a process group."""
         if self._axes is None:
             self._axes = process_axes(self.mesh, self._device_mesh, self._device.type, self.options.reduce_dtype)
+            for axis in self._axes.values():
+                axis.group.regather = self._regather if self.options.regather else None
         return self._axes
 
     # --- seeing ----------------------------------------------------------------------------------------------------

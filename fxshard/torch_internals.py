@@ -6,6 +6,9 @@ names further modules of torch as text, to tell their warnings and frames from t
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch._export.passes import replace_autocast_with_hop_pass, replace_set_grad_with_hop_pass
 from torch._functorch import predispatch
@@ -35,12 +38,17 @@ __all__ = [
     "OperatorBase",
     "SingleLevelFunction",
     "TorchDispatchMode",
+    "after_backward",
+    "backward_id",
     "exporter",
     "has_kernel",
+    "hooks_of",
     "is_vmapped",
     "leave_vmaps",
     "pytree",
+    "saving_hooks",
     "vmap_level",
+    "will_accumulate",
 ]
 
 SET_GRAD = torch._C._set_grad_enabled
@@ -76,3 +84,34 @@ def leave_vmaps(level: int) -> None:
     """Leaves those of them that an error left open: all above ``level``."""
     while vmap_level() > level:
         torch._C._functorch._vmap_decrement_nesting()
+
+
+def after_backward(run: Callable[[], None]) -> None:
+    """Calls ``run`` at the end of the backward pass that is under way."""
+    torch.autograd.Variable._execution_engine.queue_callback(run)
+
+
+def backward_id() -> int:
+    """A number of the backward pass that is under way; -1 outside of one."""
+    return int(torch._C._current_graph_task_id())
+
+
+def will_accumulate(node: Any) -> bool:
+    """Whether the backward pass at hand adds to ``.grad`` of a function's first input; ``autograd.grad`` does not."""
+    accumulate = node.next_functions[0][0]
+    try:
+        return accumulate is not None and bool(torch._C._will_engine_execute_node(accumulate))
+    except RuntimeError:  # "a leaf node was passed ... but we are currently running autograd.grad()"
+        return False
+
+
+def hooks_of(tensor: torch.Tensor) -> list[Any]:
+    """The hooks on a tensor's gradient."""
+    found = (tensor._backward_hooks, tensor._post_accumulate_grad_hooks)
+    return [hook for hooks in found for hook in (hooks or {}).values()]
+
+
+def saving_hooks() -> tuple[Callable[[Any], Any], Callable[[Any], Any]] | None:
+    """The hooks through which autograd saves tensors here: those of the innermost ``saved_tensors_hooks``."""
+    hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
+    return None if hooks is None else (hooks[0], hooks[1])

@@ -46,4 +46,4 @@ def deaths(region: Region, last_use: Mapping[object, int], mesh: Mesh) -> dict[i
 def _is_view(node: fx.Node) -> bool:
     if isinstance(node.target, OpOverload):
         return any(r.alias_info is not None for r in node.target._schema.returns) or not is_tensor(node)
-    return node.target in (operator.getitem, collectives.vary, collectives.chunk)
+    return node.target in (operator.getitem, collectives.vary, collectives.vary_weight, collectives.chunk)

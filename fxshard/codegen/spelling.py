@@ -127,8 +127,8 @@ def _called(function: str, args: Sequence[Any], kwargs: Mapping[str, Any], text:
 def _ours(target: Any, args: Sequence[Any], kwargs: Mapping[str, Any], text: Text) -> str:
     texts = list(map(text, args))
     if target in CONVERSIONS and target is not collectives.all_to_all:
-        names = target.__code__.co_varnames
-        texts[2:] = [f"{names[i]}={texts[i]}" for i in range(2, len(args))]
+        names = target.__code__.co_varnames[: target.__code__.co_argcount]
+        texts[2 : len(names)] = [f"{name}={texts[i]}" for i, name in enumerate(names) if 2 <= i < len(args)]
     texts += [f"{name}={text(value)}" for name, value in kwargs.items()]
     return f"{target.__name__}({', '.join(texts)})"
 

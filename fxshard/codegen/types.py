@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import fx
 
@@ -28,7 +30,16 @@ def describe_value(node: fx.Node, mesh: Mesh, along: int | None = None) -> str:
     if has_info(node) and info_of(node).outputs:
         placed = placed_beside(info_of(node).placements, along)
         shape = local_shape(shape, placed, mesh.sizes, mesh.at if isinstance(mesh, RankMesh) else ())
-    return f"{DTYPES.get(value.dtype, str(value.dtype))}[{', '.join(map(str, shape))}]"
+    return describe_type(value.dtype, shape)
+
+
+def describe_type(dtype: torch.dtype, shape: Sequence[object]) -> str:
+    """A dtype and a shape.
+
+    >>> describe_type(torch.float32, (4, 16))
+    'f32[4, 16]'
+    """
+    return f"{DTYPES.get(dtype, str(dtype))}[{', '.join(map(str, shape))}]"
 
 
 def describe_local(node: fx.Node, mesh: Mesh) -> str:

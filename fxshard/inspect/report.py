@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
 
 import torch
 from tabulate import tabulate
 from torch import fx
 
 from fxshard.codegen.text import span
-from fxshard.codegen.types import describe_local, describe_value
+from fxshard.codegen.types import describe_local, describe_type, describe_value
 from fxshard.inspect.fallbacks import fallbacks_of
 from fxshard.inspect.reasons import home_of, op_name, reason, source_of_value, without_layers
 from fxshard.mesh import Mesh
@@ -19,8 +19,10 @@ from fxshard.passes.origins import module_of, source_of
 from fxshard.passes.pipeline import Compiled
 from fxshard.passes.typing import has_info, info_of, is_float, local_bytes, values_of
 from fxshard.placement import Placement, Varying, cut_of, is_partial, is_shard
-from fxshard.rules.lookup import is_constant
+from fxshard.rules.lookup import WEIGHT_VIEWS, is_constant
+from fxshard.rules.table import name_of
 from fxshard.runtime import collectives as run
+from fxshard.runtime.buckets import cut_in_buckets, elements
 
 
 @dataclass(frozen=True)
@@ -29,13 +31,14 @@ class Collective:
 
     Attributes:
         kind: all_reduce, all_gather, reduce_scatter or all_to_all.
-        axis: the mesh axis.
+        axis: the mesh axis; ``dp+cp`` where it goes over two at once.
         phase: forward or backward.
         num_bytes: the payload: the bytes of one rank's full-size tensor along the axis.
         module: the module whose value is communicated.
         source: the line of the user's source.
         reason: why it is there, in a sentence.
         value: the type of that tensor, e.g. ``f32[4, 16, 64]``.
+        again: whether it is a weight that the forward pass gathered too, and no gradient.
     """
 
     kind: str
@@ -46,26 +49,62 @@ class Collective:
     source: str
     reason: str
     value: str = ""
+    again: bool = False
 
 
 FORWARD = {
     run.all_reduce: "all_reduce",
     run.all_gather: "all_gather",
+    run.gather_weight: "all_gather",
     run.reduce_scatter: "reduce_scatter",
     run.all_to_all: "all_to_all",
 }
 
 
-def backward_kind(node: fx.Node) -> str | None:
-    """The collective in the gradient of a conversion; None where there is none."""
+BACKWARD = {
+    run.vary: "all_reduce",
+    run.vary_weight: "all_reduce",
+    run.reduce_scatter: "all_gather",
+    run.chunk: "all_gather",
+    run.all_to_all: "all_to_all",
+}
+
+
+def backward_kinds(node: fx.Node, compiled: Compiled, flows: Mapping[fx.Node, bool]) -> list[str]:
+    """The collectives of a conversion in the backward pass; ``flows``: see ``needs_grad``."""
+    if node.target is run.gather_weight:
+        again = compiled.options.regather and _is_saved(node, flows)
+        summed = node.kwargs.get("summed") and flows[node]
+        return ["all_gather"] * again + ["reduce_scatter"] * bool(summed)
+    if not flows[node]:
+        return []
     if node.target is run.all_gather:
-        return "reduce_scatter" if len(node.args) > 2 else None
-    return {
-        run.vary: "all_reduce",
-        run.reduce_scatter: "all_gather",
-        run.chunk: "all_gather",
-        run.all_to_all: "all_to_all",
-    }.get(node.target)  # type: ignore[arg-type]
+        return ["reduce_scatter"] if len(node.args) > 2 else []
+    return [BACKWARD[node.target]] if node.target in BACKWARD else []
+
+
+def _is_saved(weight: fx.Node, flows: Mapping[fx.Node, bool]) -> bool:
+    """Whether a gradient needs the value of a weight: that of what is multiplied with it, or of a norm."""
+    for reader in weight.users:
+        kind = name_of(reader.target)[1]
+        if kind in WEIGHT_VIEWS:
+            if _is_saved(reader, flows):
+                return True
+        elif kind.endswith("_norm") and reader.args[2:3] == (weight,):
+            return flows[reader]
+        elif kind not in ADDED:
+            bias = reader.args[BIAS[kind]] if kind in BIAS and len(reader.args) > BIAS[kind] else None
+            others = [other for other in reader.all_input_nodes if other not in (weight, bias)]
+            if weight is not bias and any(flows[other] for other in others):
+                return True
+    return False
+
+
+ADDED = {"aten.add", "aten.sub", "aten.embedding", "aten.cat"}
+"""Operators whose gradients do not depend on the values of their operands."""
+
+BIAS = {"aten.linear": 2, "aten.addmm": 0, "aten.conv1d": 2, "aten.conv2d": 2, "aten.conv3d": 2}
+"""Which argument is added to a product."""
 
 
 def needs_grad(compiled: Compiled) -> dict[fx.Node, bool]:
@@ -102,11 +141,41 @@ def collectives_of(compiled: Compiled) -> list[Collective]:
     flows = needs_grad(compiled)
     nodes = list(_conversions(compiled))
     out = [_record(n, FORWARD[n.target], "forward", compiled) for n in nodes if n.target in FORWARD]
+    buckets = buckets_of(compiled, flows)
     for node in reversed(nodes):
-        kind = backward_kind(node)
-        if kind is not None and flows[node]:
-            out.append(_record(node, kind, "backward", compiled))
+        if node.target is run.vary_weight:
+            out += buckets.get(node, [])
+        else:
+            out += [_record(node, kind, "backward", compiled) for kind in backward_kinds(node, compiled, flows)]
     return out
+
+
+def buckets_of(compiled: Compiled, flows: Mapping[fx.Node, bool]) -> dict[fx.Node, list[Collective]]:
+    """The all-reduces of the gradients of whole weights, by the weight that makes each complete."""
+    alike: dict[tuple[tuple[str, ...], torch.dtype], list[fx.Node]] = {}
+    for node in reversed(compiled.graph.nodes):
+        if node.target is run.vary_weight and flows[node]:
+            alike.setdefault((tuple(map(str, node.args[1:])), values_of(node)[0].dtype), []).append(node)
+    out: dict[fx.Node, list[Collective]] = {}
+    for (axes, dtype), nodes in alike.items():
+        wide = run.sum_dtype("all_reduce", dtype, compiled.options.reduce_dtype)
+        sizes = [local_bytes(node, compiled.mesh) // dtype.itemsize for node in nodes]
+        for start, end, members in cut_in_buckets(sizes, elements(compiled.options.bucket_bytes, wide)):
+            first, last = nodes[members[0]], nodes[members[-1]]
+            bucket = _bucket(first, last, len(members), compiled)
+            value = describe_type(dtype, (end - start,))
+            size = (end - start) * wide.itemsize
+            out.setdefault(last, []).append(replace(bucket, axis="+".join(axes), num_bytes=size, value=value))
+    return out
+
+
+def _bucket(first: fx.Node, last: fx.Node, count: int, compiled: Compiled) -> Collective:
+    """The all-reduce of a bucket, but for its size."""
+    one = _record(last, "all_reduce", "backward", compiled)
+    if count == 1:
+        return one
+    names = [str(source_of_value(node).target) for node in (first, last)]
+    return replace(one, source="", reason=f"{one.reason}; so are {count} weights, from {names[0]} to {names[1]}")
 
 
 def _record(node: fx.Node, kind: str, phase: str, compiled: Compiled) -> Collective:
@@ -114,12 +183,13 @@ def _record(node: fx.Node, kind: str, phase: str, compiled: Compiled) -> Collect
     source = source_of_value(node)
     index = compiled.mesh.index(axis)
     module = home_of(source) if source.op == "get_attr" else module_of(node)
-    why = reason(node, phase, index, axis)
+    why = reason(node, kind, phase, index, axis)
     dtype = values_of(node)[0].dtype
     wide = run.sum_dtype(kind, dtype, compiled.options.reduce_dtype)
     num_bytes = full_bytes(node, compiled) // dtype.itemsize * wide.itemsize
     value = describe_value(node, compiled.mesh, index)
-    return Collective(kind, axis, phase, num_bytes, module, source_of(node), why, value)
+    again = node.target is run.gather_weight and (phase, kind) == ("backward", "all_gather")
+    return Collective(kind, axis, phase, num_bytes, module, source_of(node), why, value, again)
 
 
 # --- the table -------------------------------------------------------------------------------------------------------
@@ -160,7 +230,9 @@ def table(compiled: Compiled) -> str:
         forward = back = ""
         if node.target in CONVERSIONS:
             forward = FORWARD.get(node.target, "")
-            back = (backward_kind(node) or "") if flows[node] else ""
+            back = ", ".join(backward_kinds(node, compiled, flows))
+            together = back and node.target is run.vary_weight and compiled.options.bucket_bytes
+            back = "in a bucket" if together else back
         num_bytes = f"{full_bytes(node, compiled):,}" if forward or back else ""
         placed_in = _joined([_short_all(n) for n in node.all_input_nodes if _typed(n)])
         rows.append(
@@ -248,7 +320,7 @@ def explain(compiled: Compiled) -> str:
 
 def _paragraph(group: list[Collective]) -> list[str]:
     first = group[0]
-    of = first.value if first.phase == "forward" else f"the gradient of {first.value}"
+    of = first.value if first.phase == "forward" or first.again else f"the gradient of {first.value}"
     times = f", {len(group)} times" if len(group) > 1 else ""
     where = _merged([r.module for r in group]) or "the model"
     lines = [f"{first.phase}: {first.kind} of {of} over {first.axis}, {first.num_bytes:,} bytes{times}"]

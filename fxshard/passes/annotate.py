@@ -12,14 +12,14 @@ In: a normalized graph and a resolved plan.   Out: the same graph, where paramet
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import fx
 
 from fxshard.mesh import Mesh
 from fxshard.passes.propagate import constrain
-from fxshard.passes.typing import Info, set_info
+from fxshard.passes.typing import Info, info_of, set_info
 from fxshard.placement import REPLICATE, Placement, Placements, Replicate, Shard
 from fxshard.plan.resolve import Resolved
 
@@ -28,15 +28,19 @@ def annotate(graph: fx.Graph, resolved: Resolved, mesh: Mesh) -> fx.Graph:
     """Puts the plan's tags onto a copy of ``graph``. See the module's text."""
     new = fx.Graph()
     copies: dict[fx.Node, fx.Node] = {}
+    parts: dict[fx.Node, fx.Node] = {}  # parameters that are gathered for use, as they are stored
     for node in graph.nodes:
         if node.op == "output":
             break
-        copy = copies[node] = new.node_copy(node, copies.__getitem__)
+        narrowed = _narrows(node) and node.args[0] in parts  # the smaller one is gathered
+        copy = copies[node] = new.node_copy(node, (parts if narrowed else copies).__getitem__)
+        if narrowed:
+            parts[node], copies[node] = copy, _constrain(new, copy, info_of(copies[node.args[0]]).given)
         asked, used = resolved.nodes.get(node), resolved.uses.get(node)
         if node.op == "get_attr":
             set_info(copy, Info((), given=placements(asked or {}, mesh)))
             if used is not None and any(isinstance((asked or {}).get(axis), Shard) for axis in used):
-                copies[node] = _constrain(new, copy, tuple(used.get(name) for name in mesh.names))
+                parts[node], copies[node] = copy, _constrain(new, copy, tuple(used.get(name) for name in mesh.names))
         elif asked is not None:
             copies[node] = _constrain(new, copy, tuple(asked.get(name) for name in mesh.names))
     last = next(iter(reversed(graph.nodes)))
@@ -51,15 +55,23 @@ def annotate(graph: fx.Graph, resolved: Resolved, mesh: Mesh) -> fx.Graph:
     return new
 
 
+def _narrows(node: fx.Node) -> bool:
+    """Whether a node casts a value to a smaller dtype."""
+    if node.target is not torch.ops.aten.to.dtype:
+        return False
+    (source,) = node.all_input_nodes
+    return bool(source.meta["val"].element_size() > node.meta["val"].element_size())
+
+
 def placements(asked: Mapping[str, Placement], mesh: Mesh) -> Placements:
     """One placement an axis; replicated where nothing is asked."""
     found = (asked.get(name, REPLICATE) for name in mesh.names)
     return tuple(REPLICATE if type(p) is Replicate else p for p in found)
 
 
-def _constrain(new: fx.Graph, node: fx.Node, given: tuple[Placement | None, ...]) -> fx.Node:
+def _constrain(new: fx.Graph, node: fx.Node, given: Sequence[Placement | None] | None) -> fx.Node:
     """Fixes a value's placements; on an axis that is None it stays as it comes."""
     made = new.call_function(constrain, (node,))
     made.meta = {k: v for k, v in node.meta.items() if k != "fxshard"}
-    set_info(made, Info((), given=tuple(REPLICATE if type(p) is Replicate else p for p in given)))
+    set_info(made, Info((), given=tuple(REPLICATE if type(p) is Replicate else p for p in given or ())))
     return made

@@ -17,6 +17,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import fx
 
 from fxshard.mesh import Mesh
@@ -38,7 +39,7 @@ from fxshard.placement import (
 from fxshard.rules.recipe import operands_of, with_operands
 from fxshard.runtime import collectives as run
 
-COMMUNICATES = {run.all_gather, run.all_reduce, run.reduce_scatter, run.all_to_all}
+COMMUNICATES = {run.all_gather, run.gather_weight, run.all_reduce, run.reduce_scatter, run.all_to_all}
 """Conversions that communicate in the forward pass."""
 
 RESULT_NAMES = {
@@ -52,7 +53,7 @@ RESULT_NAMES = {
 }
 """What a conversion's result is called: the value's own name, and this."""
 
-CONVERSIONS = COMMUNICATES | {run.vary, run.chunk, run.concat}
+CONVERSIONS = COMMUNICATES | {run.vary, run.vary_weight, run.chunk, run.concat}
 
 
 @dataclass(frozen=True)
@@ -168,7 +169,7 @@ def insert_collectives(graph: fx.Graph, mesh: Mesh) -> fx.Graph:
         if node.target is constrain:
             operand = node.args[0]
             versions[node] = versions[operand]
-            if operand.op != "get_attr":  # of a weight, each reader says in which form it reads it
+            if not _is_stored(operand):  # of a weight, each reader says in which form it reads it
                 copies[node] = form(operand, info_of(node).placements, node)
             continue
         wanted = list(required(node))
@@ -184,6 +185,12 @@ def insert_collectives(graph: fx.Graph, mesh: Mesh) -> fx.Graph:
         info = info_of(node)
         versions[node] = _Versions([(info.placements, copy)] if info.outputs else [])
     return new
+
+
+def _is_stored(node: fx.Node) -> bool:
+    """Whether a value is a weight, or one cast."""
+    source = node.all_input_nodes[0] if node.target is torch.ops.aten.to.dtype else node
+    return bool(source.op == "get_attr")
 
 
 def required(node: fx.Node) -> Iterator[Placements | None]:

@@ -6,6 +6,7 @@ In: a local graph.   Out: an equal one.
   ``linear(x, w, b)`` again; likewise ``addmm``.
 - where a weight, or a value that several calls read, is cast to a lower precision first and made Varying then, it is
   made Varying first: one sum of its gradients, in its own precision, and not one for each cast in theirs.
+- the conversions of parameters become those of ``weights.py``.
 - conversions and other pure nodes that nobody reads are gone.
 
     %h = linear(%x, %w)             %y = linear(%x, %w, %b)
@@ -19,6 +20,7 @@ from torch import fx
 
 from fxshard.passes.normalize import is_effect
 from fxshard.passes.typing import copy_graph, info_of, set_info
+from fxshard.passes.weights import convert_weights, converts_weights
 from fxshard.runtime.collectives import dropout_mask, vary
 
 aten = torch.ops.aten
@@ -26,7 +28,8 @@ aten = torch.ops.aten
 
 def optimize(graph: fx.Graph) -> fx.Graph:
     """Applies the rewrites of the module's text to a copy; a graph with nothing to do comes back as it is."""
-    if not any(n.meta.get("split_bias") or _is_dead(n) or _varied_cast(n) for n in graph.nodes):
+    idle = not any(n.meta.get("split_bias") or _is_dead(n) or _varied_cast(n) for n in graph.nodes)
+    if idle and not converts_weights(graph):
         return graph
     graph = copy_graph(graph)
     for node in graph.nodes:
@@ -38,6 +41,7 @@ def optimize(graph: fx.Graph) -> fx.Graph:
     for node in reversed(graph.nodes):
         if _is_dead(node):
             graph.erase_node(node)
+    convert_weights(graph)
     return graph
 
 

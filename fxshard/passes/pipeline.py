@@ -31,7 +31,8 @@ from fxshard.plan.plan import Plan
 from fxshard.plan.resolve import Names, Resolved, resolve
 from fxshard.rules.lookup import draws
 from fxshard.rules.recipe import shape_of
-from fxshard.runtime.collectives import draw_apart, dropout_mask
+from fxshard.runtime.buckets import BUCKET_BYTES
+from fxshard.runtime.collectives import draw_apart, dropout_mask, gather_weight, vary_weight
 from fxshard.runtime.module import find
 
 STAGES = ("capture", "normalize", "annotate", "propagate", "insert_collectives", "localize", "optimize")
@@ -44,10 +45,14 @@ class Options:
     Attributes:
         reduce_dtype: the least precision in which sums over ranks are made; None leaves each value's own.
         independent: each rank draws for itself what is dropped of its part.
+        bucket_bytes: how much of the gradients of whole weights is summed at once.
+        regather: gathered weights are not kept for the backward pass, which gathers them again.
     """
 
     reduce_dtype: torch.dtype | None = None
     independent: bool = False
+    bucket_bytes: int = BUCKET_BYTES
+    regather: bool = True
 
 
 @dataclass(frozen=True)
@@ -144,6 +149,17 @@ class Compiled:
     @cached_property
     def _fitting(self) -> dict[tuple[int, ...], bool]:
         return {}
+
+    @cached_property
+    def varied_weights(self) -> tuple[tuple[str, tuple[str, ...]], ...]:
+        """The weights whose gradients go to buckets, as the backward pass comes to them, and the axes of the sums."""
+        nodes = (node for node in reversed(self.graph.nodes) if node.target is vary_weight)
+        return tuple((str(node.all_input_nodes[0].target), tuple(map(str, node.args[1:]))) for node in nodes)
+
+    @cached_property
+    def gathers(self) -> bool:
+        """Whether the program gathers weights for use."""
+        return any(node.target is gather_weight for node in self.graph.nodes)
 
     @cached_property
     def draws(self) -> bool:

@@ -146,7 +146,9 @@ class Plan:
         """The plan that ``to_json`` wrote."""
         data = json.loads(text)
         parts = {
-            part: {name: {a: parse_placement(p) for a, p in entry.items()} for name, entry in data.get(part, {}).items()}
+            part: {
+                name: {a: parse_placement(p) for a, p in entry.items()} for name, entry in data.get(part, {}).items()
+            }
             for part in PARTS
         }
         return Plan(data["mesh"], presets=tuple(map(tuple, data["presets"])), **parts)

@@ -92,7 +92,8 @@ def resolve(plan: Plan, graph: fx.Graph, names: Names) -> Resolved:
     work.match_blocks()
     for preset, axis in sorted(plan.presets, key=lambda each: list(PRESETS).index(each[0])):
         PRESETS[preset](work, axis)
-    for glob, entry in plan.uses.items():
+    uses: Mapping[str, Any] = plan.uses
+    for glob, entry in uses.items():
         work.use(glob, entry)
     outputs = work.outputs(plan.outputs)
     work.raise_problems()
@@ -485,8 +486,8 @@ def _stored(work: _Work, node: fx.Node, axis: str) -> Shard | None:
     """
     size, shape = work.mesh.size(axis), shapes_of(node)[0]
     found: list[tuple[bool, int, Shard]] = []
-    for dim in range(len(shape)):
-        beside = work.beside(work.nodes.get(node, {}), axis, dim)
+    others = [work.beside(work.nodes.get(node, {}), axis, dim) for dim in range(len(shape))]
+    for dim, beside in enumerate(others):
         if any(cut.shares for cut, _ in beside.inner + beside.outer):
             continue
         blocks = math.prod(sum(cut.blocks) * ranks for cut, ranks in beside.inner)
@@ -496,7 +497,9 @@ def _stored(work: _Work, node: fx.Node, axis: str) -> Shard | None:
             found.append((dim > 0 or within > 1, dim, placement))
     if found:
         return min(found, key=lambda each: each[:2])[2]
-    uncut = [dim for dim in range(len(shape)) if shape[dim] and not any(work.beside(work.nodes.get(node, {}), axis, dim))]
+    uncut = [
+        dim for dim in range(len(shape)) if shape[dim] and not any(work.beside(work.nodes.get(node, {}), axis, dim))
+    ]
     return _fitting(shape[uncut[0]], uncut[0], Shard(uncut[0]), size) if uncut else None
 
 

@@ -4,10 +4,12 @@ The forward type decides the backward one (``g`` is a gradient):
 
     function                    forward                       backward of g
     vary(x, axis)               x                             all_reduce(g)        Megatron's f
+    vary_weight(w, axis, ..)    w                             all_reduce(g)        in buckets: see ``runtime.buckets``
     all_reduce(x, axis)         sum over the ranks            g                    Megatron's g
     all_gather(x, axis)         parts stacked along dim 0     this rank's part of g
     all_gather(.., summed=True) parts stacked along dim 0     reduce_scatter(g)
     reduce_scatter(x, axis, d)  this rank's part of the sum   all_gather(g)
+    gather_weight(w, axis, ..)  the whole weight              as all_gather; the backward pass gathers it once more
     chunk(x, axis, d)           this rank's part              all_gather(g)
     all_to_all(x, axis, i, j)   parts along i -> parts of j   all_to_all(g, j, i)
 
@@ -36,13 +38,22 @@ import torch.distributed as dist
 
 from fxshard.errors import DistributedError, DivisibilityError
 from fxshard.runtime.autocast import operator_named
+from fxshard.runtime.regather import Regather
 
 Blocks = tuple[int, ...]
 Lengths = tuple[int, ...]
 
 
 class Group(Protocol):
-    """What an axis communicates through."""
+    """What an axis communicates through.
+
+    Attributes:
+        deferred: (identity of a weight, axes) -> what ``vary_weight`` does with it, if its gradient goes to a bucket.
+        regather: what keeps account of gathered weights, if the backward pass gathers them again.
+    """
+
+    deferred: dict[tuple[int, tuple[str, ...]], Callable[[torch.Tensor], torch.Tensor]]
+    regather: Regather | None
 
     def run(self, name: str, backward: str, x: torch.Tensor) -> torch.Tensor:
         """Runs the collective ``name``, whose gradient is the collective ``backward``."""
@@ -71,6 +82,18 @@ def sum_dtype(name: str, dtype: torch.dtype, asked: torch.dtype | None) -> torch
 def vary(x: torch.Tensor, axis: Axis) -> torch.Tensor:
     """Marks a replicated value whose readers differ by rank: its gradients are summed over the axis."""
     return axis.group.run("identity", "all_reduce", x)
+
+
+def vary_weight(weight: torch.Tensor, *axes: Axis) -> torch.Tensor:
+    """``vary`` over one or more axes of a weight that is read in no other way: its gradient may wait for others."""
+    deferred = axes[0].group.deferred
+    if deferred and torch.is_grad_enabled():
+        defer = deferred.get((id(weight), tuple(axis.name for axis in axes)))
+        if defer is not None:
+            return defer(weight)
+    for axis in axes:
+        weight = vary(weight, axis)
+    return weight
 
 
 def all_reduce(x: torch.Tensor, axis: Axis) -> torch.Tensor:
@@ -114,6 +137,29 @@ def concat(x: torch.Tensor, axis: Axis, dim: int, blocks: Blocks = (1,), lengths
         return torch.cat(parts, dim)
     cut = [part.split([b * part.shape[dim] // sum(blocks) for b in blocks], dim) for part in parts]
     return torch.cat([piece[i] for i in range(len(blocks)) for piece in cut], dim)
+
+
+def gather_weight(
+    weight: torch.Tensor,
+    axis: Axis,
+    summed: bool = False,
+    dim: int = 0,
+    blocks: Blocks = (1,),
+    lengths: Lengths = (),
+) -> torch.Tensor:
+    """A whole weight from its parts, for use here: ``all_gather`` and ``concat``.
+
+    Where the program runs with ``regather``, the whole is not kept for the backward pass, which gathers it once more.
+    """
+
+    def gather() -> torch.Tensor:
+        parts = all_gather(weight, axis, summed, dim, lengths)
+        return parts if dim == 0 and blocks == (1,) and not lengths else concat(parts, axis, dim, blocks, lengths)
+
+    whole = gather()
+    if axis.group.regather is not None and torch.is_grad_enabled():
+        axis.group.regather.note(whole, weight, torch.no_grad()(gather))
+    return whole
 
 
 def _parts(x: torch.Tensor, axis: Axis, dim: int, blocks: Blocks, lengths: Lengths) -> list[torch.Tensor]:
@@ -202,6 +248,8 @@ class ProcessAxisGroup:
         self.size = dist.get_world_size(group)
         self.index = dist.get_rank(group)
         self.reduce_dtype = reduce_dtype
+        self.deferred: dict[tuple[int, tuple[str, ...]], Callable[[torch.Tensor], torch.Tensor]] = {}
+        self.regather: Regather | None = None
 
     @property
     def group(self) -> dist.ProcessGroup:

@@ -17,6 +17,7 @@ import torch
 from fxshard.errors import FxshardError
 from fxshard.mesh import Mesh
 from fxshard.runtime.collectives import Axis, sum_dtype
+from fxshard.runtime.regather import Regather
 
 
 class _Stopped(Exception):
@@ -109,6 +110,8 @@ class LockstepAxisGroup:
 
     def __init__(self, group: LockstepGroup, rank: int) -> None:
         self.group, self.rank = group, rank
+        self.deferred: dict[tuple[int, tuple[str, ...]], Callable[[torch.Tensor], torch.Tensor]] = {}
+        self.regather: Regather | None = None
 
     def run(self, name: str, backward: str, x: torch.Tensor) -> torch.Tensor:
         """See ``collectives.Group.run``."""

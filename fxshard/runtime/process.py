@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -55,6 +55,21 @@ def process_axes(
         group = ProcessAxisGroup(device_mesh.get_group(name), reduce_dtype)
         out[name] = Axis(name, size, group.index, group)
     return out
+
+
+def joint_group(mesh: Mesh, names: Sequence[str], axes: Mapping[str, Axis]) -> ProcessAxisGroup:
+    """The group of the ranks that differ from this one on the axes ``names`` only; collective where it is new."""
+    first = axes[names[0]].group
+    assert isinstance(first, ProcessAxisGroup)
+    if len(names) == 1:
+        return first
+    every: dict[tuple[int, ...], list[int]] = {}
+    for rank in range(mesh.world_size):
+        at = mesh.coordinate(rank)
+        beside = tuple(i for name, i in zip(mesh.names, at, strict=True) if name not in names)
+        every.setdefault(beside, []).append(rank)
+    group, _ = dist.new_subgroups_by_enumeration(list(every.values()))
+    return ProcessAxisGroup(group, first.reduce_dtype)
 
 
 def checksum(tensor: torch.Tensor) -> int:

@@ -178,7 +178,7 @@ def test_a_calls_weights_that_are_converted_once_keep_their_names() -> None:
 
     code = code_of(Shared(), data_parallel(2))
     assert set(classes_of(code).values()) == {"layer.mlp", "layer", "The whole model."}
-    assert code.count(" = vary(") == 6  # norm, up and down: weight and bias
+    assert code.count(" = vary_weight(") == 6  # norm, up and down: weight and bias
     plain = code_of(Shared(), tensor_parallel(2))
     assert classes_of(plain) == {"Mlp": "layer.mlp", "Layer": "layer", "Shared": "The whole model."}
     assert plain.count("self.layer(") == 3

@@ -1,0 +1,285 @@
+"""The gradients of weights that every rank holds whole, summed over the ranks in buckets during the backward pass.
+
+All these gradients lie end to end in one flat tensor, in the order in which the backward pass gives them, and a bucket
+is so many bytes of it. When the backward pass has given all of a bucket, its all-reduce begins, and is waited for at
+the end of the backward pass, when the gradients go to ``parameter.grad`` as views of the flat tensor. So a step has
+ceil(bytes / bucket) all-reduces, whatever the number of weights.
+
+What else gives a weight a gradient, such as a penalty on its norm outside of the program, comes to ``.grad`` as always:
+every rank computes all of it, and it is not summed. ``torch.autograd.grad`` gets its gradients summed one by one.
+
+Reference: PyTorch Distributed (Li et al., 2020), section 3.2.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from fxshard.errors import DistributedError
+from fxshard.runtime.collectives import Axis, ProcessAxisGroup, sum_dtype
+from fxshard.torch_internals import after_backward, backward_id, hooks_of, will_accumulate
+
+MIB = 2**20
+BUCKET_BYTES = 25 * MIB
+"""The size of a bucket, unless told otherwise: what ``DistributedDataParallel`` takes."""
+
+
+def cut_in_buckets(sizes: Sequence[int], limit: int) -> list[tuple[int, int, list[int]]]:
+    """Cuts gradients that lie end to end in buckets of ``limit`` elements.
+
+    Args:
+        sizes: the elements of each gradient.
+        limit: the elements of a bucket; the last one may have fewer. With 0 each gradient is a bucket.
+
+    Returns:
+        For each bucket where it begins and ends, and which gradients have a part in it.
+
+    >>> cut_in_buckets([3, 2, 4], 4)
+    [(0, 4, [0, 1]), (4, 8, [1, 2]), (8, 9, [2])]
+    """
+    ends = [sum(sizes[: i + 1]) for i in range(len(sizes))]
+    starts = [0, *ends]
+    if not limit:
+        return [(starts[i], end, [i]) for i, end in enumerate(ends)]
+    total = starts[-1]
+    return [
+        (at, min(at + limit, total), [i for i, end in enumerate(ends) if starts[i] < at + limit and end > at])
+        for at in range(0, total, limit)
+    ]
+
+
+def elements(bucket_bytes: int, dtype: torch.dtype) -> int:
+    """How many elements of ``dtype`` are a bucket of so many bytes: at least one, if any."""
+    return max(1, bucket_bytes // dtype.itemsize) if bucket_bytes else 0
+
+
+@dataclass
+class Synchronization:
+    """Whether the gradients of a program are summed after each backward pass: not within ``no_sync``."""
+
+    held: bool = False
+
+    @contextlib.contextmanager
+    def hold(self) -> Iterator[None]:
+        """Keeps gradients to each rank, until a backward pass outside of this context."""
+        before, self.held = self.held, True
+        try:
+            yield
+        finally:
+            self.held = before
+
+
+@dataclass
+class _Pass:
+    """What a backward pass has brought so far."""
+
+    arrived: set[int] = field(default_factory=set)
+    launched: int = 0
+    works: list[Callable[[], None]] = field(default_factory=list)
+    late: dict[int, torch.Tensor] = field(default_factory=dict)
+
+
+class Buckets:
+    """The gradients of some weights of one dtype, summed over one group.
+
+    Args:
+        group: the ranks over which they are summed.
+        weights: in the order in which the backward pass gives their gradients.
+        bucket_bytes: the size of a bucket.
+        synchronization: says when to wait with the sums.
+    """
+
+    def __init__(
+        self,
+        group: ProcessAxisGroup,
+        weights: Sequence[nn.Parameter],
+        bucket_bytes: int,
+        synchronization: Synchronization,
+    ) -> None:
+        self.group = group
+        self.weights = list(weights)
+        self.synchronization = synchronization
+        sizes = [w.numel() for w in weights]
+        self.offsets = [sum(sizes[:i]) for i in range(len(sizes))]
+        dtype = weights[0].dtype
+        self.wide = sum_dtype("all_reduce", dtype, group.reduce_dtype)
+        self.cuts = cut_in_buckets(sizes, elements(bucket_bytes, self.wide))
+        self.flat: torch.Tensor | None = None
+        self.filled: set[int] = set()
+        self.complete: dict[int, torch.Tensor] = {}
+        self.now: _Pass | None = None
+        self.task = -1
+        for weight in weights:
+            weight.register_post_accumulate_grad_hook(self._other_gradient)
+
+    @property
+    def unsummed(self) -> bool:
+        """Whether gradients of ``no_sync`` wait for their sums."""
+        return self.now is None and any(self._waits(i) for i in self.filled)
+
+    def add(self, index: int, grad: torch.Tensor) -> None:
+        """Takes the gradient that the backward pass at hand gives for the weight ``index``."""
+        now = self._begin()
+        slot = self._slot(index)
+        if index in now.arrived and any(index in cut[2] for cut in self.cuts[: now.launched]):
+            now.late[index] = now.late[index] + grad if index in now.late else grad.clone()
+            return
+        if index in self.filled:
+            slot.add_(grad)
+        else:
+            slot.copy_(grad)
+            self.filled.add(index)
+        now.arrived.add(index)
+        while not self.synchronization.held and now.launched < len(self.cuts):
+            if not now.arrived.issuperset(self.cuts[now.launched][2]):
+                break
+            self._launch(now)
+
+    def is_watched(self, index: int) -> bool:
+        """Whether the user's hooks wait for the gradient of a weight as the backward pass gives it."""
+        return any(
+            getattr(hook, "__func__", None) is not Buckets._other_gradient for hook in hooks_of(self.weights[index])
+        )
+
+    def _begin(self) -> _Pass:
+        """Prepares for a backward pass, when the first of its gradients comes."""
+        if self.now is not None and self.task == backward_id():
+            return self.now
+        self.task = backward_id()
+        if self.now is not None:  # the last backward pass ended in an error
+            self.filled.clear()
+        self.filled = {i for i in self.filled if self._waits(i)}
+        for index in self.filled:
+            self.weights[index].grad = self.complete.get(index)
+        self.complete.clear()
+        if not self.filled:
+            self.flat = None
+        if self.flat is None:
+            self.flat = self.weights[0].new_empty(sum(w.numel() for w in self.weights), requires_grad=False)
+        self.now = _Pass()
+        after_backward(self._finish)
+        return self.now
+
+    def _waits(self, index: int) -> bool:
+        """Whether a gradient of ``no_sync`` is still the weight's: ``zero_grad`` may have dropped it."""
+        grad = self.weights[index].grad
+        return grad is not None and self.flat is not None and grad.data_ptr() == self._slot(index).data_ptr()
+
+    def _slot(self, index: int) -> torch.Tensor:
+        weight, offset = self.weights[index], self.offsets[index]
+        assert self.flat is not None
+        return self.flat[offset : offset + weight.numel()].view(weight.shape)
+
+    def _launch(self, now: _Pass) -> None:
+        assert self.flat is not None
+        start, end, _ = self.cuts[now.launched]
+        now.launched += 1
+        now.works.append(self._sum(self.flat[start:end]))
+
+    def _sum(self, part: torch.Tensor) -> Callable[[], None]:
+        """Begins to sum ``part`` over the ranks; what it returns waits for that."""
+        wide = part.to(self.wide)
+        work = dist.all_reduce(wide, group=self.group.group, async_op=True)
+
+        def wait() -> None:
+            work.wait()
+            if wide is not part:
+                part.copy_(wide)
+
+        return wait
+
+    def _finish(self) -> None:
+        """Ends a backward pass: the sums are complete, and are the weights' gradients."""
+        now, self.now = self.now, None
+        assert now is not None
+        if self.synchronization.held:
+            for index in self.filled:
+                weight = self.weights[index]
+                if weight.grad is not None:
+                    self.complete[index] = weight.grad
+                weight.grad = self._slot(index)
+            return
+        for index in set(range(len(self.weights))) - self.filled:
+            self._slot(index).zero_()
+        while now.launched < len(self.cuts):
+            self._launch(now)
+        now.works += [self._sum(late) for late in now.late.values()]
+        for wait in now.works:
+            wait()
+        for index in sorted(self.filled):
+            slot, weight = self._slot(index), self.weights[index]
+            if index in now.late:
+                slot.add_(now.late[index])
+            weight.grad = slot if weight.grad is None else weight.grad.add_(slot)
+        self.filled, self.flat = set(), None
+
+    def _other_gradient(self, weight: torch.Tensor) -> None:
+        """A gradient came to a weight from elsewhere: it cannot be told from one that waits to be summed."""
+        index = next(i for i, w in enumerate(self.weights) if w is weight)
+        if self.now is None and index in self.filled and self._waits(index):
+            raise DistributedError(
+                "a weight whose gradient of no_sync waits to be summed got one that did not come through the program; "
+                "every rank has all of that one, and it would be summed with the other",
+                fix="leave no_sync first: run a backward pass outside of it, or drop the gradients with zero_grad",
+            )
+
+
+def defer(
+    weights: Sequence[tuple[nn.Parameter, tuple[str, ...]]],
+    groups: Mapping[tuple[str, ...], ProcessAxisGroup],
+    axes: Mapping[str, Axis],
+    bucket_bytes: int,
+    synchronization: Synchronization,
+) -> list[Buckets]:
+    """Makes the gradients of weights wait for each other, those that are summed over the same axes in one dtype.
+
+    Args:
+        weights: each with the axes over which its gradient is summed, in the order of the backward pass.
+        groups: the ranks along these axes together.
+        axes: the axes, whose ``deferred`` is told.
+        bucket_bytes: the size of a bucket.
+        synchronization: says when to wait with the sums.
+    """
+    alike: dict[tuple[tuple[str, ...], torch.dtype], list[nn.Parameter]] = {}
+    for weight, names in weights:
+        if weight.requires_grad and (id(weight), names) not in axes[names[0]].group.deferred:
+            alike.setdefault((names, weight.dtype), []).append(weight)
+    made = []
+    for (names, _), members in alike.items():
+        made.append(Buckets(groups[names], members, bucket_bytes, synchronization))
+        for index, weight in enumerate(members):
+            axes[names[0]].group.deferred[id(weight), names] = partial(_deferred, made[-1], index)
+    return made
+
+
+def _deferred(buckets: Buckets, index: int, weight: torch.Tensor) -> torch.Tensor:
+    out: torch.Tensor = Deferred.apply(weight, buckets, index)  # type: ignore[no-untyped-call]
+    return out
+
+
+class Deferred(torch.autograd.Function):
+    """A weight as its readers see it; its gradient goes to a bucket."""
+
+    @staticmethod
+    def forward(ctx: Any, weight: torch.Tensor, buckets: Buckets, index: int) -> torch.Tensor:
+        """The weight itself."""
+        ctx.buckets, ctx.index = buckets, index
+        return weight.view_as(weight)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, None, None]:
+        """Nothing goes on to the weight yet, unless something else than ``.grad`` waits for its gradient."""
+        buckets: Buckets = ctx.buckets
+        if will_accumulate(ctx) and not buckets.is_watched(ctx.index):
+            buckets.add(ctx.index, grad)
+            return None, None, None
+        return buckets.group.raw("all_reduce", grad), None, None

@@ -1,0 +1,93 @@
+"""Gathered weights are not kept for the backward pass: it gathers them again, from the parts.
+
+What autograd saves of a gathered weight, or of a view of it, is replaced by how to gather it (``saved_tensors_hooks``).
+
+Reference: ZeRO (Rajbhandari et al., 2020), stage 3; FSDP's ``reshard_after_forward``.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import weakref
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from fxshard.errors import FxshardError
+from fxshard.torch_internals import saving_hooks
+
+
+@dataclass
+class _Gathered:
+    """One gathered weight: itself while it lives, the part that this rank holds, and how to gather it again."""
+
+    whole: weakref.ref[torch.Tensor]
+    part: torch.Tensor
+    version: int
+    again: Callable[[], torch.Tensor]
+
+    def get(self) -> torch.Tensor:
+        """The whole weight."""
+        if self.part._version != self.version:
+            raise FxshardError(
+                "a weight was changed in place between the forward and the backward pass, which gathers it again",
+                fix="call backward() before the optimizer's step, or give regather=False to parallelize",
+            )
+        found = self.whole()
+        if found is None:
+            found = self.again()
+            self.whole = weakref.ref(found)
+        return found
+
+
+@dataclass
+class _View:
+    """What autograd saved: a view of a gathered weight."""
+
+    of: _Gathered
+    size: torch.Size
+    stride: tuple[int, ...]
+    offset: int
+
+
+class Regather:
+    """The gathered weights of one program that are alive, by their memory."""
+
+    def __init__(self) -> None:
+        self.alive: dict[int, _Gathered] = {}
+
+    def note(self, whole: torch.Tensor, part: torch.Tensor, again: Callable[[], torch.Tensor]) -> None:
+        """Remembers how ``whole`` came about."""
+        place = whole.untyped_storage().data_ptr()
+        if place:
+            self.alive[place] = _Gathered(weakref.ref(whole), part.detach(), part._version, again)
+
+    @contextlib.contextmanager
+    def saving(self) -> Iterator[None]:
+        """Within it, what autograd saves of gathered weights is how to gather them; the rest goes the usual way."""
+        pack, unpack = saving_hooks() or (_itself, _itself)
+
+        def save(x: torch.Tensor) -> Any:
+            found = self.alive.get(x.untyped_storage().data_ptr())
+            whole = found.whole() if found is not None else None
+            if found is None or whole is None or whole.dtype != x.dtype:
+                return pack(x)
+            return _View(found, x.shape, x.stride(), int(x.storage_offset()))
+
+        def restore(saved: Any) -> torch.Tensor:
+            if not isinstance(saved, _View):
+                usual: torch.Tensor = unpack(saved)
+                return usual
+            return saved.of.get().as_strided(saved.size, saved.stride, saved.offset)
+
+        with torch.autograd.graph.saved_tensors_hooks(save, restore):
+            try:
+                yield
+            finally:
+                self.alive.clear()
+
+
+def _itself(x: Any) -> Any:
+    return x
