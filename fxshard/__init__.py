@@ -6,7 +6,7 @@ from fxshard.api import parallelize
 from fxshard.errors import FxshardError
 from fxshard.inspect.prove import check_rule
 from fxshard.mesh import Mesh
-from fxshard.plan.plan import Plan, data_parallel, sequence_parallel, tensor_parallel, zero
+from fxshard.plan.plan import Plan, context_parallel, data_parallel, sequence_parallel, tensor_parallel, zero
 from fxshard.program import ParallelModule
 from fxshard.rules.table import register_rule
 from fxshard.simulate import Simulation, simulate
@@ -23,6 +23,7 @@ __all__ = [
     "Simulation",
     "VerifyReport",
     "check_rule",
+    "context_parallel",
     "data_parallel",
     "parallelize",
     "register_rule",

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import re
 
-from fxshard import Plan, data_parallel, sequence_parallel, tensor_parallel, zero
+from fxshard import Plan, context_parallel, data_parallel, sequence_parallel, tensor_parallel, zero
 
-PRESETS = {"tp": tensor_parallel, "sp": sequence_parallel, "dp": data_parallel, "zero": zero}
+PRESETS = {"tp": tensor_parallel, "sp": sequence_parallel, "dp": data_parallel, "zero": zero, "cp": context_parallel}
 
 
 def preset(name: str) -> Plan:

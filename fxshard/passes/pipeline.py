@@ -28,7 +28,8 @@ from fxshard.passes.propagate import propagate
 from fxshard.passes.typing import has_info, info_of, values_of
 from fxshard.placement import Placements, cut_of, is_uneven
 from fxshard.plan.plan import Plan
-from fxshard.plan.resolve import Names, Resolved, resolve
+from fxshard.plan.resolve import Resolved, resolve
+from fxshard.plan.work import Names
 from fxshard.rules.lookup import draws
 from fxshard.rules.recipe import shape_of
 from fxshard.runtime.buckets import BUCKET_BYTES

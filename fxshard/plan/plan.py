@@ -252,6 +252,18 @@ def sequence_parallel(size: int, axis: str = "tp") -> Plan:
     return Plan({axis: size}, presets=(("tensor_parallel", axis), ("sequence_parallel", axis)))
 
 
+def context_parallel(size: int, axis: str = "cp") -> Plan:
+    """Splits the sequence everywhere, weights replicated; around each attention it exchanges positions for heads.
+
+    Args:
+        size: the number of ranks along the axis.
+        axis: the mesh axis.
+
+    Reference: DeepSpeed Ulysses (Jacobs et al., 2023).
+    """
+    return Plan({axis: size}, presets=(("context_parallel", axis),))
+
+
 def zero(size: int, axis: str = "dp") -> Plan:
     """Data parallelism whose parameters, with their gradients and optimizer states, are stored in parts.
 

@@ -29,6 +29,10 @@ PLANS = presets(
     "zero2_tp2",
     "tp2_zero2",
     "zero3_sp2",
+    "cp2",
+    "cp4",
+    "cp2_tp2",
+    "zero2_cp2",
 )
 each_model = pytest.mark.parametrize("name", MODELS)
 each_plan = pytest.mark.parametrize("plan", PLANS)
@@ -51,8 +55,8 @@ def test_float64(name: str, plan: str) -> None:
     program = check(name, plan, torch.float64)
     splits_weights = any(e for e in program.plan.params.values())
     assert splits_weights == any(preset in plan for preset in ("tp", "sp", "zero"))
-    assert bool(program.plan.inputs) == ("dp" in plan or "zero" in plan)
-    assert bool(program.plan.activations) == ("sp" in plan)
+    assert bool(program.plan.inputs) == (any(preset in plan for preset in ("dp", "zero", "cp")))
+    assert bool(program.plan.activations) == ("sp" in plan or "cp" in plan)
 
 
 @pytest.mark.parametrize(
