@@ -6,6 +6,8 @@ names further modules of torch as text, to tell their warnings and frames from t
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch._export.passes import replace_autocast_with_hop_pass, replace_set_grad_with_hop_pass
 from torch._functorch import predispatch
@@ -19,6 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._sympy.functions import FloorDiv
 
 __all__ = [
+    "AgreeingGradScaler",
     "ENTER_VMAP",
     "EXIT_AUTOCAST",
     "LAZY_LOAD",
@@ -36,6 +39,7 @@ __all__ = [
     "SingleLevelFunction",
     "TorchDispatchMode",
     "exporter",
+    "foreach_norm",
     "has_kernel",
     "is_vmapped",
     "leave_vmaps",
@@ -76,3 +80,27 @@ def leave_vmaps(level: int) -> None:
     """Leaves those of them that an error left open: all above ``level``."""
     while vmap_level() > level:
         torch._C._functorch._vmap_decrement_nesting()
+
+
+def foreach_norm(tensors: Sequence[torch.Tensor], order: float, dtype: torch.dtype | None) -> list[torch.Tensor]:
+    """The norm of each tensor, in few kernels; what low precisions hold is summed in ``dtype``."""
+    return list(torch._foreach_norm(list(tensors), order, dtype))
+
+
+class AgreeingGradScaler(torch.amp.GradScaler):
+    """torch's scaler, with a place at which ranks agree on what they found.
+
+    Every way to ``step`` looks for infinities by one method, which says for each device whether there were any.
+    """
+
+    def agree(self, found: torch.Tensor) -> torch.Tensor:
+        """What all ranks know, of what this one found: a scalar, above 0 where there was an infinity."""
+        raise NotImplementedError
+
+    def _unscale_grads_(
+        self, optimizer: torch.optim.Optimizer, inv_scale: torch.Tensor, found_inf: torch.Tensor, allow_fp16: bool
+    ) -> dict[torch.device, torch.Tensor]:
+        found = super()._unscale_grads_(optimizer, inv_scale, found_inf, allow_fp16)
+        here = [each.to(found_inf.device) for each in found.values()]
+        known = self.agree(torch.stack([found_inf, *here]).amax())  # also where a rank has no gradient at all
+        return {device: known.to(device) for device in found} or {known.device: known}
