@@ -7,6 +7,7 @@ FxshardError
 |  `- MeshError          the mesh does not fit the plan or the running processes
 |- InputError            inputs do not fit what was captured (also a ValueError)
 |- RuleError             a rule is malformed or does not fit its operator (also a ValueError)
+|- GradientError         gradients that cannot be measured (also a RuntimeError)
 |- DistributedError      torch.distributed is not ready (also a RuntimeError)
 `- SoundnessError        a checked invariant of the compiler failed: a bug of fxshard, never silent
 """
@@ -71,6 +72,10 @@ class InputError(FxshardError, ValueError):
 
 class RuleError(FxshardError, ValueError):
     """An operator's rule is malformed, or does not fit the call that it should describe."""
+
+
+class GradientError(FxshardError, RuntimeError):
+    """Gradients whose norm is asked for, and that have no values, or values that are not finite."""
 
 
 class DistributedError(FxshardError, RuntimeError):

@@ -6,7 +6,7 @@ names further modules of torch as text, to tell their warnings and frames from t
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -22,6 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._sympy.functions import FloorDiv
 
 __all__ = [
+    "AgreeingGradScaler",
     "ENTER_VMAP",
     "EXIT_AUTOCAST",
     "LAZY_LOAD",
@@ -41,6 +42,7 @@ __all__ = [
     "after_backward",
     "backward_id",
     "exporter",
+    "foreach_norm",
     "has_kernel",
     "hooks_of",
     "is_vmapped",
@@ -115,3 +117,27 @@ def saving_hooks() -> tuple[Callable[[Any], Any], Callable[[Any], Any]] | None:
     """The hooks through which autograd saves tensors here: those of the innermost ``saved_tensors_hooks``."""
     hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
     return None if hooks is None else (hooks[0], hooks[1])
+
+
+def foreach_norm(tensors: Sequence[torch.Tensor], order: float, dtype: torch.dtype | None) -> list[torch.Tensor]:
+    """The norm of each tensor, in few kernels; what low precisions hold is summed in ``dtype``."""
+    return list(torch._foreach_norm(list(tensors), order, dtype))
+
+
+class AgreeingGradScaler(torch.amp.GradScaler):
+    """torch's scaler, with a place at which ranks agree on what they found.
+
+    Every way to ``step`` looks for infinities by one method, which says for each device whether there were any.
+    """
+
+    def agree(self, found: torch.Tensor) -> torch.Tensor:
+        """What all ranks know, of what this one found: a scalar, above 0 where there was an infinity."""
+        raise NotImplementedError
+
+    def _unscale_grads_(
+        self, optimizer: torch.optim.Optimizer, inv_scale: torch.Tensor, found_inf: torch.Tensor, allow_fp16: bool
+    ) -> dict[torch.device, torch.Tensor]:
+        found = super()._unscale_grads_(optimizer, inv_scale, found_inf, allow_fp16)
+        here = [each.to(found_inf.device) for each in found.values()]
+        known = self.agree(torch.stack([found_inf, *here]).amax())  # also where a rank has no gradient at all
+        return {device: known.to(device) for device in found} or {known.device: known}

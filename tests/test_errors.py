@@ -68,6 +68,13 @@ input_ids is i64[2, 17], and was captured as i64[2, 16]
 the rule 'm k, k n -> m q' gives q, which no operand has
   op      aten.mm.default""",
     ),
+    errors.GradientError: (
+        "the norm of the gradient is inf: gradients of 2 parameters, first 'up.weight', are infinite or no numbers",
+        {"fix": "look at the loss, or skip the step"},
+        """\
+the norm of the gradient is inf: gradients of 2 parameters, first 'up.weight', are infinite or no numbers
+  fix     look at the loss, or skip the step""",
+    ),
     errors.DistributedError: (
         "torch.distributed is not initialised",
         {"fix": "start with torchrun, or use fxshard.simulate"},
@@ -92,6 +99,7 @@ BUILTINS = {
     "MeshError": ValueError,
     "InputError": ValueError,
     "RuleError": ValueError,
+    "GradientError": RuntimeError,
     "DistributedError": RuntimeError,
 }
 

@@ -55,7 +55,9 @@ def test_float64(name: str, plan: str) -> None:
     program = check(name, plan, torch.float64)
     splits_weights = any(e for e in program.plan.params.values())
     assert splits_weights == any(preset in plan for preset in ("tp", "sp", "zero"))
-    assert bool(program.plan.inputs) == (any(preset in plan for preset in ("dp", "zero", "cp")))
+    assert bool(program.plan.inputs) == any(
+        preset in plan for preset in ("dp", "zero", "cp" if name != "vit" else "dp")
+    )
     assert bool(program.plan.activations) == ("sp" in plan or "cp" in plan)
 
 
