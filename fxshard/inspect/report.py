@@ -73,7 +73,7 @@ BACKWARD = {
 def backward_kinds(node: fx.Node, compiled: Compiled, flows: Mapping[fx.Node, bool]) -> list[str]:
     """The collectives of a conversion in the backward pass; ``flows``: see ``needs_grad``."""
     if node.target is run.gather_weight:
-        again = compiled.options.regather and _is_saved(node, flows)
+        again = _times_saved(node, flows) if compiled.options.regather else 0
         summed = node.kwargs.get("summed") and flows[node]
         return ["all_gather"] * again + ["reduce_scatter"] * bool(summed)
     if not flows[node]:
@@ -83,21 +83,19 @@ def backward_kinds(node: fx.Node, compiled: Compiled, flows: Mapping[fx.Node, bo
     return [BACKWARD[node.target]] if node.target in BACKWARD else []
 
 
-def _is_saved(weight: fx.Node, flows: Mapping[fx.Node, bool]) -> bool:
-    """Whether a gradient needs the value of a weight: that of what is multiplied with it, or of a norm."""
+def _times_saved(weight: fx.Node, flows: Mapping[fx.Node, bool]) -> int:
+    """How many gradients need the value of a weight: those of what is multiplied with it, or of a norm."""
+    times = 0
     for reader in weight.users:
         kind = name_of(reader.target)[1]
+        bias = reader.args[BIAS[kind]] if kind in BIAS and len(reader.args) > BIAS[kind] else None
         if kind in WEIGHT_VIEWS:
-            if _is_saved(reader, flows):
-                return True
-        elif kind.endswith("_norm") and reader.args[2:3] == (weight,):
-            return flows[reader]
-        elif kind not in ADDED:
-            bias = reader.args[BIAS[kind]] if kind in BIAS and len(reader.args) > BIAS[kind] else None
-            others = [other for other in reader.all_input_nodes if other not in (weight, bias)]
-            if weight is not bias and any(flows[other] for other in others):
-                return True
-    return False
+            times += _times_saved(reader, flows)
+        elif kind.endswith("_norm"):
+            times += flows[reader]
+        elif kind not in ADDED and weight is not bias:
+            times += any(flows[other] for other in reader.all_input_nodes if other not in (weight, bias))
+    return times
 
 
 ADDED = {"aten.add", "aten.sub", "aten.embedding", "aten.cat"}

@@ -21,7 +21,10 @@ from fxshard.torch_internals import saving_hooks
 
 @dataclass
 class _Gathered:
-    """One gathered weight: itself while it lives, the part that this rank holds, and how to gather it again."""
+    """One gathered weight: itself while it lives, the part that this rank holds, and how to gather it again.
+
+    It is always gathered again, even if it lives on: how long Python lets it live is not the same on all ranks.
+    """
 
     whole: weakref.ref[torch.Tensor]
     part: torch.Tensor
@@ -35,11 +38,7 @@ class _Gathered:
                 "a weight was changed in place between the forward and the backward pass, which gathers it again",
                 fix="call backward() before the optimizer's step, or give regather=False to parallelize",
             )
-        found = self.whole()
-        if found is None:
-            found = self.again()
-            self.whole = weakref.ref(found)
-        return found
+        return self.again()
 
 
 @dataclass

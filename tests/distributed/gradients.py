@@ -15,6 +15,7 @@ from torch import nn
 
 import fxshard
 from fxshard.errors import DistributedError, FxshardError
+from fxshard.runtime.regather import Regather
 from tests.distributed.ranks import run_rank
 from tests.models.zoo import build
 from tests.presets import preset
@@ -220,6 +221,20 @@ def regathering() -> None:
             with pytest.raises(FxshardError, match="changed in place between the forward and the backward"):
                 output.sum().backward()
     assert kept[True] == 0 < kept[False]
+
+
+def gathering_again_whatever_python_frees() -> None:
+    """How long the gathered weights live differs between ranks; what the ranks communicate must not."""
+    note, held = Regather.note, []
+
+    def holding(self: Regather, whole: torch.Tensor, *args: Any) -> None:
+        held.append(whole)
+        note(self, whole, *args)
+
+    if dist.get_rank() == 1:
+        Regather.note = holding  # type: ignore[method-assign]
+    as_many_collectives_as_it_says([("llama", "zero2")])
+    assert bool(held) == (dist.get_rank() == 1)
 
 
 def saved_tensors(node: Any) -> Iterator[torch.Tensor]:

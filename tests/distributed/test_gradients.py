@@ -33,3 +33,7 @@ def test_gradients_from_outside_are_not_summed() -> None:
 
 def test_gathered_weights_are_gathered_again() -> None:
     launch(2, gradients.regathering)
+
+
+def test_gathered_weights_are_gathered_again_whatever_python_frees() -> None:
+    launch(2, gradients.gathering_again_whatever_python_frees)

@@ -50,6 +50,16 @@ def gpt2(**changes: Any) -> Built:
     return transformers.GPT2LMHeadModel(config), {"input_ids": ids()}
 
 
+def mixtral(**changes: Any) -> Built:
+    """4 experts, of which each token goes to 2."""
+    config = transformers.MixtralConfig(**{
+        "vocab_size": VOCABULARY, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2,
+        "num_attention_heads": 8, "num_key_value_heads": 4, "max_position_embeddings": 64, "num_local_experts": 4,
+        "num_experts_per_tok": 2, **changes,
+    })  # fmt: skip
+    return transformers.MixtralForCausalLM(config), {"input_ids": ids()}
+
+
 def bert(**changes: Any) -> Built:
     config = transformers.BertConfig(**{
         "vocab_size": VOCABULARY, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
