@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -28,6 +28,7 @@ def parallelize(
     dynamic_shapes: Any = None,
     reduce_dtype: torch.dtype | None = None,
     randomness: str = "single_device",
+    checkpoint: str | Sequence[str] = (),
 ) -> ParallelModule:
     """Compiles an unmodified model for a mesh.
 
@@ -45,6 +46,9 @@ def parallelize(
         randomness: ``"single_device"``: dropout drops what one device would drop, mask for mask. Every rank draws the
             whole mask for that, and attention with dropout is written out. ``"independent"``: each rank draws for its
             own part, and attention stays fused; what is replicated is dropped alike on all ranks.
+        checkpoint: names or globs of modules, such as ``"model.layers.*"``, whose calls keep nothing for the backward
+            pass but their inputs, and are computed anew in it. Of modules inside one another the outermost is taken.
+            Calls of ``torch.utils.checkpoint`` in the model are kept without being named.
 
     Returns:
         A module that is called like the model, with the same whole inputs on every rank.
@@ -75,7 +79,8 @@ def parallelize(
         raise PlanError(f"reduce_dtype is {reduce_dtype}, in which nothing can be summed", fix="give torch.float32")
     if randomness not in ("single_device", "independent"):
         raise PlanError(f"randomness is {randomness!r}", fix="give 'single_device' or 'independent'")
-    options = Options(reduce_dtype, randomness == "independent")
+    asked_anew = (checkpoint,) if isinstance(checkpoint, str) else tuple(checkpoint)
+    options = Options(reduce_dtype, randomness == "independent", asked_anew)
     program = ParallelModule(model, asked, device_mesh, dynamic_shapes, options)
     if args or kwargs:
         program.capture(tuple(args), kwargs)

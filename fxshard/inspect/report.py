@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from tabulate import tabulate
@@ -11,6 +11,7 @@ from torch import fx
 
 from fxshard.codegen.text import span
 from fxshard.codegen.types import describe_local, describe_value
+from fxshard.inspect.anew import communicated_again, computes_anew, notes_on
 from fxshard.inspect.fallbacks import fallbacks_of
 from fxshard.inspect.reasons import home_of, op_name, reason, source_of_value, without_layers
 from fxshard.mesh import Mesh
@@ -36,6 +37,8 @@ class Collective:
         source: the line of the user's source.
         reason: why it is there, in a sentence.
         value: the type of that tensor, e.g. ``f32[4, 16, 64]``.
+        again: it is one of the forward pass, and communicates again in the backward pass, where its call is computed
+            anew.
     """
 
     kind: str
@@ -46,6 +49,7 @@ class Collective:
     source: str
     reason: str
     value: str = ""
+    again: bool = False
 
 
 FORWARD = {
@@ -100,13 +104,21 @@ def _conversions(compiled: Compiled) -> Iterator[fx.Node]:
 def collectives_of(compiled: Compiled) -> list[Collective]:
     """Every collective of one step: forward in order, then backward in the order in which gradients flow."""
     flows = needs_grad(compiled)
-    nodes = list(_conversions(compiled))
-    out = [_record(n, FORWARD[n.target], "forward", compiled) for n in nodes if n.target in FORWARD]
-    for node in reversed(nodes):
-        kind = backward_kind(node)
+    again = communicated_again(compiled, flows)
+    nodes = dict.fromkeys(_conversions(compiled))
+    forward = {n: _record(n, FORWARD[n.target], "forward", compiled) for n in nodes if n.target in FORWARD}
+    out = list(forward.values())
+    for node in reversed(compiled.graph.nodes):
+        out += [_again(forward[n]) for n in again.get(node, ()) if n in forward]
+        kind = backward_kind(node) if node in nodes else None
         if kind is not None and flows[node]:
             out.append(_record(node, kind, "backward", compiled))
     return out
+
+
+def _again(record: Collective) -> Collective:
+    why = f"its call is computed anew in the backward pass; there since {record.reason}"
+    return replace(record, phase="backward", again=True, reason=why)
 
 
 def _record(node: fx.Node, kind: str, phase: str, compiled: Compiled) -> Collective:
@@ -151,6 +163,7 @@ def _short_all(node: fx.Node) -> str:
 def table(compiled: Compiled) -> str:
     """The program as a table, an operator a line, with what it communicates in the forward and the backward pass."""
     flows = needs_grad(compiled)
+    again = {node for nodes in communicated_again(compiled, flows).values() for node in nodes}
     rows = []
     used: set[str] = set()
     for node in compiled.graph.nodes:
@@ -161,6 +174,7 @@ def table(compiled: Compiled) -> str:
         if node.target in CONVERSIONS:
             forward = FORWARD.get(node.target, "")
             back = (backward_kind(node) or "") if flows[node] else ""
+            back = ", ".join(filter(None, [f"{forward} again" if forward and node in again else "", back]))
         num_bytes = f"{full_bytes(node, compiled):,}" if forward or back else ""
         placed_in = _joined([_short_all(n) for n in node.all_input_nodes if _typed(n)])
         rows.append(
@@ -233,22 +247,27 @@ def explain(compiled: Compiled) -> str:
     Above them stand the notes on what the plan could not do, and the calls that gather because no rule covers them.
     """
     records = collectives_of(compiled)
-    notes = [*compiled.resolved.notes, *map(str, fallbacks_of(compiled))]
+    notes = [*notes_of(compiled), *map(str, fallbacks_of(compiled))]
     if not records:
         return "\n".join([*notes, "No collectives: every rank computes the whole model."])
     groups: dict[tuple[str, ...], list[Collective]] = {}
     for record in records:
-        what = (record.phase, record.kind, record.axis, record.value, str(record.num_bytes), record.source)
-        groups.setdefault((*what, without_layers(record.module)[0], without_layers(record.reason)[0]), []).append(
-            record
-        )
+        what = (record.phase + " again" * record.again, record.kind, record.axis, record.value, str(record.num_bytes))
+        where = (record.source, without_layers(record.module)[0], without_layers(record.reason)[0])
+        groups.setdefault((*what, *where), []).append(record)
     paragraphs = ["\n".join(_paragraph(group)) for group in groups.values()]
     return "\n\n".join([*(["\n".join(notes)] if notes else []), *paragraphs, "\n".join(_summary(records))])
 
 
+def notes_of(compiled: Compiled) -> list[str]:
+    """What could not be done as the user asked."""
+    more = notes_on(compiled, needs_grad(compiled)) if computes_anew(compiled.graph) else ()
+    return [*compiled.resolved.notes, *more]
+
+
 def _paragraph(group: list[Collective]) -> list[str]:
     first = group[0]
-    of = first.value if first.phase == "forward" else f"the gradient of {first.value}"
+    of = first.value if first.phase == "forward" or first.again else f"the gradient of {first.value}"
     times = f", {len(group)} times" if len(group) > 1 else ""
     where = _merged([r.module for r in group]) or "the model"
     lines = [f"{first.phase}: {first.kind} of {of} over {first.axis}, {first.num_bytes:,} bytes{times}"]
