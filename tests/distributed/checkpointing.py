@@ -72,38 +72,49 @@ def step(program: fxshard.ParallelModule, inputs: dict[str, Any]) -> tuple[dict[
 
 
 def compare(
-    model: nn.Module, anew: nn.Module, inputs: dict[str, Any], asked: str | Plan, least: float, **options: Any
+    model: nn.Module, inputs: dict[str, Any], asked: str | Plan, least: float, *others: nn.Module, **options: Any
 ) -> None:
-    """The program of ``anew`` gives the gradients of the one of ``model``, bit for bit, and keeps less."""
+    """Programs that compute anew give the gradients of one that keeps all, bit for bit, and keep less.
+
+    Args:
+        model: the model, which asks for no checkpoints.
+        inputs: its inputs.
+        asked: the plan, or the name of a preset.
+        least: how many times less is kept.
+        others: the same model, asking for checkpoints.
+        options: those that ask for checkpoints of ``model``.
+    """
     plan = preset(asked) if isinstance(asked, str) else asked
     plain = step(fxshard.parallelize(model, plan, (), inputs), inputs)
-    program = fxshard.parallelize(anew, plan, (), inputs, **options)
-    assert "checkpoint(" in program.code()
-    grads, num_bytes, forward, backward = step(program, inputs)
-    assert grads.keys() == plain[0].keys()
-    differing = [name for name, grad in grads.items() if not torch.equal(grad, plain[0][name])]
-    assert not differing, f"{plan}, rank {dist.get_rank()}: {differing}"
-    assert num_bytes * least < plain[1], f"{num_bytes} of {plain[1]} bytes are kept"
-    assert forward == plain[2]
-    everywhere: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(everywhere, [name for name, _ in backward])
-    assert all(each == everywhere[0] for each in everywhere), "the ranks communicate in different orders"
-    for phase, log in (("forward", forward), ("backward", backward)):
-        said = Counter(c.kind for c in program.collectives() if c.phase == phase)
-        assert Counter(name for name, _ in log) == said, f"{plan}, {phase}"
+    for anew, how in [(model, options), *((other, {}) for other in others)]:
+        program = fxshard.parallelize(anew, plan, (), inputs, **how)
+        assert "checkpoint(" in program.code()
+        grads, num_bytes, forward, backward = step(program, inputs)
+        assert grads.keys() == plain[0].keys()
+        differing = [name for name, grad in grads.items() if not torch.equal(grad, plain[0][name])]
+        assert not differing, f"{asked}, rank {dist.get_rank()}: {differing}"
+        assert num_bytes * least < plain[1], f"{num_bytes} of {plain[1]} bytes are kept"
+        assert forward == plain[2]
+        everywhere: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(everywhere, [name for name, _ in backward])
+        assert all(each == everywhere[0] for each in everywhere), "the ranks communicate in different orders"
+        for phase, log in (("forward", forward), ("backward", backward)):
+            said = Counter(c.kind for c in program.collectives() if c.phase == phase)
+            assert Counter(name for name, _ in log) == said, f"{asked}, {phase}"
 
 
-def transformers_models(plans: list[str], name: str = "llama", least: float = 2.0) -> None:
+def transformers_models(
+    plans: list[str], name: str = "llama", least: float = 2.0, reentrant: tuple[bool, ...] = (False, True)
+) -> None:
     """What ``gradient_checkpointing_enable`` asks for, and the same by fxshard's own option, with dropout."""
     model, inputs = build(name, torch.float32, training=True)
     inputs["use_cache"] = False
+    others = [copy.deepcopy(model) for _ in reentrant]
+    for other, use_reentrant in zip(others, reentrant, strict=True):
+        other.activation_checkpointing_enable({"use_reentrant": use_reentrant})
     layers = {"llama": "model.layers.*", "gpt2": "transformer.h.*"}[name]
     for plan in plans:
-        compare(model, model, inputs, plan, least, checkpoint=layers)
-        for reentrant in (False, True):
-            asked = copy.deepcopy(model)
-            asked.activation_checkpointing_enable({"use_reentrant": reentrant})
-            compare(model, asked, inputs, plan, least)
+        compare(model, inputs, plan, least, *others, checkpoint=layers)
 
 
 def independent_masks(plans: list[str]) -> None:
@@ -144,14 +155,14 @@ def narrow_layers() -> None:
     inputs = {"input": torch.arange(32).reshape(2, 16)}
     plan = Plan({"tp": 4}, {"*.up*": Shard(0), "*.down*.weight": Shard(1)})
     assert "nothing" in fxshard.parallelize(model, plan, (), inputs).code(rank=3)
-    compare(model, model, inputs, plan, 0, checkpoint=["1", "2"])
+    compare(model, inputs, plan, 0, checkpoint=["1", "2"])
 
 
 def ranks_that_hold_nothing(cases: list[tuple[str, str]]) -> None:
     """They run other statements, and must communicate in the same order."""
     for name, plan in cases:
         model, inputs = build_case(name, torch.float64, training=True)
-        compare(model, model, inputs | {"use_cache": False}, plan, 1.5, checkpoint="model.layers.*")
+        compare(model, inputs | {"use_cache": False}, plan, 1.5, checkpoint="model.layers.*")
 
 
 def checked_and_trained() -> None:

@@ -12,7 +12,7 @@ pytestmark = pytest.mark.skipif(not dist.is_gloo_available(), reason="this torch
 
 
 def test_gradients_are_those_without() -> None:
-    launch(2, checkpointing.transformers_models, ["tp2", "sp2", "dp2"])
+    launch(2, checkpointing.transformers_models, ["tp2", "sp2", "dp2"], "llama", 2.0, (False,))
 
 
 def test_ranks_that_hold_nothing_take_part() -> None:
@@ -29,6 +29,7 @@ def test_verify_runs_it() -> None:
 
 @pytest.mark.slow
 def test_dropout_draws_the_same_again() -> None:
+    launch(2, checkpointing.transformers_models, ["tp2", "sp2", "dp2"], "llama", 2.0, (True,))
     launch(2, checkpointing.transformers_models, ["tp2", "sp2", "dp2"], "gpt2", 1.5)
     launch(2, checkpointing.independent_masks, ["tp2", "sp2", "dp2"])
 
