@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -31,6 +31,7 @@ def parallelize(
     randomness: str = "single_device",
     bucket_bytes: int = BUCKET_BYTES,
     regather: bool = True,
+    checkpoint: str | Sequence[str] = (),
 ) -> ParallelModule:
     """Compiles an unmodified model for a mesh.
 
@@ -52,6 +53,9 @@ def parallelize(
             many bytes, while the backward pass goes on. 0 sums each by itself.
         regather: weights that are stored in parts and gathered for use (``zero``) are not kept for the backward pass,
             which gathers them once more: less memory, more traffic.
+        checkpoint: names or globs of modules, such as ``"model.layers.*"``, whose calls keep nothing for the backward
+            pass but their inputs, and are computed anew in it. Of modules inside one another the outermost is taken.
+            Calls of ``torch.utils.checkpoint`` in the model are kept without being named.
 
     Returns:
         A module that is called like the model, with the same whole inputs on every rank.
@@ -84,7 +88,8 @@ def parallelize(
         raise PlanError(f"randomness is {randomness!r}", fix="give 'single_device' or 'independent'")
     if bucket_bytes < 0:
         raise PlanError(f"bucket_bytes is {bucket_bytes}", fix="give a number of bytes, or 0 for no buckets")
-    options = Options(reduce_dtype, randomness == "independent", bucket_bytes, regather)
+    asked_anew = (checkpoint,) if isinstance(checkpoint, str) else tuple(checkpoint)
+    options = Options(reduce_dtype, randomness == "independent", bucket_bytes, regather, asked_anew)
     program = ParallelModule(model, asked, device_mesh, dynamic_shapes, options)
     if args or kwargs:
         program.capture(tuple(args), kwargs)

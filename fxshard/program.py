@@ -18,7 +18,7 @@ from torch import fx, nn
 from fxshard.codegen.emit import emit
 from fxshard.errors import FxshardError
 from fxshard.inspect.fallbacks import Fallback, fallbacks_of
-from fxshard.inspect.report import Collective, collectives_of, explain, table
+from fxshard.inspect.report import Collective, collectives_of, explain, notes_of, table
 from fxshard.mesh import Mesh
 from fxshard.passes.annotate import placements
 from fxshard.passes.capture import capture, signature_key
@@ -106,7 +106,7 @@ class ParallelModule(nn.Module):
             self._captures[key] = self._latest = compiled
             if len(self._captures) == 1:
                 self._settle(compiled)
-            for note in compiled.resolved.notes:
+            for note in notes_of(compiled):
                 logger.warning(note)
             for fallback in self.fallbacks():
                 logger.warning(str(fallback))
@@ -200,14 +200,15 @@ class ParallelModule(nn.Module):
         """The Python source that rank ``rank`` runs."""
         where = ", ".join(f"{n}={i}" for n, i in zip(self.mesh.names, self.mesh.coordinate(rank), strict=True))
         title = f"{type(self._model[0]).__name__}, rank {rank} of {self.mesh.world_size} ({where})."
-        return emit(self.compiled.graph_for(rank), self.mesh.seen_by(rank), title)
+        return emit(self.compiled.graph_for(rank), self.mesh.seen_by(rank), title, self.compiled.is_uneven)
 
     def function(self, compiled: Compiled, rank: int, axes: Mapping[str, Axis]) -> Any:
         """The generated forward of a rank, over the given axes."""
         title = type(self._model[0]).__name__
         key = id(compiled), rank if compiled.is_uneven else 0
         if key not in self._sources:
-            self._sources[key] = emit(compiled.graph_for(rank), self.mesh.seen_by(rank), title)
+            graph = compiled.graph_for(rank)
+            self._sources[key] = emit(graph, self.mesh.seen_by(rank), title, compiled.is_uneven)
         self.place_constants(compiled, rank)
         return load(self._sources[key], axes, self._device, f"<fxshard {title} {' '.join(map(str, key))}>")
 

@@ -69,6 +69,9 @@ class _Share(torch.autograd.Function):
 def simulate(program: ParallelModule, *args: Any, **kwargs: Any) -> Simulation:
     """Runs all ranks of ``program`` in lockstep in this process, no process group needed.
 
+    Nothing is computed anew in the backward pass, where the program asks for it (activation checkpointing): all ranks
+    have one backward pass together. The values are the same; the memory is that of a program without.
+
     Args:
         program: what ``parallelize`` returned.
         args: the model's inputs, whole, as the model takes them.

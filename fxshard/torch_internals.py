@@ -17,12 +17,16 @@ from torch._subclasses import FakeTensor
 from torch.autograd.function import _SingleLevelFunction as SingleLevelFunction
 from torch.export import _trace as exporter
 from torch.fx._lazy_graph_module import _LazyGraphModule as LazyGraphModule
+from torch.fx.traceback import annotate, preserve_node_meta
 from torch.utils import _pytree as pytree
+from torch.utils import checkpoint as CHECKPOINT_MODULE
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._sympy.functions import FloorDiv
 
 __all__ = [
     "AgreeingGradScaler",
+    "CHECKPOINT_MODULE",
+    "CHECKPOINT_STEPS",
     "ENTER_VMAP",
     "EXIT_AUTOCAST",
     "LAZY_LOAD",
@@ -41,18 +45,22 @@ __all__ = [
     "TorchDispatchMode",
     "after_backward",
     "backward_id",
+    "annotate",
     "exporter",
     "foreach_norm",
     "has_kernel",
     "hooks_of",
     "is_vmapped",
     "leave_vmaps",
+    "preserve_node_meta",
     "pytree",
     "saving_hooks",
     "vmap_level",
     "will_accumulate",
 ]
 
+CHECKPOINT_STEPS = "_checkpoint_without_reentrant_generator"
+"""What ``torch.utils.checkpoint.checkpoint`` does around the function: a generator of one step, in that module."""
 SET_GRAD = torch._C._set_grad_enabled
 EXIT_AUTOCAST = torch.amp.autocast_mode._exit_autocast
 MODE_MARKS = (SET_GRAD, torch.amp.autocast_mode._enter_autocast, EXIT_AUTOCAST)

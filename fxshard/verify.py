@@ -64,8 +64,8 @@ def verify(program: ParallelModule, *args: Any, **kwargs: Any) -> VerifyReport:
     """Compares the program's outputs and all its gradients with the original model's, and prints a table.
 
     Without a process group all ranks are simulated; under torchrun the ranks compare what they really computed, each
-    running the original model for itself. The loss is a fixed random weighting of all outputs. The program's weights,
-    buffers and gradients are left as they were.
+    running the original model for itself, and compute checkpointed calls anew. The loss is a fixed random weighting of
+    all outputs. The program's weights, buffers and gradients are left as they were.
 
     Args:
         program: what ``parallelize`` returned.

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from fxshard.codegen.anew import call_of
 from fxshard.codegen.classes import Class, Classes
 from fxshard.codegen.freeing import deaths
 from fxshard.codegen.members import Members
@@ -36,6 +37,7 @@ class File:
         inputs: the placeholders.
         output: the output node.
         imports: modules that the statements need; they are added as statements are written.
+        is_uneven: whether the ranks' programs differ.
     """
 
     mesh: Mesh
@@ -45,6 +47,7 @@ class File:
     inputs: Sequence[fx.Node]
     output: fx.Node
     imports: set[str] = field(default_factory=set)
+    is_uneven: bool = False
 
 
 @dataclass(frozen=True)
@@ -105,6 +108,8 @@ class Body:
         """The whole class."""
         yield f"class {self.each.name}:"
         where = summarize(self.each.paths) if self.region.path else "The whole model."
+        if self.region.function:
+            where = f"{self.region.function} in {summarize(self.each.paths) or 'the model'}"
         first, *more = wrap(where, WIDTH - 10, break_long_words=False, break_on_hyphens=False)
         yield f'    """{first}' + ("" if more else '"""')
         yield from (*(f"    {line}" for line in more), '    """') if more else ()
@@ -217,8 +222,7 @@ class Body:
 
     def _call(self, region: Region, at: int) -> Iterator[str]:
         self.source = ""
-        arguments = ", ".join(self.text(n) for n in region.inputs)
-        code = f"{self.members.names[id(region)]}({arguments})"
+        code = call_of(region, self.members.names[id(region)], map(self.text, region.inputs), self.file.is_uneven)
         if region.outputs:
             code = f"{', '.join(self._result(n, region, at) for n in region.outputs)} = {code}"
         kinds = [self._comment(n) for n in region.outputs]
@@ -277,6 +281,7 @@ class Body:
             changes = [(a, b) for a, b in zip(here.inputs, after.inputs, strict=False) if a is not b]
             if (
                 self.file.classes.of(here) is not self.file.classes.of(after)
+                or here.checkpoint != after.checkpoint
                 or [b for _, b in changes] != [carried]
                 or self.uses.get(carried) != [end + 1]
                 or (taken is not None and changes[0][0] is not taken)
@@ -303,9 +308,10 @@ class Body:
         self.scope.read(first, end)
         whole = index == 0 and end - at + 1 == count
         cut = "" if whole else f"[{index}:{index + end - at + 1}]"
-        arguments = ", ".join(name if n is initial else self.text(n) for n in first.inputs)
+        arguments = (name if n is initial else self.text(n) for n in first.inputs)
         yield f"        for {each} in self.{members}{cut}:"
-        yield from statement(12, f"{name} = {each}({arguments})", self._comment(result))
+        code = call_of(first, each, arguments, self.file.is_uneven)
+        yield from statement(12, f"{name} = {code}", self._comment(result))
 
     # --- arguments -------------------------------------------------------------------------------------------------
 

@@ -105,6 +105,8 @@ class _Key:
                     (
                         classes.of(item).number,
                         item.path[self.prefix :],
+                        item.checkpoint,
+                        item.function,
                         tuple(self._encode(n) for n in item.inputs),
                     )
                 )

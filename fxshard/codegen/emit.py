@@ -34,10 +34,11 @@ from fxshard.mesh import Mesh
 from fxshard.runtime import collectives
 
 _WORD = re.compile(r"(?<![\w.\"'])[A-Za-z_]\w*")
-WORDS = {"self", "m", "aten", "torch", "F", "operator", "math", "device", "axes", "build", *dir(collectives)}
+WORDS = {"self", "m", "aten", "torch", "F", "operator", "math", "device", "axes", "build", "checkpoint"}
+WORDS |= {*dir(collectives)}
 
 
-def emit(graph: fx.Graph, mesh: Mesh, title: str) -> str:
+def emit(graph: fx.Graph, mesh: Mesh, title: str, is_uneven: bool = False) -> str:
     """The source of a module with a function ``build(m)``: the model over the local weights ``m``, to be called.
 
     Every statement says what it gives: local type and placement; above it stands the user's line that it comes from.
@@ -52,6 +53,7 @@ def emit(graph: fx.Graph, mesh: Mesh, title: str) -> str:
         frozenset(taken | {each.name for each in classes.all}),
         graph.find_nodes(op="placeholder"),
         next(iter(reversed(graph.nodes))),
+        is_uneven=is_uneven,
     )
     body = [line for each in classes.all for line in ("", "", *Body(file, each).lines())]
     body += ["", "", "def build(m):", '    """The model over one rank\'s weights."""']
@@ -70,9 +72,9 @@ def _head(title: str, graph: fx.Graph, file: File, body: Sequence[str]) -> Itera
         lines += ["from torch.nn import functional as F"] if at and "F" in words else []
         yield from ["", *lines] if lines else ()
     used = sorted({n.target.__name__ for n in graph.nodes if is_ours(n.target)})
-    if used:
-        yield ""
-        yield from statement(0, f"from fxshard.runtime.collectives import {', '.join(used)}")
+    ours = ["from fxshard.runtime.checkpoint import checkpoint"] if "checkpoint" in words else []
+    ours += statement(0, f"from fxshard.runtime.collectives import {', '.join(used)}") if used else []
+    yield from ["", *ours] if ours else ()
     if "aten" in words:
         yield from ["", "aten = torch.ops.aten"]
     given = [

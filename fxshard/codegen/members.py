@@ -67,7 +67,7 @@ class Members:
                     self._add_list(prefix, lists[prefix], classes)
                 name = f"self.{self.lists[prefix][0]}[{last}]"
             else:
-                attribute = self._name(path)
+                attribute = self._name(path or regions[0].function)
                 name = f"self.{attribute}"
                 self._lines.append(f"{name} = {made(classes.all[number], _from_m(path))}")
             for region in regions:
@@ -142,7 +142,7 @@ def _lists(calls: Sequence[tuple[str, int]]) -> dict[str, list[int]]:
 
 def _from_m(path: str) -> str:
     text = "m"
-    for part in path.split("."):
+    for part in path.split(".") if path else ():
         text = access(text, part)
     return text
 

@@ -9,6 +9,9 @@ regions never moves a node: what the regions hold, read in order, is the graph.
     linear_sum  model.layers.0.mlp.up               pow, linear, linear_sum
     linear      lm_head                           linear
 
+A checkpointed call (``passes/recompute.py``) is a region too: that of its module where it computes nothing but this
+module's call, else one of its own, which belongs to the module that makes the call.
+
 Conversions have no module of their own. One that leads from a module to its sibling stands in their parent, where a
 reader looks for communication; in any case it never cuts in two the call that surrounds it.
 """
@@ -22,13 +25,13 @@ from typing import Any, TypeAlias
 import torch
 from torch import fx
 
-from fxshard.passes.origins import clean_path
+from fxshard.passes.origins import checkpoint_of, clean_path
 
 Path: TypeAlias = tuple[str, ...]
 Item: TypeAlias = "fx.Node | Region"
 
 SMALLEST = 4
-"""A call of fewer nodes is written where it stands."""
+"""A call of fewer nodes is written where it stands, unless it is computed anew in the backward pass."""
 
 
 @dataclass(eq=False)
@@ -39,6 +42,8 @@ class Region:
         path: the module's path in the user's model; ``""`` is the model.
         class_name: the module's class, as the user named it.
         parent: the call that makes this one; None for the model's.
+        checkpoint: whether it is computed anew in the backward pass.
+        function: the function's name, where this is not the call of a whole module.
         items: nodes and inner calls, in order.
         size: how many nodes there are, inner calls included.
         inputs: values from outside that are read inside, in the order of reading.
@@ -48,6 +53,8 @@ class Region:
     path: str
     class_name: str
     parent: Region | None
+    checkpoint: bool = False
+    function: str = ""
     items: list[Item] = field(default_factory=list)
     size: int = 0
     inputs: dict[fx.Node, None] = field(default_factory=dict)
@@ -78,7 +85,8 @@ def regions_of(graph: fx.Graph) -> Region:
             seen.add(inner)
             names = inner
             module, class_name = stacks.modules[key]
-            opened.append(Region(module, class_name, opened[-1]))
+            function = checkpoint_of(key)
+            opened.append(Region(module, class_name, opened[-1], function is not None, function or ""))
             opened[-2].items.append(opened[-1])
         opened[-1].items.append(node)
     root.class_name = stacks.root or "Model"
@@ -109,10 +117,11 @@ class _Stacks:
         module = clean_path(path)
         name = kind if isinstance(kind, str) else getattr(kind, "__name__", "")
         name = name.rsplit(".", 1)[-1]
-        if not module:
-            self.root = name
         self.modules[key] = (module, name if name.isidentifier() else "Module")
-        return bool(module)
+        if checkpoint_of(key) is None and not module:
+            self.root = name
+            return False
+        return True
 
 
 def _common(a: Path, b: Path) -> int:
@@ -172,21 +181,40 @@ def _settle(region: Region) -> list[Item]:
             continue
         item.items = _settle(item)
         region.size += item.size
-        wraps = len(item.items) == 1 and isinstance(item.items[0], Region)
-        items += _inside(item.items if item.size < SMALLEST or wraps else [item], region.path)
+        wraps = _merge(item)
+        is_small = item.size < SMALLEST and not item.checkpoint
+        items += _inside(item.items if is_small or wraps else [item], region.path)
     for item in items:
         if isinstance(item, Region):
             item.parent = region
     return items
 
 
+def _merge(outer: Region) -> bool:
+    """Whether a call only wraps another one, which then stands for both."""
+    if len(outer.items) != 1 or not isinstance(outer.items[0], Region):
+        return False
+    inner = outer.items[0]
+    inner.checkpoint |= outer.checkpoint
+    if inner.function and inner.path == outer.path:  # the function is all that the module does
+        inner.class_name, inner.function = outer.class_name, outer.function
+    return True
+
+
 def _inside(items: Sequence[Item], owner: str) -> Iterator[Item]:
-    """The items, with calls of modules that do not belong to ``owner``, which cannot reach them, written in place."""
+    """The items, with calls of modules that do not belong to ``owner``, which cannot reach them, written in place.
+
+    A checkpointed one stays a call, as that of a function of ``owner``'s.
+    """
     for item in items:
-        if isinstance(item, Region) and not _is_inside(item.path, owner):
-            yield from _inside(item.items, owner)
-        else:
+        if not isinstance(item, Region) or _is_inside(item.path, owner) or (item.function and item.path == owner):
             yield item
+        elif item.checkpoint:
+            item.path, item.function = owner, item.function or item.path.rpartition(".")[2]
+            item.items = list(_inside(item.items, owner))
+            yield item
+        else:
+            yield from _inside(item.items, owner)
 
 
 def _is_inside(path: str, owner: str) -> bool:
@@ -252,7 +280,7 @@ def owner_of(name: str, reading: Sequence[Region]) -> Region:
     """The innermost of the calls ``reading`` (outermost first) whose module holds the tensor ``name``."""
     if not is_constant(name):
         for region in reversed(reading):
-            if name.startswith(f"{region.path}."):
+            if not region.path or name.startswith(f"{region.path}."):
                 return region
     return reading[0]
 

@@ -29,16 +29,14 @@ SUMMED = {run.vary, run.vary_weight, run.all_gather, run.gather_weight}
 """Conversions whose backward pass sums what the ranks bring."""
 
 
-def reason(node: fx.Node, kind: str, phase: str, axis: int, axis_name: str) -> str:
-    """Why the conversion ``node`` communicates, by a collective ``kind``, in ``phase``."""
+def reason(node: fx.Node, phase: str, axis: int, axis_name: str) -> str:
+    """Why the conversion ``node`` communicates in ``phase``."""
     source = source_of_value(node)
     before, after = _placed(source, axis), _placed(node, axis)
     readers = _readers(node, source)
     if phase == "forward":
         have = f"every rank holds {_what(before)}, since {_cause(source, axis, axis_name)}"
         return f"{have}; {_need(after)} by {readers}"
-    if kind == "all_gather" and node.target is run.gather_weight:
-        return f"{_named(source)} was not kept whole; the gradient of what it is multiplied with needs it"
     if node.target in SUMMED:
         return f"every rank computes only its share of this gradient, since {_split_of(node, axis, axis_name, readers)}"
     if node.target is run.all_to_all:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 
@@ -11,6 +12,7 @@ from torch import fx
 
 from fxshard.codegen.text import span
 from fxshard.codegen.types import describe_local, describe_type, describe_value
+from fxshard.inspect.anew import communicated_again, computes_anew, notes_on, times_kept
 from fxshard.inspect.fallbacks import fallbacks_of
 from fxshard.inspect.reasons import home_of, op_name, reason, source_of_value, without_layers
 from fxshard.mesh import Mesh
@@ -19,8 +21,7 @@ from fxshard.passes.origins import module_of, source_of
 from fxshard.passes.pipeline import Compiled
 from fxshard.passes.typing import has_info, info_of, is_float, local_bytes, values_of
 from fxshard.placement import Placement, Varying, cut_of, is_partial, is_shard
-from fxshard.rules.lookup import WEIGHT_VIEWS, is_constant
-from fxshard.rules.table import name_of
+from fxshard.rules.lookup import is_constant
 from fxshard.runtime import collectives as run
 from fxshard.runtime.buckets import cut_in_buckets, elements
 
@@ -38,7 +39,8 @@ class Collective:
         source: the line of the user's source.
         reason: why it is there, in a sentence.
         value: the type of that tensor, e.g. ``f32[4, 16, 64]``.
-        again: whether it is a weight that the forward pass gathered too, and no gradient.
+        again: it is one of the forward pass, and communicates again in the backward pass, where its call is computed
+            anew, or a weight is needed that was not kept.
     """
 
     kind: str
@@ -70,39 +72,13 @@ BACKWARD = {
 }
 
 
-def backward_kinds(node: fx.Node, compiled: Compiled, flows: Mapping[fx.Node, bool]) -> list[str]:
-    """The collectives of a conversion in the backward pass; ``flows``: see ``needs_grad``."""
-    if node.target is run.gather_weight:
-        again = _times_saved(node, flows) if compiled.options.regather else 0
-        summed = node.kwargs.get("summed") and flows[node]
-        return ["all_gather"] * again + ["reduce_scatter"] * bool(summed)
-    if not flows[node]:
-        return []
+def backward_kind(node: fx.Node) -> str | None:
+    """The collective in the gradient of a conversion; None where there is none."""
     if node.target is run.all_gather:
-        return ["reduce_scatter"] if len(node.args) > 2 else []
-    return [BACKWARD[node.target]] if node.target in BACKWARD else []
-
-
-def _times_saved(weight: fx.Node, flows: Mapping[fx.Node, bool]) -> int:
-    """How many gradients need the value of a weight: those of what is multiplied with it, or of a norm."""
-    times = 0
-    for reader in weight.users:
-        kind = name_of(reader.target)[1]
-        bias = reader.args[BIAS[kind]] if kind in BIAS and len(reader.args) > BIAS[kind] else None
-        if kind in WEIGHT_VIEWS:
-            times += _times_saved(reader, flows)
-        elif kind.endswith("_norm"):
-            times += flows[reader]
-        elif kind not in ADDED and weight is not bias:
-            times += any(flows[other] for other in reader.all_input_nodes if other not in (weight, bias))
-    return times
-
-
-ADDED = {"aten.add", "aten.sub", "aten.embedding", "aten.cat"}
-"""Operators whose gradients do not depend on the values of their operands."""
-
-BIAS = {"aten.linear": 2, "aten.addmm": 0, "aten.conv1d": 2, "aten.conv2d": 2, "aten.conv3d": 2}
-"""Which argument is added to a product."""
+        return "reduce_scatter" if len(node.args) > 2 else None
+    if node.target is run.gather_weight:
+        return "reduce_scatter" if node.kwargs.get("summed") else None
+    return BACKWARD.get(node.target)  # type: ignore[arg-type]
 
 
 def needs_grad(compiled: Compiled) -> dict[fx.Node, bool]:
@@ -137,15 +113,38 @@ def _conversions(compiled: Compiled) -> Iterator[fx.Node]:
 def collectives_of(compiled: Compiled) -> list[Collective]:
     """Every collective of one step: forward in order, then backward in the order in which gradients flow."""
     flows = needs_grad(compiled)
-    nodes = list(_conversions(compiled))
-    out = [_record(n, FORWARD[n.target], "forward", compiled) for n in nodes if n.target in FORWARD]
+    again = _repeats(compiled, flows)
+    nodes = dict.fromkeys(_conversions(compiled))
+    forward = {n: _record(n, FORWARD[n.target], "forward", compiled) for n in nodes if n.target in FORWARD}
+    out = list(forward.values())
     buckets = buckets_of(compiled, flows)
-    for node in reversed(nodes):
+    for node in reversed(compiled.graph.nodes):
+        out += [_again(forward[n], why) for n, why in again.get(node, ()) if n in forward]
+        kind = backward_kind(node) if node in nodes else None
         if node.target is run.vary_weight:
             out += buckets.get(node, [])
-        else:
-            out += [_record(node, kind, "backward", compiled) for kind in backward_kinds(node, compiled, flows)]
+        elif kind is not None and flows[node]:
+            out.append(_record(node, kind, "backward", compiled))
     return out
+
+
+ANEW = "its call is computed anew in the backward pass"
+REGATHERED = "it was not kept whole for the gradient of what it is multiplied with"
+
+
+def _repeats(compiled: Compiled, flows: Mapping[fx.Node, bool]) -> dict[fx.Node, list[tuple[fx.Node, str]]]:
+    """Which conversions of the forward pass run again where the backward pass reaches a node, and why."""
+    anew = communicated_again(compiled, flows)
+    out = {at: [(node, ANEW) for node in nodes] for at, nodes in anew.items()}
+    inside = {node for nodes in anew.values() for node in nodes}
+    for node in compiled.graph.nodes if compiled.options.regather else ():
+        if node.target is run.gather_weight and node not in inside:
+            out.setdefault(node, []).extend([(node, REGATHERED)] * times_kept(node, flows))
+    return out
+
+
+def _again(record: Collective, why: str) -> Collective:
+    return replace(record, phase="backward", again=True, reason=f"{why}; there since {record.reason}")
 
 
 def buckets_of(compiled: Compiled, flows: Mapping[fx.Node, bool]) -> dict[fx.Node, list[Collective]]:
@@ -181,13 +180,12 @@ def _record(node: fx.Node, kind: str, phase: str, compiled: Compiled) -> Collect
     source = source_of_value(node)
     index = compiled.mesh.index(axis)
     module = home_of(source) if source.op == "get_attr" else module_of(node)
-    why = reason(node, kind, phase, index, axis)
+    why = reason(node, phase, index, axis)
     dtype = values_of(node)[0].dtype
     wide = run.sum_dtype(kind, dtype, compiled.options.reduce_dtype)
     num_bytes = full_bytes(node, compiled) // dtype.itemsize * wide.itemsize
     value = describe_value(node, compiled.mesh, index)
-    again = node.target is run.gather_weight and (phase, kind) == ("backward", "all_gather")
-    return Collective(kind, axis, phase, num_bytes, module, source_of(node), why, value, again)
+    return Collective(kind, axis, phase, num_bytes, module, source_of(node), why, value)
 
 
 # --- the table -------------------------------------------------------------------------------------------------------
@@ -219,6 +217,7 @@ def _short_all(node: fx.Node) -> str:
 def table(compiled: Compiled) -> str:
     """The program as a table, an operator a line, with what it communicates in the forward and the backward pass."""
     flows = needs_grad(compiled)
+    again = Counter(node for nodes in _repeats(compiled, flows).values() for node, _ in nodes)
     rows = []
     used: set[str] = set()
     for node in compiled.graph.nodes:
@@ -228,9 +227,10 @@ def table(compiled: Compiled) -> str:
         forward = back = ""
         if node.target in CONVERSIONS:
             forward = FORWARD.get(node.target, "")
-            back = ", ".join(backward_kinds(node, compiled, flows))
+            back = (backward_kind(node) or "") if flows[node] else ""
             together = back and node.target is run.vary_weight and compiled.options.bucket_bytes
-            back = "in a bucket" if together else back
+            repeated = [f"{forward} again"] * again[node] if forward else []
+            back = ", ".join(filter(None, [*repeated, "in a bucket" if together else back]))
         num_bytes = f"{full_bytes(node, compiled):,}" if forward or back else ""
         placed_in = _joined([_short_all(n) for n in node.all_input_nodes if _typed(n)])
         rows.append(
@@ -303,17 +303,22 @@ def explain(compiled: Compiled) -> str:
     Above them stand the notes on what the plan could not do, and the calls that gather because no rule covers them.
     """
     records = collectives_of(compiled)
-    notes = [*compiled.resolved.notes, *map(str, fallbacks_of(compiled))]
+    notes = [*notes_of(compiled), *map(str, fallbacks_of(compiled))]
     if not records:
         return "\n".join([*notes, "No collectives: every rank computes the whole model."])
     groups: dict[tuple[str, ...], list[Collective]] = {}
     for record in records:
-        what = (record.phase, record.kind, record.axis, record.value, str(record.num_bytes), record.source)
-        groups.setdefault((*what, without_layers(record.module)[0], without_layers(record.reason)[0]), []).append(
-            record
-        )
+        what = (record.phase + " again" * record.again, record.kind, record.axis, record.value, str(record.num_bytes))
+        where = (record.source, without_layers(record.module)[0], without_layers(record.reason)[0])
+        groups.setdefault((*what, *where), []).append(record)
     paragraphs = ["\n".join(_paragraph(group)) for group in groups.values()]
     return "\n\n".join([*(["\n".join(notes)] if notes else []), *paragraphs, "\n".join(_summary(records))])
+
+
+def notes_of(compiled: Compiled) -> list[str]:
+    """What could not be done as the user asked."""
+    more = notes_on(compiled, needs_grad(compiled)) if computes_anew(compiled.graph) else ()
+    return [*compiled.resolved.notes, *more]
 
 
 def _paragraph(group: list[Collective]) -> list[str]:

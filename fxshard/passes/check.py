@@ -71,9 +71,11 @@ def check(graph: fx.Graph, mesh: Mesh) -> None:
 
 
 def _check_updates(node: fx.Node, mesh: Mesh) -> None:
-    """What a call writes must be the buffer (or input) itself, not a converted copy of it."""
+    """What a call writes must be the buffer (or input) itself, not a converted copy of it: or one written back."""
+    copy = torch.ops.aten.copy_.default
     for name, value in written(node).items():
-        if value.op not in ("get_attr", "placeholder"):
+        is_written_back = any(user.target is copy and user.args[1] is value for user in value.users)
+        if value.op not in ("get_attr", "placeholder") and not is_written_back:
             what = f"%{node.name} would update a copy (%{value.name}) of its argument {name!r}, and lose the update"
             raise _refused(node, what, "replicate that buffer in the plan")
 

@@ -15,8 +15,10 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.utils.checkpoint import CheckpointFunction
 
 from fxshard.errors import CaptureError, FxshardError
+from fxshard.passes.checkpoints import marked, run_checkpointed
 from fxshard.passes.functions import call_whole
 from fxshard.passes.origins import TORCH_DIR
 from fxshard.passes.trees import flatten
@@ -86,6 +88,7 @@ def export(model: nn.Module, tree: Any, shapes: Any, outputs: Outputs) -> torch.
             quiet(),
             _uniform_device(model),
             _whole_functions(model),
+            marked(),
             _flat_regions(),
             torch.inference_mode(False),
             torch.enable_grad(),
@@ -193,6 +196,8 @@ def _whole_functions(model: nn.Module) -> Iterator[None]:
     def apply(cls: type, *args: Any, **kwargs: Any) -> Any:
         own = super(SingleLevelFunction, cls).apply  # type: ignore[misc]
         differentiable = torch.is_grad_enabled() and any(getattr(arg, "requires_grad", False) for arg in args)
+        if cls is CheckpointFunction and differentiable:
+            return run_checkpointed(*args)
         if inside[0] or not differentiable or cls.__module__.startswith(_HARMLESS_FUNCTIONS):
             return own(*args, **kwargs)
         inside[0] = True

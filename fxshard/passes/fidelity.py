@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import random
 import sys
+import warnings
 from collections.abc import Mapping
 from typing import Any
 
@@ -71,7 +72,8 @@ def _run(
     if numpy:
         numpy.random.seed(len(saved) + 1)
     cuda = list(range(torch.cuda.device_count())) if torch.cuda.is_available() else []
-    with torch.random.fork_rng(cuda), torch.no_grad(), using(ambient(), cache=True):
+    with torch.random.fork_rng(cuda), torch.no_grad(), using(ambient(), cache=True), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "None of the inputs have requires_grad")  # it would be said of this run only
         out = call(own_args, own_kwargs)
         buffers = {name: buffer.detach().clone() for name, buffer in owner.named_buffers()}
         for buffer, value in saved:

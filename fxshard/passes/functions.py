@@ -106,6 +106,5 @@ def _make(cls: type, apply: Callable[..., Any], template: tuple[Any, ...], count
 def _refused(cls: type, why: str) -> CaptureError:
     return CaptureError(
         f"{cls.__qualname__} is a custom autograd.Function; it {why}",
-        fix="write it with torch operators, or as a torch.library.custom_op with register_autograd"
-        + ("; for checkpointing use use_reentrant=False" if "checkpoint" in cls.__module__ else ""),
+        fix="write it with torch operators, or as a torch.library.custom_op with register_autograd",
     )

@@ -9,9 +9,21 @@ from pathlib import Path
 import torch
 from torch import fx
 
-__all__ = ["TORCH_DIR", "clean_path", "module_of", "source_of"]
+__all__ = ["CHECKPOINT", "TORCH_DIR", "checkpoint_of", "clean_path", "module_of", "source_of"]
 
 TORCH_DIR = str(Path(torch.__file__).parent)
+
+CHECKPOINT = "@checkpoint"
+"""Stands in the key of a stack's entry for a call that is computed anew in the backward pass: see ``recompute.py``."""
+
+
+def checkpoint_of(key: str) -> str | None:
+    """The name of the function that a stack's entry checkpoints, ``""`` for the module's own; None for another entry.
+
+    >>> checkpoint_of("L__self___layers_0@checkpoint3:inner"), checkpoint_of("L__self___layers_0")
+    ('inner', None)
+    """
+    return key.rpartition(":")[2] if CHECKPOINT in key else None
 
 
 def module_of(node: fx.Node) -> str:

@@ -7,7 +7,7 @@ import gc
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -25,6 +25,7 @@ from fxshard.passes.normalize import normalize
 from fxshard.passes.optimize import optimize
 from fxshard.passes.origins import module_of
 from fxshard.passes.propagate import propagate
+from fxshard.passes.recompute import recompute
 from fxshard.passes.typing import has_info, info_of, values_of
 from fxshard.placement import Placements, cut_of, is_uneven
 from fxshard.plan.plan import Plan
@@ -48,12 +49,14 @@ class Options:
         independent: each rank draws for itself what is dropped of its part.
         bucket_bytes: how much of the gradients of whole weights is summed at once.
         regather: gathered weights are not kept for the backward pass, which gathers them again.
+        checkpoint: globs of the modules whose calls are computed anew in the backward pass.
     """
 
     reduce_dtype: torch.dtype | None = None
     independent: bool = False
     bucket_bytes: int = BUCKET_BYTES
     regather: bool = True
+    checkpoint: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -208,8 +211,10 @@ def _compile(captured: Captured, plan: Plan, model: torch.nn.Module, capture_s: 
 
     root: fx.GraphModule = stage("normalize", normalize, captured.graph_module, captured.autocast)
     graph = stages["normalize"] = root.graph
+    graph, notes = stage("recompute", recompute, graph, options.checkpoint, dict(model.named_modules()))
     mark_parameters(graph, root)
     resolved = stage("resolve", resolve, plan, graph, names_of(graph, captured, model))
+    resolved = replace(resolved, notes=(*resolved.notes, *notes))
     graph = stage("annotate", annotate, graph, resolved, mesh)
     graph = stage("propagate", propagate, graph, mesh)
     graph = stage("insert_collectives", insert_collectives, graph, mesh)

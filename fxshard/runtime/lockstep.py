@@ -16,6 +16,7 @@ import torch
 
 from fxshard.errors import FxshardError
 from fxshard.mesh import Mesh
+from fxshard.runtime.checkpoint import keeping_all
 from fxshard.runtime.collectives import Axis, sum_dtype
 from fxshard.runtime.regather import Regather
 
@@ -203,7 +204,7 @@ def run_ranks(count: int, turns: Turns, run: Callable[[int], Any]) -> list[Any]:
         failure: BaseException | None = None
         try:
             turns.start(rank)
-            with torch.inference_mode(inference), torch.set_grad_enabled(grad and not inference):
+            with torch.inference_mode(inference), torch.set_grad_enabled(grad and not inference), keeping_all():
                 results[rank] = run(rank)
         except BaseException as error:
             failure = error

@@ -51,14 +51,17 @@ def as_many_collectives_as_it_says(cases: list[tuple[str, str]]) -> None:
     """One step issues the collectives that ``collectives()`` lists, of as many bytes."""
     for name, plan in cases:
         model, inputs = build(name, torch.float32)
-        for regather in (True, False) if "zero" in plan else (True,):
-            program = fxshard.parallelize(model, preset(plan), (), inputs, bucket_bytes=100_000, regather=regather)
+        layers = "model.layers.*" if name == "llama" else "transformer.h.*"
+        for regather, checkpoint in ((True, ()), (False, ()), (True, layers)) if "zero" in plan else ((True, ()),):
+            program = fxshard.parallelize(
+                model, preset(plan), (), inputs, bucket_bytes=100_000, regather=regather, checkpoint=checkpoint
+            )
             run_rank(program, inputs)  # the first step compares the ranks' weights too
             program.zero_grad()
             with counted() as calls:
                 run_step(program, inputs)
             said = Counter((c.kind, c.num_bytes) for c in program.collectives())
-            assert calls == said, f"{name}, {plan}, {regather=}: {calls - said} more, {said - calls} fewer"
+            assert calls == said, f"{name}, {plan}, {regather}, {checkpoint}: {calls - said}; {said - calls}"
 
 
 def run_step(program: Any, inputs: dict[str, Any]) -> None:

@@ -1,0 +1,119 @@
+"""What the backward pass computes anew, and communicates again: the calls that ``torch.utils.checkpoint`` surrounds."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import fx
+from torch.autograd.graph import saved_tensors_hooks
+
+from fxshard.codegen.anew import nodes_of
+from fxshard.codegen.regions import Region, regions_of, walk
+from fxshard.passes.insert_collectives import CONVERSIONS
+from fxshard.passes.origins import checkpoint_of, module_of
+from fxshard.passes.pipeline import Compiled
+from fxshard.rules.lookup import WEIGHT_VIEWS
+from fxshard.rules.table import name_of
+from fxshard.torch_internals import OpOverload
+
+
+def _is_marked(node: fx.Node) -> bool:
+    return any(checkpoint_of(key) is not None for key in node.meta.get("nn_module_stack") or ())
+
+
+def computes_anew(graph: fx.Graph) -> bool:
+    """Whether there is any checkpointed call."""
+    return any(map(_is_marked, graph.nodes))
+
+
+def _calls(graph: fx.Graph) -> list[Region]:
+    if not computes_anew(graph):
+        return []
+    return [region for region in walk(regions_of(graph)) if region.checkpoint]
+
+
+def communicated_again(compiled: Compiled, flows: Mapping[fx.Node, bool]) -> dict[fx.Node, list[fx.Node]]:
+    """The conversions that run again when the backward pass reaches a node.
+
+    What a call kept is asked for by the last of its operators that keep something for their gradient, and is computed
+    anew up to there. Where the ranks' programs differ, that is the end of the call (``runtime/checkpoint.py``).
+
+    Args:
+        compiled: the program.
+        flows: through which nodes a gradient flows.
+    """
+    out: dict[fx.Node, list[fx.Node]] = {}
+    for region in _calls(compiled.graph):
+        nodes = list(nodes_of(region))
+        last = len(nodes)
+        while last and not (flows[nodes[last - 1]] and (compiled.is_uneven or _keeps(nodes[last - 1], flows))):
+            last -= 1
+        if last:
+            end = len(nodes) if compiled.is_uneven else last
+            out[nodes[last - 1]] = [n for n in nodes[:end] if n.target in CONVERSIONS]
+    return out
+
+
+def times_kept(weight: fx.Node, flows: Mapping[fx.Node, bool]) -> int:
+    """For how many gradients autograd keeps the value of a weight, or a view of it."""
+    times = 0
+    for reader in weight.users:
+        if name_of(reader.target)[1] in WEIGHT_VIEWS - {"aten.to"}:
+            times += times_kept(reader, flows)
+        elif reader.op == "call_function" and reader.target not in CONVERSIONS:
+            kept = _kept(reader, flows)
+            times += kept is None or weight in kept
+    return times
+
+
+def _keeps(node: fx.Node, flows: Mapping[fx.Node, bool]) -> bool:
+    """Whether autograd keeps anything for the gradient of a call."""
+    return node.target not in CONVERSIONS and _kept(node, flows) != []
+
+
+def _kept(node: fx.Node, flows: Mapping[fx.Node, bool]) -> list[fx.Node | None] | None:
+    """What autograd keeps for the gradient of a call: operands, or None for another value. It is asked, by a call
+    without data; where that cannot be, nothing is known: None.
+    """
+    if not isinstance(node.target, OpOverload):
+        return None
+    kept: list[fx.Node | None] = []
+    given: dict[int, fx.Node] = {}
+
+    def pack(x: torch.Tensor) -> None:
+        kept.append(given.get(x.untyped_storage()._cdata))
+
+    def empty(operand: fx.Node) -> Any:
+        made = fx.node.map_aggregate(operand.meta["val"], lambda value: _empty(value, flows.get(operand, False)))
+        if isinstance(made, torch.Tensor):
+            given[made.untyped_storage()._cdata] = operand
+        return made
+
+    try:
+        with torch.enable_grad():
+            args, kwargs = fx.map_arg((node.args, node.kwargs), empty)
+            with saved_tensors_hooks(pack, lambda _: torch.zeros(())):
+                node.target(*args, **kwargs)
+    except Exception:
+        return None
+    return kept
+
+
+def _empty(value: Any, flows: bool) -> Any:
+    if not isinstance(value, torch.Tensor):
+        return value if isinstance(value, int | float | bool) else getattr(value.node, "hint", value)
+    sizes = [size if isinstance(size, int) else int(size.node.hint or 1) for size in value.shape]
+    made = torch.empty(sizes, dtype=value.dtype, device="meta")
+    return made.requires_grad_() if flows and (made.dtype.is_floating_point or made.dtype.is_complex) else made
+
+
+def notes_on(compiled: Compiled, flows: Mapping[fx.Node, bool]) -> Iterator[str]:
+    """What stands apart from its checkpointed call, and so keeps what it computes."""
+    inside = {node for region in _calls(compiled.graph) for node in nodes_of(region)}
+    apart = [n for n in compiled.graph.nodes if _is_marked(n) and flows[n] and n not in inside]
+    apart = [n for n in apart if n.target not in CONVERSIONS and _keeps(n, flows)]
+    if apart:
+        where = f"{apart[0].name} in {module_of(apart[0]) or 'the model'}"
+        yield f"{len(apart)} operators run apart from the rest of their checkpointed calls, first {where}, and are kept"
