@@ -6,7 +6,7 @@ from fxshard.api import parallelize
 from fxshard.errors import FxshardError
 from fxshard.inspect.prove import check_rule
 from fxshard.mesh import Mesh
-from fxshard.plan.plan import Plan, data_parallel, sequence_parallel, tensor_parallel
+from fxshard.plan.plan import Plan, data_parallel, expert_parallel, sequence_parallel, tensor_parallel
 from fxshard.program import ParallelModule
 from fxshard.rules.table import register_rule
 from fxshard.simulate import Simulation, simulate
@@ -24,6 +24,7 @@ __all__ = [
     "VerifyReport",
     "check_rule",
     "data_parallel",
+    "expert_parallel",
     "parallelize",
     "register_rule",
     "sequence_parallel",

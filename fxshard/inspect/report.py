@@ -136,9 +136,9 @@ def short(placement: Placement) -> str:
     ['S(1)', 'R', 'P']
     """
     if is_shard(placement):
-        blocks, shares = cut_of(placement)
+        blocks, shares, groups = cut_of(placement)
         text = f";{':'.join(map(str, blocks))}" if blocks != (1,) else ""
-        return f"S({placement.dim}{text}{'~' if shares else ''})"
+        return f"S({placement.dim}{text}{'~' if shares or groups else ''})"
     if isinstance(placement, Varying):
         return "V"
     return "P" if is_partial(placement) else "R"

@@ -24,15 +24,17 @@ from torch import fx
 
 from fxshard.errors import SoundnessError
 from fxshard.mesh import Mesh
+from fxshard.passes.experts import names_groups
 from fxshard.passes.facts import recipe_on_parts
 from fxshard.passes.insert_collectives import CONVERSIONS
 from fxshard.passes.origins import module_of, source_of
 from fxshard.passes.propagate import METADATA
 from fxshard.passes.typing import Info, info_of, values_of
-from fxshard.placement import Cut, Placement, Varying, cut_of, describe, is_partial, is_shard, same, shard
+from fxshard.placement import Cut, Placement, Varying, cut_of, describe, is_grouped, is_partial, is_shard, same, shard
 from fxshard.rules.lookup import draws
 from fxshard.rules.recipe import At, Factor, operands_of, shape_of, written
 from fxshard.runtime import collectives as run
+from fxshard.runtime.groups import group_rows
 
 
 def check(graph: fx.Graph, mesh: Mesh) -> None:
@@ -43,6 +45,10 @@ def check(graph: fx.Graph, mesh: Mesh) -> None:
             continue
         if node.target in CONVERSIONS:
             _check_conversion(node, mesh)
+            continue
+        if node.target is group_rows:
+            if any(map(_interesting, info_of(node.all_input_nodes[0]).placements)):
+                raise _refused(node, f"%{node.name} reads ends of groups that are not whole", "please report it")
             continue
         info = info_of(node)
         operands = operands_of(node)
@@ -153,13 +159,16 @@ def _check_concat(node: fx.Node, source: fx.Node, mesh: Mesh) -> None:
     if source.target is not run.all_gather or source.args[1] != node.args[1]:
         raise _unsound(node, [source], info_of(source).placements[axis:], after[axis:], mesh.names[axis])
     have = info_of(source.args[0]).placements[axis]  # type: ignore[arg-type]
-    if not is_shard(have) or have.dim != node.args[2] or not _cuts_as(have, node.kwargs):
+    if not is_shard(have) or have.dim != node.args[2] or not _cuts_as(have, node.args, node.kwargs):
         raise _unsound(node, [source], [have], after[axis:], mesh.names[axis])
 
 
-def _cuts_as(placement: Placement, said: Mapping[str, Any]) -> bool:
+def _cuts_as(placement: Placement, args: Any, said: Mapping[str, Any]) -> bool:
     """Whether a conversion's arguments cut a dim as the placement does."""
-    return cut_of(placement) == Cut(said.get("blocks", (1,)), said.get("lengths", ()))
+    cut, lengths = cut_of(placement), said.get("lengths", ())
+    if cut.groups is None:
+        return cut == Cut(said.get("blocks", (1,)), lengths)
+    return isinstance(lengths, fx.Node) and names_groups(lengths, cut.groups.ends, args[1], cut.groups.rows, cut.shares)
 
 
 def _replicated(placement: Placement) -> bool:
@@ -171,15 +180,19 @@ def _summed(args: Any) -> bool:
 
 
 def _splits(want: Placement, args: Any, said: Mapping[str, Any]) -> bool:
-    return is_shard(want) and want.dim == args[2] and _cuts_as(want, said)
+    return is_shard(want) and want.dim == args[2] and _cuts_as(want, args, said)
 
 
 def _gathers(have: Placement, want: Placement, args: Any, said: Mapping[str, Any]) -> bool:
-    padded = not cut_of(have).shares or (said.get("lengths"), said.get("dim")) == (cut_of(have).shares, have.dim)  # type: ignore[attr-defined]
+    blocks, shares, groups = cut_of(have)
+    uneven = bool(shares or groups)
+    padded = not uneven or (said.get("dim") == have.dim and _cuts_as(have, args, {**said, "blocks": blocks}))  # type: ignore[attr-defined]
     return padded and (isinstance(want, Varying) if _summed(args) else _replicated(want))
 
 
 def _exchanges(have: Placement, want: Placement, args: Any, said: Mapping[str, Any]) -> bool:
+    if is_grouped(have) or is_grouped(want):
+        return False
     lengths = cut_of(have).shares, cut_of(want).shares
     return (have.dim, want.dim) == (args[2], args[3]) and said.get("lengths", ((), ())) == lengths  # type: ignore[attr-defined]
 

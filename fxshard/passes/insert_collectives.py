@@ -20,16 +20,19 @@ from typing import Any
 from torch import fx
 
 from fxshard.mesh import Mesh
+from fxshard.passes.experts import groups_in, in_order, rows_node, write_rows
 from fxshard.passes.propagate import METADATA, constrain
 from fxshard.passes.typing import Info, info_of, set_info
 from fxshard.placement import (
     REPLICATE,
     Placement,
     Placements,
+    Shard,
     Varying,
     blocks_of,
     cut_of,
     describe,
+    is_grouped,
     is_partial,
     is_shard,
     same,
@@ -90,7 +93,7 @@ def steps(source: Placements, target: Placements) -> list[Step]:
             else:
                 step(run.all_reduce, axis, REPLICATE)
         elif is_shard(have):
-            if free and is_shard(want) and blocks_of(have) == blocks_of(want) == (1,) and have.dim != want.dim:
+            if free and is_shard(want) and _may_exchange(have, want):
                 step(run.all_to_all, axis, want)
             else:
                 step(run.all_gather, axis, want if isinstance(want, Varying) else REPLICATE)
@@ -99,6 +102,11 @@ def steps(source: Placements, target: Placements) -> list[Step]:
             assert same(now[axis], REPLICATE), (source, target)
             step(run.chunk if is_shard(want) else run.vary, axis, want)
     return out
+
+
+def _may_exchange(have: Shard, want: Shard) -> bool:
+    whole = blocks_of(have) == blocks_of(want) == (1,) and have.dim != want.dim
+    return whole and not is_grouped(have) and not is_grouped(want)
 
 
 def _to_redo(source: Placements, target: Placements) -> set[int]:
@@ -143,9 +151,10 @@ def insert_collectives(graph: fx.Graph, mesh: Mesh) -> fx.Graph:
     new = fx.Graph()
     copies: dict[fx.Node, fx.Node] = {}
     versions: dict[fx.Node, _Versions] = {}
-    for node in graph.nodes:
+    groups = groups_in(graph)
+    for node in in_order(graph, groups):
         if node.target is constrain:
-            operand = node.args[0]
+            (operand,) = node.all_input_nodes
             info = info_of(node)
             versions[node] = versions[operand]
             copies[node] = _convert(new, versions[operand], info.placements, mesh, node)
@@ -164,6 +173,9 @@ def insert_collectives(graph: fx.Graph, mesh: Mesh) -> fx.Graph:
         copies[node] = copy
         info = info_of(node)
         versions[node] = _Versions([(info.placements, copy)] if info.outputs else [])
+        for axis, each, shares in groups.get(node, ()):
+            ends = _convert(new, versions[node], (REPLICATE,) * mesh.ndim, mesh, node)
+            write_rows(new, ends, mesh, axis, each, shares)
     return new
 
 
@@ -219,7 +231,7 @@ def emit(new: fx.Graph, node: fx.Node, step: Step, mesh: Mesh, reader: fx.Node) 
         return made
 
     if step.function is run.all_gather:
-        dim, said = step.source.dim, how(step.source)  # type: ignore[attr-defined]
+        dim, said = step.source.dim, _told(new, axis, step.source)  # type: ignore[attr-defined]
         args = (node, axis, True) if isinstance(after, Varying) else (node, axis)
         gathered = make(
             run.all_gather, *args, **({"dim": dim, "lengths": said["lengths"]} if "lengths" in said else {})
@@ -230,11 +242,15 @@ def emit(new: fx.Graph, node: fx.Node, step: Step, mesh: Mesh, reader: fx.Node) 
         dims = step.source.dim, after.dim  # type: ignore[attr-defined]
         return make(run.all_to_all, node, axis, *dims, **({"lengths": lengths} if any(lengths) else {}))
     if step.function in (run.chunk, run.reduce_scatter):
-        return make(step.function, node, axis, after.dim, **how(after))  # type: ignore[attr-defined]
+        return make(step.function, node, axis, after.dim, **_told(new, axis, after))  # type: ignore[attr-defined]
     return make(step.function, node, axis)
 
 
-def how(placement: Placement) -> dict[str, tuple[int, ...]]:
+def _told(new: fx.Graph, axis: str, placement: Placement) -> dict[str, Any]:
+    return {"lengths": rows_node(new, axis, placement)} if is_grouped(placement) else how(placement)
+
+
+def how(placement: Placement) -> dict[str, Any]:
     """What a conversion is told of a shard beside its dim; ``localize`` makes lengths of the shares."""
-    blocks, shares = cut_of(placement)
+    blocks, shares, _ = cut_of(placement)
     return ({"blocks": blocks} if blocks != (1,) else {}) | ({"lengths": shares} if shares else {})

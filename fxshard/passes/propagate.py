@@ -35,7 +35,11 @@ from fxshard.rules.table import find_rule, name_of
 WEIGHT_STAYS = 1000.0
 """How much dearer it is to move a weight than an activation of its size: weights stay where they are stored."""
 
-MAY_BE_EMPTY = frozenset({None, "groups", "mean", "dropout", "attention", "causal", "heads", "loss"})
+MAY_BE_EMPTY = frozenset({None, "groups", "mean", "dropout", "attention", "causal", "heads", "loss"}) | {
+    "experts",
+    "picked",
+    "added",
+}
 """Lowerings that hold on an empty part too; others are of no use there: a maximum of nothing, a table without rows."""
 
 METADATA = {
@@ -144,6 +148,8 @@ def _choose(fact: Facts, size: int, sizes: Sequence[int], axis: int) -> Choice:
                 continue
             if factor.lowering == "norm" and read_whole(fact, factor.outputs[0].cut(found), size, sizes):  # type: ignore[union-attr]
                 continue
+            if factor.lowering == "picked" and not _worth_picking(fact, found, sizes):
+                continue
             cost = _cost(fact, factor, found, current)
             if best is None or cost < best[0]:
                 best = (cost, factor, found, i)
@@ -155,6 +161,14 @@ def _choose(fact: Facts, size: int, sizes: Sequence[int], axis: int) -> Choice:
         return _whole(fact, recipe.unread, "no factor that an operand carries can be split")
     _, factor, cut, leader = best
     return split_choice(factor, cut, [o.differentiable for o in fact.operands], recipe.unread, leader)
+
+
+def _worth_picking(fact: Facts, cut: Cut, sizes: Sequence[int]) -> bool:
+    """Whether every rank picks of its own part, and the picks sum: of weights, and of rows in groups, of which one rank
+    may have most; of other values where the sum moves fewer bytes than gathering them.
+    """
+    source = fact.operands[0]
+    return source.stored or cut.groups is not None or 2 * _smallest_ahead(fact, sizes) < source.num_bytes
 
 
 def may_be_empty(factor: Factor) -> bool:
@@ -254,10 +268,11 @@ def _floats(fact: Facts, partial: frozenset[int], sizes: Sequence[int]) -> bool:
     if len(fact.shapes) > 1:
         return False
     sources = [fact.operands[i] for i in partial]
-    if any(len(s.node.users) != 1 for s in sources) or fact.num_bytes > sum(s.num_bytes for s in sources):
+    waiting = sum(s.num_bytes for s in sources)
+    if any(len(s.node.users) != 1 for s in sources) or fact.num_bytes > waiting:
         return False
     others = [o for i, o in enumerate(fact.operands) if i not in partial and o.differentiable]
-    return not others or _smallest_ahead(fact, sizes) + sum(o.num_bytes for o in others) < fact.num_bytes
+    return not others or _smallest_ahead(fact, sizes) + sum(o.num_bytes for o in others) < waiting
 
 
 def _smallest_ahead(fact: Facts, sizes: Sequence[int]) -> int:

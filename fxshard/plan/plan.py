@@ -242,3 +242,24 @@ def sequence_parallel(size: int, axis: str = "tp") -> Plan:
     Reference: Reducing Activation Recomputation in Large Transformer Models (Korthikanti et al., 2022).
     """
     return Plan({axis: size}, presets=(("tensor_parallel", axis), ("sequence_parallel", axis)))
+
+
+def expert_parallel(size: int, axis: str = "ep") -> Plan:
+    """Splits experts over the ranks: each has whole matrices of some experts, and computes the rows routed to these.
+
+    Weights of experts are found from the dataflow; routers, and what is not an expert, stay whole. On the axis that
+    splits the batch too, ``data_parallel(4) | expert_parallel(4, "dp")``, tokens are gathered for the experts, and what
+    these make of them is summed and scattered back.
+
+    Args:
+        size: the number of ranks along the axis.
+        axis: the mesh axis.
+
+    >>> print(expert_parallel(2) | tensor_parallel(2))
+    Plan on {ep: 2, tp: 2}
+      preset       expert_parallel  ep
+      preset       tensor_parallel  tp
+
+    Reference: GShard (Lepikhin et al., 2020).
+    """
+    return Plan({axis: size}, presets=(("expert_parallel", axis),))

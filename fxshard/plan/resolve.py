@@ -20,6 +20,7 @@ from fxshard.errors import DivisibilityError, FxshardError, MeshError, PlanError
 from fxshard.mesh import Mesh
 from fxshard.placement import BlockShard, Cut, Placement, Replicate, Shard, chunk_shares, cut_of, describe, shard
 from fxshard.plan.detect import Split, find_split, residuals
+from fxshard.plan.experts import find_experts
 from fxshard.plan.graph import Graph, is_parameter, shapes_of
 from fxshard.plan.plan import Plan
 from fxshard.rules.recipe import Dim, units
@@ -77,7 +78,7 @@ def resolve(plan: Plan, graph: fx.Graph, names: Names) -> Resolved:
         for glob, entry in getattr(plan, part).items():
             work.apply(part, glob, entry)
     work.match_blocks()
-    for preset, axis in plan.presets:
+    for preset, axis in sorted(plan.presets, key=lambda each: each[0] != "expert_parallel"):  # experts before features
         PRESETS[preset](work, axis)
     outputs = work.outputs(plan.outputs)
     work.raise_problems()
@@ -351,7 +352,7 @@ def _divides_by(size: Dim, cuts: Sequence[tuple[Cut, int]]) -> bool:
 
 
 def _mending(size: Dim, placement: Shard, others: Sequence[int]) -> str:
-    blocks, shares = cut_of(placement)
+    blocks, shares, _ = cut_of(placement)
     if shares and not isinstance(size, int):
         return "give no shares: a dynamic size is split evenly"
     if shares:
@@ -418,8 +419,21 @@ def _sequence_parallel(work: _Work, axis: str) -> None:
             work.offer("activations", f"%{node.name}", node, axis, Shard(1), "sequence_parallel")
 
 
+def _expert_parallel(work: _Work, axis: str) -> None:
+    size = work.mesh.size(axis)
+    if size == 1:
+        return
+    found = find_experts(work.facts, size)
+    if not found:
+        work.notes.append(f"expert_parallel found no weights of experts that axis {axis!r} (size {size}) could split")
+    for name, node in work.names.params.items():
+        if node in found and str(node.target) == name:
+            work.offer("params", name, node, axis, found[node], "expert_parallel")
+
+
 PRESETS = {
     "data_parallel": _data_parallel,
     "tensor_parallel": _tensor_parallel,
     "sequence_parallel": _sequence_parallel,
+    "expert_parallel": _expert_parallel,
 }

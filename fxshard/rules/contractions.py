@@ -73,8 +73,8 @@ def _letters(term: str, ndim: int) -> Names:
 
 
 def grouped_mm(call: Call) -> Recipe:
-    """grouped_mm(x, w, offsets): each group of rows of x with its own matrix of w, as experts compute; the groups are
-    whole, since the offsets speak of all rows. Both of 3 dims, or groups of columns, as well.
+    """grouped_mm(x, w, offsets): each group of rows of x with its own matrix of w, as experts compute; the groups
+    split, and their rows with them. Both of 3 dims, or groups of columns, as well: there the groups are whole.
     """
     x, w = call.inputs[:2]
     rule = _GROUPED.get((len(x), len(w), len(call.inputs)))
@@ -88,6 +88,9 @@ def grouped_mm(call: Call) -> Recipe:
         factors = tuple(
             replace(f, size=f.size // step) if f.name in "kmn" else f for f in factors if isinstance(f.size, int)
         )
+    if (len(x), len(w), len(call.inputs)) == (2, 3, 3) and isinstance(x[0], int) and w[0] == call.inputs[2][0]:
+        rows = At(0, groups=2)
+        factors += (Factor("g", w[0], (rows, At(0), None), (rows,), "experts", plain=True),)
     return Recipe(factors)
 
 
