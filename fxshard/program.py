@@ -111,7 +111,13 @@ class ParallelModule(nn.Module):
             return self._asked
         every = {name: dict(zip(self.mesh.names, placed, strict=True)) for name, placed in self._placements.items()}
         return Plan(
-            self.mesh, every, self._asked.inputs, self._asked.activations, self._asked.outputs, self._asked.presets
+            self.mesh,
+            every,
+            self._asked.inputs,
+            self._asked.activations,
+            self._asked.outputs,
+            self._asked.presets,
+            self._asked.ring,
         )
 
     def _settle(self, compiled: Compiled) -> None:

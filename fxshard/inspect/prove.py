@@ -56,13 +56,14 @@ from fxshard.rules.table import find_rule, temporary_rule
 from fxshard.runtime import collectives as run
 from fxshard.runtime.groups import group_rows
 from fxshard.runtime.lockstep import Turns, lockstep_axes, run_ranks
+from fxshard.runtime.ring import ring_attention
 from fxshard.torch_internals import OpOverload
 
 DOUBLE, SINGLE = 1e-12, 1e-5
 """How far a result may be off, relative to its largest element, where all types are double ones, and otherwise."""
 BLOCKS = ((1,), (1, 1), (2, 1), (1, 1, 1))
 MESHES = ((2,), (3,), (4,), (2, 2), (2, 3))
-_MEET = {run.vary, run.all_reduce, run.all_gather, run.reduce_scatter, run.all_to_all}
+_MEET = {run.vary, run.all_reduce, run.all_gather, run.reduce_scatter, run.all_to_all, ring_attention}
 
 
 @dataclass(frozen=True)

@@ -21,6 +21,7 @@ from fxshard.passes.typing import has_info, info_of, is_float, local_bytes, valu
 from fxshard.placement import Placement, Varying, cut_of, is_partial, is_shard
 from fxshard.rules.lookup import is_constant
 from fxshard.runtime import collectives as run
+from fxshard.runtime.ring import ring_attention
 
 
 @dataclass(frozen=True)
@@ -28,10 +29,11 @@ class Collective:
     """One collective of one step.
 
     Attributes:
-        kind: all_reduce, all_gather, reduce_scatter or all_to_all.
+        kind: all_reduce, all_gather, reduce_scatter, all_to_all, or rotate.
         axis: the mesh axis.
         phase: forward or backward.
-        num_bytes: the payload: the bytes of one rank's full-size tensor along the axis.
+        num_bytes: the payload: the bytes of one rank's full-size tensor along the axis; of a rotation, what a rank
+            passes on to the next one.
         module: the module whose value is communicated.
         source: the line of the user's source.
         reason: why it is there, in a sentence.
@@ -94,15 +96,19 @@ def full_bytes(node: fx.Node, compiled: Compiled) -> int:
 
 
 def _conversions(compiled: Compiled) -> Iterator[fx.Node]:
-    return (n for n in compiled.graph.nodes if n.target in CONVERSIONS and n.target is not run.concat)
+    return (n for n in compiled.graph.nodes if n.target in CONVERSIONS - {run.concat} or n.target is ring_attention)
 
 
 def collectives_of(compiled: Compiled) -> list[Collective]:
     """Every collective of one step: forward in order, then backward in the order in which gradients flow."""
     flows = needs_grad(compiled)
     nodes = list(_conversions(compiled))
-    out = [_record(n, FORWARD[n.target], "forward", compiled) for n in nodes if n.target in FORWARD]
+    out = []
+    for node in nodes:
+        out += [_record(node, FORWARD[node.target], "forward", compiled)] if node.target in FORWARD else []
+        out += _rotations(node, "forward", compiled)
     for node in reversed(nodes):
+        out += _rotations(node, "backward", compiled) if flows[node] else []
         kind = backward_kind(node)
         if kind is not None and flows[node]:
             out.append(_record(node, kind, "backward", compiled))
@@ -120,6 +126,25 @@ def _record(node: fx.Node, kind: str, phase: str, compiled: Compiled) -> Collect
     num_bytes = full_bytes(node, compiled) // dtype.itemsize * wide.itemsize
     value = describe_value(node, compiled.mesh, index)
     return Collective(kind, axis, phase, num_bytes, module, source_of(node), why, value)
+
+
+def _rotations(node: fx.Node, phase: str, compiled: Compiled) -> list[Collective]:
+    """What a ring passes on: keys and values once less than there are ranks, their gradients until they are home."""
+    if node.target is not ring_attention:
+        return []
+    _, key, value, axis = node.args
+    assert isinstance(key, fx.Node)
+    assert isinstance(value, fx.Node)
+    size = compiled.mesh.size(str(axis))
+    num_bytes = sum(local_bytes(x, compiled.mesh) for x in (key, value))
+    dtype = values_of(key)[0].dtype
+    wide = torch.promote_types(dtype, torch.float32)
+    passed = [num_bytes] * (size - 1)
+    if phase == "backward":
+        passed += [num_bytes // dtype.itemsize * wide.itemsize] * size
+    why = f"queries, keys and values lie split along the sequence, and the plan asks for a ring on axis {axis}"
+    where = module_of(node), source_of(node), why, describe_value(key, compiled.mesh)
+    return [Collective("rotate", str(axis), phase, size_of_one, *where) for size_of_one in passed]
 
 
 # --- the table -------------------------------------------------------------------------------------------------------
@@ -162,6 +187,9 @@ def table(compiled: Compiled) -> str:
             forward = FORWARD.get(node.target, "")
             back = (backward_kind(node) or "") if flows[node] else ""
         num_bytes = f"{full_bytes(node, compiled):,}" if forward or back else ""
+        if node.target is ring_attention:
+            forward, back = "rotate", "rotate" if flows[node] else ""
+            num_bytes = f"{sum(c.num_bytes for c in _rotations(node, 'forward', compiled)):,}"
         placed_in = _joined([_short_all(n) for n in node.all_input_nodes if _typed(n)])
         rows.append(
             (

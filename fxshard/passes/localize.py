@@ -366,6 +366,7 @@ LOWERINGS: dict[str, Callable[[fx.Graph, fx.Node, Info, RankMesh, list[int]], Lo
     "attention": attention.with_dropout,
     "causal": attention.causal,
     "heads": attention.heads,
+    "ring": attention.ring,
     "norm": norms.norm,
     "reduction": reductions.reduction,
     "position": reductions.reduction,

@@ -17,7 +17,7 @@ Each axis sees the shapes that the outer axes left: a compound dim that ``dp`` c
 from __future__ import annotations
 
 import operator
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 import torch
 from torch import fx
@@ -39,6 +39,7 @@ MAY_BE_EMPTY = frozenset({None, "groups", "mean", "dropout", "attention", "causa
     "experts",
     "picked",
     "added",
+    "ring",
 }
 """Lowerings that hold on an empty part too; others are of no use there: a maximum of nothing, a table without rows."""
 
@@ -56,8 +57,10 @@ def constrain(value: torch.Tensor) -> torch.Tensor:
     return value
 
 
-def propagate(graph: fx.Graph, mesh: Mesh) -> fx.Graph:
+def propagate(graph: fx.Graph, mesh: Mesh, rings: Collection[int] = ()) -> fx.Graph:
     """Decides every node's placements on every axis. See the module's text.
+
+    ``rings``: the axes along which attention may pass keys and values round.
 
     Reference: GSPMD (Xu et al., 2021), sharding completion; Megatron-LM (Shoeybi et al., 2019).
     """
@@ -74,7 +77,7 @@ def propagate(graph: fx.Graph, mesh: Mesh) -> fx.Graph:
         )
     for axis in range(mesh.ndim):
         if mesh.sizes[axis] > 1:
-            _propagate_axis(facts, axis, mesh)
+            _propagate_axis(facts, axis, mesh, rings)
             hoist_cuts(facts, mesh.sizes[axis], mesh.sizes[:axis])
             hoist_varies(facts)
         else:
@@ -99,7 +102,7 @@ def _differentiable(fact: Facts) -> bool:
     return any(o.differentiable for o in fact.operands)
 
 
-def _propagate_axis(facts: Sequence[Facts], axis: int, mesh: Mesh) -> None:
+def _propagate_axis(facts: Sequence[Facts], axis: int, mesh: Mesh, rings: Collection[int]) -> None:
     size = mesh.sizes[axis]
     sizes = mesh.sizes[:axis]
     for fact in facts:
@@ -121,10 +124,10 @@ def _propagate_axis(facts: Sequence[Facts], axis: int, mesh: Mesh) -> None:
         elif node.target in METADATA or all(o.current[0] is REPLICATE for o in fact.operands):
             fact.close(None)
         else:
-            fact.close(_choose(fact, size, sizes, axis))
+            fact.close(_choose(fact, size, sizes, axis, rings))
 
 
-def _choose(fact: Facts, size: int, sizes: Sequence[int], axis: int) -> Choice:
+def _choose(fact: Facts, size: int, sizes: Sequence[int], axis: int, rings: Collection[int]) -> Choice:
     current = [o.current[0] for o in fact.operands]
     if any(len(o.shapes) > 1 for o in fact.operands):
         return _whole(fact, frozenset(), "reads a list of tensors")
@@ -138,7 +141,7 @@ def _choose(fact: Facts, size: int, sizes: Sequence[int], axis: int) -> Choice:
         return _pass_partial(fact, recipe, partial)
     best: tuple[float, Factor, Cut, int] | None = None
     for factor in recipe.factors:
-        if not may_lower(fact.choices, factor):
+        if not may_lower(fact.choices, factor) or (factor.lowering == "ring" and axis not in rings):
             continue
         for i, at in enumerate(factor.inputs):
             found = factor.cut_for(at, At.of(current[i]), size)
@@ -237,7 +240,7 @@ def _back_through(chain: Sequence[tuple[Recipe, int]], wanted: At, size: int) ->
         for factor in recipe.factors:
             source = factor.inputs[position]
             cut = factor.cut_for(factor.outputs[0], wanted, size)
-            if source is not None and cut is not None:
+            if source is not None and cut is not None and factor.lowering != "ring":
                 if index == 0:
                     return factor, cut
                 wanted = source.cut(cut)

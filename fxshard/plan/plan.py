@@ -39,6 +39,8 @@ class Plan:
         outputs: placements of the model's outputs; on an axis that is not named an output comes back whole. Or globs of
             output positions (``"0"``) -> placements.
         presets: intentions that are resolved against the captured graph: (preset, axis) pairs.
+        ring: axes along which attention passes keys and values round from rank to rank, where queries, keys and values
+            arrive split along the sequence. Along others it gathers keys and values there.
 
     A placement is torch's ``Shard(dim)`` or ``Replicate()``, or a dict from axis names to them.
 
@@ -58,6 +60,7 @@ class Plan:
     activations: Mapping[str, Entry] = field(default_factory=dict)
     outputs: Mapping[str, Any] = field(default_factory=dict)
     presets: tuple[tuple[str, str], ...] = ()
+    ring: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if self.mesh is not None:
@@ -67,6 +70,7 @@ class Plan:
             object.__setattr__(self, part, entries)
         object.__setattr__(self, "outputs", self._outputs(self.outputs))
         object.__setattr__(self, "presets", tuple(map(tuple, self.presets)))
+        object.__setattr__(self, "ring", tuple(self.ring))
 
     def _entry(self, entry: Any, where: str) -> dict[str, Placement]:
         if isinstance(entry, Placement):
@@ -122,7 +126,7 @@ class Plan:
                             fix="name it in one of them only",
                         )
         presets = self.presets + tuple(p for p in other.presets if p not in self.presets)
-        return Plan(mesh, presets=presets, **merged)
+        return Plan(mesh, presets=presets, ring=tuple(dict.fromkeys(self.ring + other.ring)), **merged)
 
     def to_json(self) -> str:
         """The plan as JSON text, which ``Plan.from_json`` reads back."""
@@ -133,7 +137,7 @@ class Plan:
             }
             for part in ("params", "inputs", "activations", "outputs")
         }
-        return json.dumps({"mesh": mesh, **parts, "presets": self.presets}, indent=2)
+        return json.dumps({"mesh": mesh, **parts, "presets": self.presets, "ring": self.ring}, indent=2)
 
     @staticmethod
     def from_json(text: str) -> Plan:
@@ -143,7 +147,7 @@ class Plan:
             part: {name: {a: parse_placement(p) for a, p in entry.items()} for name, entry in data[part].items()}
             for part in ("params", "inputs", "activations", "outputs")
         }
-        return Plan(data["mesh"], presets=tuple(map(tuple, data["presets"])), **parts)
+        return Plan(data["mesh"], presets=tuple(map(tuple, data["presets"])), ring=data.get("ring", ()), **parts)
 
     @staticmethod
     def from_hf(model: nn.Module, mesh: Any = None, axis: str | None = None) -> Plan:
@@ -177,6 +181,7 @@ class Plan:
             for part in ("params", "inputs", "activations", "outputs")
             for name, entry in getattr(self, part).items()
         ] + [("preset", name, axis) for name, axis in self.presets]
+        rows += [("ring", "attention", axis) for axis in self.ring]
         width = max((len(name) for _, name, _ in rows), default=0)
         return "\n".join(lines + [f"  {part:<12} {name:<{width}}  {text}" for part, name, text in rows])
 

@@ -77,6 +77,8 @@ def resolve(plan: Plan, graph: fx.Graph, names: Names) -> Resolved:
     for part in ("params", "inputs", "activations"):
         for glob, entry in getattr(plan, part).items():
             work.apply(part, glob, entry)
+    for axis in plan.ring:
+        work.has_axis(axis, "ring")
     work.match_blocks()
     for preset, axis in sorted(plan.presets, key=lambda each: each[0] != "expert_parallel"):  # experts before features
         PRESETS[preset](work, axis)
@@ -117,14 +119,15 @@ class _Work:
         """One entry of the user's plan."""
         matched = self._match(part, glob)
         for axis, placement in entry.items():
-            if not self._has_axis(axis, f"{part} {glob!r}"):
+            if not self.has_axis(axis, f"{part} {glob!r}"):
                 continue
             for name, node in matched:
                 is_tensor = name in self.names.params or name in self.names.all_params
                 kind = "params" if is_tensor else "activations" if part == "params" else part
                 self.put(kind, name, node, axis, placement, f"{part} {glob!r}")
 
-    def _has_axis(self, axis: str, asked_by: str) -> bool:
+    def has_axis(self, axis: str, asked_by: str) -> bool:
+        """Whether the mesh has an axis; a problem where it has not."""
         if axis in self.mesh.names:
             return True
         names = ", ".join(map(repr, self.mesh.names))
@@ -280,7 +283,7 @@ class _Work:
         out: list[dict[str, Placement]] = [{} for _ in self.names.outputs]
         for glob, entry in outputs.items():
             for axis, placement in entry.items():
-                if not self._has_axis(axis, "outputs"):
+                if not self.has_axis(axis, "outputs"):
                     continue
                 matched = [i for i in range(len(out)) if fnmatch.fnmatchcase(str(i), glob)]
                 if not matched:

@@ -178,7 +178,7 @@ def test_a_wrong_rule_is_refuted(what: str) -> None:
     "lowering",
     [
         *("mean", "softmax", "loss", "embedding", "dropout", "groups", "share", "attention"),
-        *("norm", "reduction", "extreme", "position", "cumsum", "experts", "picked", "added"),
+        *("norm", "reduction", "extreme", "position", "cumsum", "experts", "picked", "added", "ring"),
     ],
 )
 def test_a_lowering_that_does_nothing_is_refuted(lowering: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -201,6 +201,7 @@ def test_a_lowering_that_does_nothing_is_refuted(lowering: str, monkeypatch: pyt
             (r(24, 16).float(), r(4, 16, 32).float(), torch.tensor([5, 5, 11, 24], dtype=torch.int32)),
         ),
         "picked": (aten.index.Tensor, (r(24, 6), [ints(24, 12)])),
+        "ring": (aten.scaled_dot_product_attention.default, tuple(r(1, 2, 12, 4) for _ in range(3))),
         "added": (aten.index_add.default, (r(24, 6), 0, ints(24, 12), r(12, 6))),
         "attention": (aten.scaled_dot_product_attention.default, (*(r(2, 6, 4, 4) for _ in range(3)), None, 0.5)),
     }[lowering]
