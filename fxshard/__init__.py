@@ -7,7 +7,15 @@ from fxshard.errors import FxshardError
 from fxshard.gradients import clip_grad_norm_, grad_norm
 from fxshard.inspect.prove import check_rule
 from fxshard.mesh import Mesh
-from fxshard.plan.plan import Plan, context_parallel, data_parallel, sequence_parallel, tensor_parallel, zero
+from fxshard.plan.plan import (
+    Plan,
+    context_parallel,
+    data_parallel,
+    expert_parallel,
+    sequence_parallel,
+    tensor_parallel,
+    zero,
+)
 from fxshard.program import ParallelModule
 from fxshard.rules.table import register_rule
 from fxshard.runtime.scaler import GradScaler
@@ -29,6 +37,7 @@ __all__ = [
     "clip_grad_norm_",
     "context_parallel",
     "data_parallel",
+    "expert_parallel",
     "grad_norm",
     "parallelize",
     "register_rule",

@@ -5,7 +5,8 @@
 - ``BlockShard(dim, blocks)``: the dim is a row of blocks and *each block* is cut alike. A packed QKV weight
   ``[3 * D, i]`` under ``BlockShard(0, (1, 1, 1))`` leaves every rank with its slice of q, of k and of v. The
   numbers are relative block sizes; ``(1,)`` is a plain ``Shard``. Where sizes do not divide, ``shares`` says how
-  much each rank holds: 5 rows on 4 ranks, as ``torch.chunk`` gives them, are ``shares=(2, 2, 1, 0)``.
+  much each rank holds: 5 rows on 4 ranks, as ``torch.chunk`` gives them, are ``shares=(2, 2, 1, 0)``. Rows that a
+  router sorted into ``groups`` go to the ranks with their groups; how many that are is known when the program runs.
 - ``Varying()``: equal on all ranks like ``Replicate``, but its readers compute different things on every rank,
   so its *gradient* is a partial sum (Megatron's *f*, JAX's ``pvary``). Only conversions make it.
 
@@ -29,16 +30,30 @@ __all__ = ["BlockShard", "Partial", "Placement", "Placements", "Replicate", "Sha
 Placements: TypeAlias = tuple[Placement, ...]
 
 
+class Groups(NamedTuple):
+    """Rows that lie in groups, one behind the other, as tokens sorted by expert do.
+
+    Attributes:
+        ends: the name of the value of the graph that says where each group ends.
+        rows: how many rows there are in all.
+    """
+
+    ends: str
+    rows: int
+
+
 class Cut(NamedTuple):
     """How a dim is cut along one axis.
 
     Attributes:
         blocks: the relative sizes of the blocks that are each cut alike.
         shares: the relative sizes of what the ranks hold, in rank order; empty where all hold the same.
+        groups: where it is the groups of rows that are dealt out so, which groups: a rank holds the rows of its own.
     """
 
     blocks: tuple[int, ...] = (1,)
     shares: tuple[int, ...] = ()
+    groups: Groups | None = None
 
     def pieces(self, size: int) -> int:
         """Into how many equal pieces each block falls, over an axis of ``size`` ranks: a rank takes some of them."""
@@ -55,15 +70,17 @@ PLAIN = Cut()
 class BlockShard(Shard):
     """``Shard(dim)`` of a dim made of blocks that are each cut alike, or of which the ranks hold different shares.
 
-    >>> BlockShard(0, (2, 1, 1)), BlockShard(0, shares=(2, 2, 1, 0))
-    (Shard(0, blocks=(2, 1, 1)), Shard(0, shares=(2, 2, 1, 0)))
+    >>> BlockShard(0, (2, 1, 1)), BlockShard(0, shares=(2, 2, 1, 0)), BlockShard(0, groups=Groups("ends", 64))
+    (Shard(0, blocks=(2, 1, 1)), Shard(0, shares=(2, 2, 1, 0)), Shard(0, groups=%ends))
     """
 
     cut: Cut
 
-    def __init__(self, dim: int, blocks: Sequence[int] = (1,), shares: Sequence[int] = ()) -> None:
+    def __init__(
+        self, dim: int, blocks: Sequence[int] = (1,), shares: Sequence[int] = (), groups: Groups | None = None
+    ) -> None:
         super().__init__(dim)
-        self.cut = Cut(normalize_blocks(blocks), normalize_shares(shares))
+        self.cut = Cut(normalize_blocks(blocks), normalize_shares(shares), groups)
 
     def __reduce__(self) -> tuple[type, tuple[Any, ...]]:
         return BlockShard, (self.dim, *self.cut)
@@ -75,8 +92,9 @@ class BlockShard(Shard):
         return hash(Shard(self.dim)) if self.cut == PLAIN else hash((self.dim, self.cut))
 
     def __repr__(self) -> str:
-        blocks, shares = self.cut
+        blocks, shares, groups = self.cut
         more = (f", blocks={blocks}" if blocks != (1,) else "") + (f", shares={shares}" if shares else "")
+        more += f", groups=%{groups.ends}" if groups else ""
         return f"Shard({self.dim}{more})"
 
     __str__ = __repr__
@@ -134,14 +152,20 @@ def chunk_shares(count: int, size: int) -> tuple[int, ...]:
     return normalize_shares([max(0, min(most, count - rank * most)) for rank in range(size)])
 
 
-def shard(dim: int, blocks: Sequence[int] = (1,), shares: Sequence[int] = ()) -> Shard:
-    """A ``Shard``, or a ``BlockShard`` where there is more than one block, or the shares differ."""
-    return Shard(dim) if len(blocks) == 1 and not shares else BlockShard(dim, blocks, shares)
+def shard(dim: int, blocks: Sequence[int] = (1,), shares: Sequence[int] = (), groups: Groups | None = None) -> Shard:
+    """A ``Shard``, or a ``BlockShard`` of several blocks, of shares that differ, or of groups."""
+    plain = len(blocks) == 1 and not shares and groups is None
+    return Shard(dim) if plain else BlockShard(dim, blocks, shares, groups)
 
 
 def cut_of(placement: Placement) -> Cut:
     """The blocks and shares of a shard; ``Cut()`` of a plain one."""
     return placement.cut if type(placement) is BlockShard else PLAIN
+
+
+def is_grouped(placement: Placement | None) -> bool:
+    """Whether rows go to the ranks with their groups: how many each has is known when the program runs."""
+    return type(placement) is BlockShard and placement.cut.groups is not None
 
 
 def blocks_of(placement: Placement) -> tuple[int, ...]:
@@ -160,17 +184,24 @@ def cut_within(placement: Shard, inner: Iterable[tuple[Placement, int]]) -> Cut 
         inner: the placements on the axes inside, with these axes' sizes.
 
     >>> cut_within(BlockShard(0, (1, 1, 1, 1)), [(Shard(0), 2)]), cut_within(Shard(0), [(Shard(0), 2)])
-    (Cut(blocks=(1, 1), shares=()), None)
+    (Cut(blocks=(1, 1), shares=(), groups=None), None)
     """
-    blocks, shares = cut_of(placement)
+    blocks, shares, groups = cut_of(placement)
     for other, size in inner:
         if not (is_shard(other) and other.dim == placement.dim):
             continue
         beside = cut_of(other)
-        if shares or beside.shares or len(set(blocks)) > 1 or len(blocks) % (sum(beside.blocks) * size):
+        if (
+            shares
+            or groups
+            or beside.shares
+            or beside.groups
+            or len(set(blocks)) > 1
+            or len(blocks) % (sum(beside.blocks) * size)
+        ):
             return None
         blocks = (1,) * (len(blocks) // size)
-    return Cut(blocks, shares)
+    return Cut(blocks, shares, groups)
 
 
 @cache
@@ -225,7 +256,10 @@ def describe_all(placements: Placements, names: Sequence[str]) -> str:
 
 
 def local_size(size: Any, placement: Placement, count: int, position: int) -> Any:
-    """What the rank at ``position`` of ``count`` holds of a dim of ``size`` that ``placement`` cuts."""
+    """What the rank at ``position`` of ``count`` holds of a dim of ``size`` that ``placement`` cuts.
+
+    Of rows in groups it is what the rank would hold if all groups were equal.
+    """
     cut = cut_of(placement)
     return size * cut.share(count, position) // cut.pieces(count)
 
@@ -280,7 +314,8 @@ def cut(tensor: torch.Tensor, placement: Placement, size: int, position: int) ->
     """
     if not is_shard(placement):
         return tensor
-    dim, (blocks, shares) = placement.dim, cut_of(placement)
+    dim, (blocks, shares, groups) = placement.dim, cut_of(placement)
+    assert groups is None, f"where {placement} cuts is known when the program runs"
     pieces = sum(shares) or size
     before, share = (sum(shares[:position]), shares[position]) if shares else (position, 1)
     unit = tensor.shape[dim] // sum(blocks)

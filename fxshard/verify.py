@@ -19,6 +19,7 @@ from tabulate import tabulate
 from torch import fx, nn
 from torch.func import functional_call
 
+from fxshard.codegen.spelling import is_ours
 from fxshard.passes.fidelity import difference, tolerance_of
 from fxshard.passes.origins import module_of, source_of
 from fxshard.passes.pipeline import Compiled
@@ -234,7 +235,7 @@ class _Recorder(fx.Interpreter):
         return self.read(str(target))
 
     def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
-        if getattr(target, "__module__", "") == "fxshard.runtime.collectives":
+        if is_ours(target):
             args = tuple(self.axes.get(a, a) if isinstance(a, str) else a for a in args)
         return target(*args, **kwargs)
 

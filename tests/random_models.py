@@ -658,7 +658,8 @@ def _plan(
             activations[f"steps.{index}"] = entry
     splits = [_entry(b, v.shape, mesh) if b.choose((False, False, True)) else {} for v in outputs]
     named = {str(i): e for i, e in enumerate(splits) if e}
-    entries = Plan(mesh, params=params, inputs=inputs, activations=activations, outputs=named)
+    ring = b.choose(((), tuple(axes)))
+    entries = Plan(mesh, params=params, inputs=inputs, activations=activations, outputs=named, ring=ring)
     return plan | entries, " | ".join([*presets, ""]), splits
 
 
@@ -674,7 +675,7 @@ def _entry(b: Builder, shape: torch.Size, mesh: dict[str, int], explicit: bool =
         dim = b.choose((None, *dims))
         if dim is not None:
             entry[axis] = placement = Shard(dim) if dim in cut else _shard(b, dim, left[dim], size)
-            blocks, shares = cut_of(placement)
+            blocks, shares, _ = cut_of(placement)
             shares = shares or chunk_shares(left[dim] // sum(blocks), size) or (1,) * size
             left[dim] = left[dim] // sum(shares) * math.gcd(*shares)  # what divides each rank's part
             cut.add(dim)

@@ -33,7 +33,7 @@ def part_of(whole: torch.Tensor, splits: dict[str, fxshard.Shard], mesh: fxshard
     """What a rank returns of an output that the plan leaves split."""
     for axis, size, position in zip(mesh.names, mesh.sizes, mesh.coordinate(rank), strict=True):
         if axis in splits:
-            dim, (blocks, shares) = splits[axis].dim, cut_of(splits[axis])
+            dim, (blocks, shares, _) = splits[axis].dim, cut_of(splits[axis])
             shares = shares or chunk_shares(whole.shape[dim] // sum(blocks), size)
             whole = cut(whole, shard(dim, blocks, shares), size, position)
     return whole

@@ -28,14 +28,13 @@ from fxshard.codegen.classes import Classes
 from fxshard.codegen.members import made
 from fxshard.codegen.naming import RESERVED
 from fxshard.codegen.regions import regions_of
-from fxshard.codegen.spelling import is_ours
+from fxshard.codegen.spelling import OURS, is_ours
 from fxshard.codegen.text import WIDTH, statement
 from fxshard.mesh import Mesh
-from fxshard.runtime import collectives
 
 _WORD = re.compile(r"(?<![\w.\"'])[A-Za-z_]\w*")
 WORDS = {"self", "m", "aten", "torch", "F", "operator", "math", "device", "axes", "build", "checkpoint"}
-WORDS |= {*dir(collectives)}
+WORDS |= {word for module in OURS.values() for word in dir(module)}
 
 
 def emit(graph: fx.Graph, mesh: Mesh, title: str, is_uneven: bool = False) -> str:
@@ -71,10 +70,13 @@ def _head(title: str, graph: fx.Graph, file: File, body: Sequence[str]) -> Itera
         lines = [f"import {name}" for name in group]
         lines += ["from torch.nn import functional as F"] if at and "F" in words else []
         yield from ["", *lines] if lines else ()
-    used = sorted({n.target.__name__ for n in graph.nodes if is_ours(n.target)})
-    ours = ["from fxshard.runtime.checkpoint import checkpoint"] if "checkpoint" in words else []
-    ours += statement(0, f"from fxshard.runtime.collectives import {', '.join(used)}") if used else []
-    yield from ["", *ours] if ours else ()
+    used: dict[str, set[str]] = {"fxshard.runtime.checkpoint": {"checkpoint"}} if "checkpoint" in words else {}
+    for node in graph.nodes:
+        if is_ours(node.target):
+            used.setdefault(node.target.__module__, set()).add(node.target.__name__)
+    yield from [""] if used else ()
+    for module in sorted(used):
+        yield from statement(0, f"from {module} import {', '.join(sorted(used[module]))}")
     if "aten" in words:
         yield from ["", "aten = torch.ops.aten"]
     given = [

@@ -26,6 +26,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from fxshard.codegen.spelling import is_ours
 from fxshard.errors import RuleError
 from fxshard.mesh import Mesh
 from fxshard.passes.facts import may_lower, recipe_on_parts, split_choice
@@ -53,14 +54,16 @@ from fxshard.placement import (
 from fxshard.rules.recipe import At, Recipe, RuleFunction, operands_of, shape_of, units
 from fxshard.rules.table import find_rule, temporary_rule
 from fxshard.runtime import collectives as run
+from fxshard.runtime.groups import group_rows
 from fxshard.runtime.lockstep import Turns, lockstep_axes, run_ranks
+from fxshard.runtime.ring import ring_attention
 from fxshard.torch_internals import OpOverload
 
 DOUBLE, SINGLE = 1e-12, 1e-5
 """How far a result may be off, relative to its largest element, where all types are double ones, and otherwise."""
 BLOCKS = ((1,), (1, 1), (2, 1), (1, 1, 1))
 MESHES = ((2,), (3,), (4,), (2, 2), (2, 3))
-_MEET = {run.vary, run.all_reduce, run.all_gather, run.reduce_scatter, run.all_to_all}
+_MEET = {run.vary, run.all_reduce, run.all_gather, run.reduce_scatter, run.all_to_all, ring_attention}
 
 
 @dataclass(frozen=True)
@@ -267,31 +270,48 @@ class _Trial:
         mesh = Mesh(tuple(f"axis{a}" for a in range(len(sizes))), sizes)
         ranks = [mesh.coordinate(r) for r in range(mesh.world_size)]
         parts = []
+        known_inputs, known_outputs = ([self._counted(p, sizes) for p in side] for side in (inputs, outputs))
         for i, operand in enumerate(self.operands):
             summands = _summands(operand, sizes[0]) if is_partial(inputs[i][0]) else None
             values = _garbage(operand) if i in unread else operand
-            parts.append([summands[at[0]] if summands else cut_all(values, inputs[i], sizes, at) for at in ranks])
+            parts.append([summands[at[0]] if summands else cut_all(values, known_inputs[i], sizes, at) for at in ranks])
         try:
             leaves = [[_leaf(p[r], i, self.sample) for i, p in enumerate(parts)] for r in range(len(ranks))]
             results = self._run(mesh, choices, inputs, outputs, leaves)
             if any(len(result) != len(outputs) for result in results):
                 raise RuleError(f"a rank gives {len(results[0])} results, not {len(outputs)}")
             cotangents = [
-                [None if g is None else cut_all(g, outputs[k], sizes, at) for k, g in enumerate(self.cotangents)]
+                [None if g is None else cut_all(g, known_outputs[k], sizes, at) for k, g in enumerate(self.cotangents)]
                 for at in ranks
             ]
             for k, expected in enumerate(self.outputs):
                 made = [result[k] for result in results]
                 if isinstance(expected, torch.Tensor):
                     made = [m.detach() if self.sample.values else torch.zeros_like(m) for m in made]
-                    whole = self._join(made, outputs[k], sizes)
+                    whole = self._join(made, known_outputs[k], sizes)
                     _same(whole, expected, f"result {k}", self.tolerance, self.sample.values)
             grads = _gradients(results, leaves, cotangents)
             for i in range(len(self.grads)):
                 if i not in unread:
-                    self._compare_grad(i, [g[i] for g in grads], inputs[i], sizes, leaves)
+                    self._compare_grad(i, [g[i] for g in grads], known_inputs[i], sizes, leaves)
         except Exception as error:
             raise self._wrong(choices, sizes, inputs, outputs, error) from error
+
+    def _counted(self, placements: Placements, sizes: Sequence[int]) -> Placements:
+        """The placements, where rows in groups are cut by how many of them the ranks have in this sample."""
+        out = []
+        for placement, size in zip(placements, sizes, strict=True):
+            groups = cut_of(placement).groups
+            if groups is not None:
+                (ends,) = (
+                    o for o, n in zip(self.operands, operands_of(self.node), strict=True) if n.name == groups.ends
+                )
+                shares = cut_of(placement).shares
+                lengths = tuple(len(ends) * share // sum(shares) for share in shares)
+                axis = run.Axis("axis", size, 0, None)  # type: ignore[arg-type]
+                placement = shard(placement.dim, shares=group_rows(ends, axis, groups.rows, lengths))  # type: ignore[attr-defined]
+            out.append(placement)
+        return tuple(out)
 
     def _compare_grad(
         self,
@@ -406,7 +426,7 @@ def _interpret(graph: fx.Graph, operands: Sequence[torch.Tensor], axes: Mapping[
             return fx.map_arg(node.args[0], env.__getitem__)
         else:
             args, kwargs = fx.map_arg((node.args, node.kwargs), env.__getitem__)
-            if getattr(node.target, "__module__", "") == run.__name__:
+            if is_ours(node.target):
                 args = tuple(axes.get(a, a) if isinstance(a, str) else a for a in args)
             env[node] = node.target(*args, **kwargs)
     raise AssertionError("the graph has no output")

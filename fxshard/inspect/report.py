@@ -24,6 +24,7 @@ from fxshard.placement import Placement, Varying, cut_of, is_partial, is_shard
 from fxshard.rules.lookup import is_constant
 from fxshard.runtime import collectives as run
 from fxshard.runtime.buckets import cut_in_buckets, elements
+from fxshard.runtime.ring import ring_attention
 
 
 @dataclass(frozen=True)
@@ -31,10 +32,11 @@ class Collective:
     """One collective of one step.
 
     Attributes:
-        kind: all_reduce, all_gather, reduce_scatter or all_to_all.
+        kind: all_reduce, all_gather, reduce_scatter, all_to_all, or rotate.
         axis: the mesh axis; ``dp+cp`` where it goes over two at once.
         phase: forward or backward.
-        num_bytes: the payload: the bytes of one rank's full-size tensor along the axis.
+        num_bytes: the payload: the bytes of one rank's full-size tensor along the axis; of a rotation, what a rank
+            passes on to the next one.
         module: the module whose value is communicated.
         source: the line of the user's source.
         reason: why it is there, in a sentence.
@@ -107,7 +109,7 @@ def full_bytes(node: fx.Node, compiled: Compiled) -> int:
 
 
 def _conversions(compiled: Compiled) -> Iterator[fx.Node]:
-    return (n for n in compiled.graph.nodes if n.target in CONVERSIONS and n.target is not run.concat)
+    return (n for n in compiled.graph.nodes if n.target in CONVERSIONS - {run.concat} or n.target is ring_attention)
 
 
 def collectives_of(compiled: Compiled) -> list[Collective]:
@@ -115,12 +117,18 @@ def collectives_of(compiled: Compiled) -> list[Collective]:
     flows = needs_grad(compiled)
     again = _repeats(compiled, flows)
     nodes = dict.fromkeys(_conversions(compiled))
-    forward = {n: _record(n, FORWARD[n.target], "forward", compiled) for n in nodes if n.target in FORWARD}
-    out = list(forward.values())
+    forward: dict[fx.Node, list[Collective]] = {}
+    for node in nodes:
+        mine = [_record(node, FORWARD[node.target], "forward", compiled)] if node.target in FORWARD else []
+        forward[node] = mine + _rotations(node, "forward", compiled)
+    out = [record for records in forward.values() for record in records]
     buckets = buckets_of(compiled, flows)
     for node in reversed(compiled.graph.nodes):
-        out += [_again(forward[n], why) for n, why in again.get(node, ()) if n in forward]
-        kind = backward_kind(node) if node in nodes else None
+        out += [_again(record, why) for n, why in again.get(node, ()) for record in forward.get(n, ())]
+        if node not in nodes:
+            continue
+        out += _rotations(node, "backward", compiled) if flows[node] else []
+        kind = backward_kind(node)
         if node.target is run.vary_weight:
             out += buckets.get(node, [])
         elif kind is not None and flows[node]:
@@ -188,6 +196,25 @@ def _record(node: fx.Node, kind: str, phase: str, compiled: Compiled) -> Collect
     return Collective(kind, axis, phase, num_bytes, module, source_of(node), why, value)
 
 
+def _rotations(node: fx.Node, phase: str, compiled: Compiled) -> list[Collective]:
+    """What a ring passes on: keys and values once less than there are ranks, their gradients until they are home."""
+    if node.target is not ring_attention:
+        return []
+    _, key, value, axis = node.args
+    assert isinstance(key, fx.Node)
+    assert isinstance(value, fx.Node)
+    size = compiled.mesh.size(str(axis))
+    num_bytes = sum(local_bytes(x, compiled.mesh) for x in (key, value))
+    dtype = values_of(key)[0].dtype
+    wide = torch.promote_types(dtype, torch.float32)
+    passed = [num_bytes] * (size - 1)
+    if phase == "backward":
+        passed += [num_bytes // dtype.itemsize * wide.itemsize] * size
+    why = f"queries, keys and values lie split along the sequence, and the plan asks for a ring on axis {axis}"
+    where = module_of(node), source_of(node), why, describe_value(key, compiled.mesh)
+    return [Collective("rotate", str(axis), phase, size_of_one, *where) for size_of_one in passed]
+
+
 # --- the table -------------------------------------------------------------------------------------------------------
 
 MODULE_WIDTH = 44
@@ -202,9 +229,9 @@ def short(placement: Placement) -> str:
     ['S(1)', 'R', 'P']
     """
     if is_shard(placement):
-        blocks, shares = cut_of(placement)
+        blocks, shares, groups = cut_of(placement)
         text = f";{':'.join(map(str, blocks))}" if blocks != (1,) else ""
-        return f"S({placement.dim}{text}{'~' if shares else ''})"
+        return f"S({placement.dim}{text}{'~' if shares or groups else ''})"
     if isinstance(placement, Varying):
         return "V"
     return "P" if is_partial(placement) else "R"
@@ -232,6 +259,9 @@ def table(compiled: Compiled) -> str:
             repeated = [f"{forward} again"] * again[node] if forward else []
             back = ", ".join(filter(None, [*repeated, "in a bucket" if together else back]))
         num_bytes = f"{full_bytes(node, compiled):,}" if forward or back else ""
+        if node.target is ring_attention:
+            forward, back = "rotate", "rotate" if flows[node] else ""
+            num_bytes = f"{sum(c.num_bytes for c in _rotations(node, 'forward', compiled)):,}"
         placed_in = _joined([_short_all(n) for n in node.all_input_nodes if _typed(n)])
         rows.append(
             (

@@ -3,6 +3,7 @@
 dropout(x, p)                 x: Shard(d)    every rank draws the whole mask, and keeps its part
 attention(q, .., is_causal)   q: Shard(-2)   the mask says where this rank's queries stand
 attention(q, .., enable_gqa)  q: Shard(-3)   fewer key heads than ranks: each takes those that its queries need
+attention(q, k, v)            all: Shard(-2) keys and values go round the ranks
 """
 
 from __future__ import annotations
@@ -17,9 +18,10 @@ from fxshard.mesh import RankMesh
 from fxshard.passes.insert_collectives import how
 from fxshard.passes.typing import Info, info_of, set_info, values_of
 from fxshard.passes.writer import Writer, call_like, give_lengths
-from fxshard.placement import REPLICATE, Placement, is_shard
+from fxshard.placement import REPLICATE, Placement, is_shard, lengths_of
 from fxshard.rules.recipe import bind
 from fxshard.runtime import collectives as run
+from fxshard.runtime.ring import ring_attention
 
 aten = torch.ops.aten
 HEADS, QUERIES = -3, -2
@@ -116,6 +118,20 @@ def causal(new: fx.Graph, node: fx.Node, info: Info, mesh: RankMesh, axes: list[
         mask = call_like(new, aten.le.Tensor, (columns, call_like(new, aten.unsqueeze.default, (rows, -1), node)), node)
     arguments |= {"attn_mask": mask, "is_causal": False}
     return _with(node, arguments)
+
+
+def ring(new: fx.Graph, node: fx.Node, info: Info, mesh: RankMesh, axes: list[int]) -> fx.Node:
+    """Attention of this rank's queries, while keys and values go round the ranks."""
+    (axis,) = axes
+    arguments = bind(node)
+    length = values_of(node)[0].shape[QUERIES]
+    lengths = lengths_of(length, info.placements[axis], mesh.sizes[axis]) if isinstance(length, int) else ()
+    told = {"mask": arguments["attn_mask"], "is_causal": arguments["is_causal"], "scale": arguments["scale"]}
+    told["lengths"] = lengths
+    args = (arguments["query"], arguments["key"], arguments["value"], mesh.names[axis])
+    made = call_like(new, ring_attention, args, node, **{k: v for k, v in told.items() if v not in (None, False, ())})
+    new.erase_node(node)
+    return made
 
 
 def heads(new: fx.Graph, node: fx.Node, info: Info, mesh: RankMesh, axes: list[int]) -> fx.Node:

@@ -24,6 +24,7 @@ from torch import fx
 
 from fxshard.errors import SoundnessError
 from fxshard.mesh import Mesh
+from fxshard.passes.experts import names_groups
 from fxshard.passes.facts import recipe_on_parts
 from fxshard.passes.insert_collectives import CONVERSIONS, inside
 from fxshard.passes.origins import module_of, source_of
@@ -37,6 +38,7 @@ from fxshard.placement import (
     cut_of,
     cut_within,
     describe,
+    is_grouped,
     is_partial,
     is_shard,
     same,
@@ -44,6 +46,7 @@ from fxshard.placement import (
 from fxshard.rules.lookup import draws
 from fxshard.rules.recipe import At, Factor, operands_of, shape_of, written
 from fxshard.runtime import collectives as run
+from fxshard.runtime.groups import group_rows
 
 
 def check(graph: fx.Graph, mesh: Mesh) -> None:
@@ -54,6 +57,10 @@ def check(graph: fx.Graph, mesh: Mesh) -> None:
             continue
         if node.target in CONVERSIONS:
             _check_conversion(node, mesh)
+            continue
+        if node.target is group_rows:
+            if any(map(_interesting, info_of(node.all_input_nodes[0]).placements)):
+                raise _refused(node, f"%{node.name} reads ends of groups that are not whole", "please report it")
             continue
         info = info_of(node)
         operands = operands_of(node)
@@ -153,7 +160,9 @@ def _check_conversion(node: fx.Node, mesh: Mesh) -> None:
         raise _unsound(node, [source], before, after, mesh.names[changed[0]])
     if not ALLOWED[node.target](have, want, node.args, node.kwargs, within):
         raise _unsound(node, [source], [have], [want], mesh.names[changed[0]])
-    stacked = node.target is run.all_gather and not (is_shard(have) and have.dim == 0 and _cuts_as(have, {}, within))
+    stacked = node.target is run.all_gather and not (
+        is_shard(have) and have.dim == 0 and _cuts_as(have, node.args, {}, within)
+    )
     if stacked and any(user.target is not run.concat for user in node.users):
         raise _unsound(node, [source], [have], [want], mesh.names[changed[0]])
 
@@ -166,7 +175,7 @@ def _check_concat(node: fx.Node, source: fx.Node, mesh: Mesh) -> None:
         raise _unsound(node, [source], info_of(source).placements[axis:], after[axis:], mesh.names[axis])
     before = info_of(source.args[0]).placements  # type: ignore[arg-type]
     have, within = before[axis], inside(before, axis, mesh.sizes)
-    if not is_shard(have) or have.dim != node.args[2] or not _cuts_as(have, node.kwargs, within):
+    if not is_shard(have) or have.dim != node.args[2] or not _cuts_as(have, node.args, node.kwargs, within):
         raise _unsound(node, [source], [have], after[axis:], mesh.names[axis])
 
 
@@ -174,9 +183,12 @@ Within: TypeAlias = Sequence[tuple[Placement, int]]
 """The placements on the axes inside of the one at hand, with these axes' sizes."""
 
 
-def _cuts_as(placement: Shard, said: Mapping[str, Any], within: Within) -> bool:
+def _cuts_as(placement: Shard, args: Any, said: Mapping[str, Any], within: Within) -> bool:
     """Whether a conversion's arguments cut, of what the inner axes leave of a dim, what the placement says."""
-    return cut_within(placement, within) == Cut(said.get("blocks", (1,)), said.get("lengths", ()))
+    cut, lengths = cut_within(placement, within), said.get("lengths", ())
+    if cut is None or cut.groups is None:
+        return cut == Cut(said.get("blocks", (1,)), lengths)
+    return isinstance(lengths, fx.Node) and names_groups(lengths, cut.groups.ends, args[1], cut.groups.rows, cut.shares)
 
 
 def _replicated(placement: Placement) -> bool:
@@ -188,18 +200,20 @@ def _summed(args: Any) -> bool:
 
 
 def _splits(want: Placement, args: Any, said: Mapping[str, Any], within: Within) -> bool:
-    return is_shard(want) and want.dim == args[2] and _cuts_as(want, said, within)
+    return is_shard(want) and want.dim == args[2] and _cuts_as(want, args, said, within)
 
 
-def _gathers(have: Placement, want: Placement, args: Any, said: Mapping[str, Any]) -> bool:
+def _gathers(have: Placement, want: Placement, args: Any, said: Mapping[str, Any], within: Within) -> bool:
     if not is_shard(have):
         return False
-    padded = not cut_of(have).shares or (said.get("lengths"), said.get("dim")) == (cut_of(have).shares, have.dim)
+    blocks, shares, groups = cut_of(have)
+    told = {**said, "blocks": blocks}
+    padded = not (shares or groups) or (said.get("dim") == have.dim and _cuts_as(have, args, told, within))
     return padded and (isinstance(want, Varying) if _summed(args) else _replicated(want))
 
 
 def _exchanges(have: Placement, want: Placement, args: Any, said: Mapping[str, Any], within: Within) -> bool:
-    if not is_shard(have) or not is_shard(want):
+    if not is_shard(have) or not is_shard(want) or is_grouped(have) or is_grouped(want):
         return False
     found = cut_within(have, within), cut_within(want, within)
     lengths = cut_of(have).shares, cut_of(want).shares
@@ -212,7 +226,7 @@ ALLOWED: dict[Any, Callable[[Placement, Placement, Any, Mapping[str, Any], Withi
     run.all_reduce: lambda have, want, args, said, within: is_partial(have) and _replicated(want),
     run.reduce_scatter: lambda have, want, args, said, within: is_partial(have) and _splits(want, args, said, within),
     run.chunk: lambda have, want, args, said, within: _replicated(have) and _splits(want, args, said, within),
-    run.all_gather: lambda have, want, args, said, within: _gathers(have, want, args, said),
+    run.all_gather: lambda have, want, args, said, within: _gathers(have, want, args, said, within),
     run.all_to_all: _exchanges,
 }
 """For each conversion, what it may be given and what it gives: the table of ``runtime.collectives``."""

@@ -12,9 +12,21 @@ import torch
 from torch import fx
 
 from fxshard.passes.typing import Choice, has_info, info_of, is_float, values_of
-from fxshard.placement import PARTIAL, REPLICATE, VARYING, Cut, Placement, is_uneven, local_shape
+from fxshard.placement import (
+    PARTIAL,
+    REPLICATE,
+    VARYING,
+    Cut,
+    Groups,
+    Placement,
+    is_grouped,
+    is_shard,
+    is_uneven,
+    local_shape,
+)
 from fxshard.rules.lookup import recipe_for
-from fxshard.rules.recipe import Factor, Recipe, Shape, shape_of
+from fxshard.rules.recipe import At, Factor, Recipe, Shape, operands_of, shape_of
+from fxshard.runtime import collectives as run
 
 
 @dataclass(eq=False)
@@ -73,7 +85,8 @@ class Facts:
 def recipe_of(fact: Facts, sizes: Sequence[int], current: Sequence[Placement]) -> Recipe | None:
     """What the rule says of a call on the parts that the outer axes, of ``sizes``, leave; None where there is none."""
     if not any(fact.choices[: len(sizes)]):
-        return recipe_for(fact.node, tuple(o.shapes[0] for o in fact.operands), fact.shapes, current)
+        recipe = recipe_for(fact.node, tuple(o.shapes[0] for o in fact.operands), fact.shapes, current)
+        return _named(recipe, fact.node)
     choices = fact.choices[: len(sizes)]
     operands = [
         (operand.shapes[0], tuple((c.inputs[i] if c else None) or REPLICATE for c in choices))
@@ -98,7 +111,7 @@ def recipe_on_parts(
     Where they cut unevenly the ranks' parts have different shapes: only what the rule says of all of them is said.
     """
     if not sizes:
-        return recipe_for(node, tuple(s for s, _ in operands), tuple(s for s, _ in results), current)
+        return _named(recipe_for(node, tuple(s for s, _ in operands), tuple(s for s, _ in results), current), node)
 
     def at(position: Sequence[int]) -> Recipe | None:
         inputs = tuple(local_shape(shape, placed, sizes, position) for shape, placed in operands)
@@ -107,16 +120,61 @@ def recipe_on_parts(
             return first  # an empty part: whatever is done with it is right
         return recipe_for(node, inputs, outputs, current)
 
-    first = at((0,) * len(sizes))
+    first = _named(at((0,) * len(sizes)), node)
+    if first is not None:
+        placed = [placements for _, placements in (*operands, *results)]
+        first = replace(first, factors=tuple(f for f in first.factors if _beside(f, placed)))
     uneven = [any(is_uneven(placed[a : a + 1]) for _, placed in (*operands, *results)) for a in range(len(sizes))]
     if first is None or not any(uneven):
         return first
     factors = first.factors
     for position in itertools.product(*(range(n if u else 1) for n, u in zip(sizes, uneven, strict=True))):
-        other = at(position)
+        other = _named(at(position), node)
         assert other is not None
         factors = tuple(common for f in factors if (common := _common(f, other.factors)) is not None)
     return replace(first, factors=factors)
+
+
+def value_name(node: fx.Node) -> str:
+    """The name of the value that a node holds in one form or another: conversions give it others."""
+    while node.target in _FORMS and isinstance(node.args[0], fx.Node):
+        node = node.args[0]
+    return node.name
+
+
+_FORMS = {run.all_gather, run.concat, run.all_reduce, run.reduce_scatter, run.all_to_all, run.chunk, run.vary}
+
+
+def _named(recipe: Recipe | None, node: fx.Node) -> Recipe | None:
+    """The recipe of a call whose groups of rows are named: by the operand that says where they end."""
+    if recipe is None or all(f.lowering != "experts" for f in recipe.factors):
+        return recipe
+    operands = operands_of(node)
+
+    def named(at: At | None, rows: int) -> At | None:
+        if at is None or not isinstance(at.groups, int):
+            return at
+        return at._replace(groups=Groups(value_name(operands[at.groups]), rows))
+
+    factors = []
+    for factor in recipe.factors:
+        at = factor.inputs[0]
+        if factor.lowering == "experts" and at is not None:
+            rows = shape_of(values_of(operands[0])[0])[at.dim]
+            assert isinstance(rows, int)
+            inputs, outputs = (tuple(named(a, rows) for a in side) for side in (factor.inputs, factor.outputs))
+            factor = replace(factor, inputs=inputs, outputs=outputs)
+        factors.append(factor)
+    return replace(recipe, factors=tuple(factors))
+
+
+def _beside(factor: Factor, placed: Sequence[tuple[Placement, ...]]) -> bool:
+    """Whether a factor goes with how the outer axes cut: one axis alone cuts rows that lie in groups."""
+    for at, placements in zip((*factor.inputs, *factor.outputs), placed, strict=True):
+        outer = [p for p in placements if at is not None and is_shard(p) and p.dim == at.dim]
+        if any(map(is_grouped, outer)) or (outer and at is not None and at.groups is not None):
+            return False
+    return True
 
 
 def _common(factor: Factor, others: Sequence[Factor]) -> Factor | None:
@@ -132,7 +190,7 @@ def _common(factor: Factor, others: Sequence[Factor]) -> Factor | None:
 def may_lower(choices: Sequence[Choice | None], factor: Factor) -> bool:
     """Whether the lowering of a factor goes with those that the outer axes chose: a call has one kind of them."""
     earlier = {c.lowering for c in choices if c is not None and c.lowering}
-    if factor.lowering == "embedding":
+    if factor.lowering in ("embedding", "experts", "picked", "added"):
         return not earlier
     return not earlier or factor.lowering in earlier or (factor.lowering is None and earlier != {"attention"})
 

@@ -19,11 +19,14 @@ sum: it is cheaper to sum the gradient of what they were made of, where that is 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
+from torch import fx
+
+from fxshard.passes.experts import before
 from fxshard.passes.facts import Facts, recipe_of, split_choice
 from fxshard.passes.typing import Choice
-from fxshard.placement import REPLICATE, VARYING, Placement, Varying, is_shard, same
+from fxshard.placement import REPLICATE, VARYING, Placement, Varying, cut_of, is_shard, same
 from fxshard.rules.lookup import draws
 from fxshard.rules.recipe import At, written
 from fxshard.torch_internals import OpOverload
@@ -34,15 +37,32 @@ CHAIN = 4
 
 def hoist_cuts(facts: Sequence[Facts], size: int, sizes: Sequence[int]) -> None:
     """Splits calls whose readers all cut their result alike, on the latest axis; ``sizes``: of the outer ones."""
+    order = {fact.node.name: (at, fact.node) for at, fact in enumerate(facts)}
     for fact in reversed(facts):
-        if fact.node.op != "call_function" or not fact.differentiable or fact.stored or fact.choices[-1] is not None:
+        if fact.node.op != "call_function" or not fact.differentiable or fact.stored or not _is_whole(fact):
             continue
         wanted = _wanted_by_all(fact)
         if wanted is None or len(fact.shapes) != 1 or any(len(o.shapes) > 1 for o in fact.operands):
             continue
         choice = _split(fact, wanted, size, sizes)
-        if choice is not None and _moves(fact, choice) <= fact.num_bytes:
+        if choice is not None and _moves(fact, choice) <= fact.num_bytes and _may_follow(fact, wanted, order):
             fact.replace(choice)
+
+
+def _is_whole(fact: Facts) -> bool:
+    choice = fact.choices[-1]
+    return choice is None or (choice.kind == "whole" and fact.current[0] is REPLICATE)
+
+
+def _may_follow(fact: Facts, wanted: Placement, order: Mapping[str, tuple[int, fx.Node]]) -> bool:
+    """Whether a call may come behind what says where groups end, if it is by groups that its result is cut."""
+    groups = cut_of(wanted).groups
+    if groups is None:
+        return True
+    _, ends = order[groups.ends]
+    at = order[fact.node.name][0]
+    later = [node for node in before(ends) if order[node.name][0] >= at]  # these must be moved in front of the call
+    return all(node is not fact.node and not draws(node) and not written(node) for node in later)
 
 
 def hoist_varies(facts: Sequence[Facts]) -> None:
@@ -136,5 +156,6 @@ def _moves(fact: Facts, choice: Choice) -> int:
             continue
         others = [w for r in operand.readers if r is not fact for w in _wants(r, operand)]
         if not any(w is not None and same(w, wanted) for w in others):
-            moved += operand.num_bytes * (2 if isinstance(wanted, Varying) else 1)
+            sums = isinstance(wanted, Varying) and operand.current[0] is REPLICATE
+            moved += operand.num_bytes * (2 if sums else 1)
     return moved

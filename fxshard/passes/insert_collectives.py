@@ -21,6 +21,7 @@ import torch
 from torch import fx
 
 from fxshard.mesh import Mesh
+from fxshard.passes.experts import groups_in, in_order, rows_node, write_rows
 from fxshard.passes.propagate import METADATA, constrain
 from fxshard.passes.typing import Info, info_of, set_info
 from fxshard.placement import (
@@ -32,6 +33,7 @@ from fxshard.placement import (
     cut_of,
     cut_within,
     describe,
+    is_grouped,
     is_partial,
     is_shard,
     same,
@@ -122,7 +124,7 @@ def _to_redo(source: Placements, target: Placements, sizes: Sequence[int]) -> se
 def _exchanges(have: Shard, want: Shard, now: Sequence[Placement], axis: int, sizes: Sequence[int]) -> bool:
     """Whether one exchange leads from the one cut to the other: neither has blocks, as the inner axes leave them."""
     cuts = [cut_within(p, inside(now, axis, sizes)) for p in (have, want)]
-    return all(cut is not None and cut.blocks == (1,) for cut in cuts)
+    return all(cut is not None and cut.blocks == (1,) and cut.groups is None for cut in cuts)
 
 
 def inside(placements: Sequence[Placement], axis: int, sizes: Sequence[int]) -> list[tuple[Placement, int]]:
@@ -165,9 +167,10 @@ def insert_collectives(graph: fx.Graph, mesh: Mesh) -> fx.Graph:
             return copies[operand]
         return _convert(new, versions[operand], wanted or info_of(operand).placements, mesh, reader)
 
-    for node in graph.nodes:
+    groups = groups_in(graph)
+    for node in in_order(graph, groups):
         if node.target is constrain:
-            operand = node.args[0]
+            (operand,) = node.all_input_nodes
             versions[node] = versions[operand]
             if not _is_stored(operand):  # of a weight, each reader says in which form it reads it
                 copies[node] = form(operand, info_of(node).placements, node)
@@ -184,6 +187,9 @@ def insert_collectives(graph: fx.Graph, mesh: Mesh) -> fx.Graph:
         copies[node] = copy
         info = info_of(node)
         versions[node] = _Versions([(info.placements, copy)] if info.outputs else [])
+        for axis, each, shares in groups.get(node, ()):
+            ends = _convert(new, versions[node], (REPLICATE,) * mesh.ndim, mesh, node)
+            write_rows(new, ends, mesh, axis, each, shares)
     return new
 
 
@@ -247,7 +253,7 @@ def emit(new: fx.Graph, node: fx.Node, step: Step, mesh: Mesh, reader: fx.Node) 
 
     if step.function is run.all_gather:
         assert is_shard(step.source)
-        dim, said = step.source.dim, how(step.source, within)
+        dim, said = step.source.dim, _told(new, axis, step.source, within)
         args = (node, axis, True) if isinstance(after, Varying) else (node, axis)
         gathered = make(
             run.all_gather, *args, **({"dim": dim, "lengths": said["lengths"]} if "lengths" in said else {})
@@ -259,11 +265,15 @@ def emit(new: fx.Graph, node: fx.Node, step: Step, mesh: Mesh, reader: fx.Node) 
         return make(run.all_to_all, node, axis, *dims, **({"lengths": lengths} if any(lengths) else {}))
     if step.function in (run.chunk, run.reduce_scatter):
         assert is_shard(after)
-        return make(step.function, node, axis, after.dim, **how(after, within))
+        return make(step.function, node, axis, after.dim, **_told(new, axis, after, within))
     return make(step.function, node, axis)
 
 
-def how(placement: Shard, within: Sequence[tuple[Placement, int]] = ()) -> dict[str, tuple[int, ...]]:
+def _told(new: fx.Graph, axis: str, placement: Shard, within: Sequence[tuple[Placement, int]]) -> dict[str, Any]:
+    return {"lengths": rows_node(new, axis, placement)} if is_grouped(placement) else how(placement, within)
+
+
+def how(placement: Shard, within: Sequence[tuple[Placement, int]] = ()) -> dict[str, Any]:
     """What a conversion is told of a shard beside its dim; ``localize`` makes lengths of the shares.
 
     Args:

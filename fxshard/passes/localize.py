@@ -22,7 +22,7 @@ import torch
 from torch import fx
 
 from fxshard.mesh import Mesh, RankMesh
-from fxshard.passes import attention, losses, norms, reductions
+from fxshard.passes import attention, experts, losses, norms, reductions
 from fxshard.passes.propagate import METADATA
 from fxshard.passes.statistics import Lowered
 from fxshard.passes.typing import Info, info_of, parts_along, set_info, values_of
@@ -31,6 +31,7 @@ from fxshard.placement import (
     REPLICATE,
     Placements,
     cut_of,
+    is_grouped,
     is_shard,
     local_shape,
 )
@@ -67,7 +68,7 @@ _CUTS = {
 }
 
 
-WITHOUT_EMPTY = frozenset({None, "groups", "mean", "causal", "heads"})
+WITHOUT_EMPTY = frozenset({None, "groups", "mean", "causal", "heads", "experts", "picked"})
 """Lowerings of which a rank that has an empty part has nothing to run: they neither communicate nor draw."""
 
 
@@ -128,6 +129,8 @@ def _nothing(new: fx.Graph, node: fx.Node, info: Info, mesh: RankMesh) -> fx.Nod
             for dim, size in enumerate(value.shape):
                 if not isinstance(size, int):
                     shape[dim] = _read_size(new, node, size, parts_along(info, index, dim, mesh), mesh)
+                elif shape[dim] and any(is_grouped(p) and p.is_shard(dim) for p in placements):
+                    shape[dim] = _read_rows(new, node, dim, placements)
             if None in shape:
                 return None
             if info.differentiable:
@@ -151,6 +154,16 @@ def _read_size(new: fx.Graph, node: fx.Node, size: torch.SymInt, parts: int, mes
                 return call_like(new, aten.sym_size.int, (operand, dim), node)
     whole = _calculated(new, node, size.node.expr)
     return whole if whole is None or parts == 1 else call_like(new, operator.floordiv, (whole, parts), node)
+
+
+def _read_rows(new: fx.Graph, node: fx.Node, dim: int, placements: Placements) -> fx.Node | None:
+    """How many rows this rank has, which lie in groups: read off an operand that has them too."""
+    mine = next(p for p in placements if is_grouped(p) and p.is_shard(dim))
+    for operand in operands_of(node):
+        for placement in info_of(operand).placements:
+            if is_grouped(placement) and cut_of(placement) == cut_of(mine):
+                return call_like(new, aten.sym_size.int, (operand, placement.dim), node)  # type: ignore[attr-defined]
+    return None
 
 
 def _calculated(new: fx.Graph, node: fx.Node, expr: sympy.Expr) -> Any:
@@ -209,7 +222,9 @@ def _local_sizes(new: fx.Graph, node: fx.Node, info: Info, mesh: RankMesh) -> No
         for dim, size in enumerate(value.shape):
             parts = parts_along(info, 0, dim, mesh)
             given = asked[dim]
-            if isinstance(size, int):
+            if any(is_grouped(p) and p.is_shard(dim) for p in info.placements):
+                sizes.append(-1)
+            elif isinstance(size, int):
                 sizes.append(here[dim])
             elif isinstance(given, fx.Node):
                 sizes.append(given if parts == 1 else call_like(new, operator.floordiv, (given, parts), given))
@@ -217,7 +232,10 @@ def _local_sizes(new: fx.Graph, node: fx.Node, info: Info, mesh: RankMesh) -> No
                 sizes.append(-1)
         for dim, size in enumerate(value.shape):
             if sizes[dim] == -1 and (sizes.count(-1) > 1 or 0 in sizes):  # no argument names it, nor does the rest
-                sizes[dim] = _read_size(new, node, size, parts_along(info, 0, dim, mesh), mesh) or -1
+                if isinstance(size, int):
+                    sizes[dim] = _read_rows(new, node, dim, info.placements) or -1
+                else:
+                    sizes[dim] = _read_size(new, node, size, parts_along(info, 0, dim, mesh), mesh) or -1
     node.target = target
     node.args, node.kwargs = (operands_of(node)[0], sizes), {}
 
@@ -348,9 +366,13 @@ LOWERINGS: dict[str, Callable[[fx.Graph, fx.Node, Info, RankMesh, list[int]], Lo
     "attention": attention.with_dropout,
     "causal": attention.causal,
     "heads": attention.heads,
+    "ring": attention.ring,
     "norm": norms.norm,
     "reduction": reductions.reduction,
     "position": reductions.reduction,
     "extreme": reductions.reduction,
     "cumsum": reductions.cumsum,
+    "experts": experts.experts,
+    "picked": experts.pick,
+    "added": experts.added,
 }

@@ -216,7 +216,7 @@ def _compile(captured: Captured, plan: Plan, model: torch.nn.Module, capture_s: 
     resolved = stage("resolve", resolve, plan, graph, names_of(graph, captured, model))
     resolved = replace(resolved, notes=(*resolved.notes, *notes))
     graph = stage("annotate", annotate, graph, resolved, mesh)
-    graph = stage("propagate", propagate, graph, mesh)
+    graph = stage("propagate", propagate, graph, mesh, [mesh.index(name) for name in resolved.plan.ring])
     graph = stage("insert_collectives", insert_collectives, graph, mesh)
     stage("check", check, graph, mesh)
     graph = stage("localize", localize, graph, mesh, 0, options.independent)

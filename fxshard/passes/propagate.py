@@ -17,7 +17,7 @@ Each axis sees the shapes that the outer axes left: a compound dim that ``dp`` c
 from __future__ import annotations
 
 import operator
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 import torch
 from torch import fx
@@ -35,7 +35,12 @@ from fxshard.rules.table import find_rule, name_of
 WEIGHT_STAYS = 1000.0
 """How much dearer it is to move a weight than an activation of its size: weights stay where they are stored."""
 
-MAY_BE_EMPTY = frozenset({None, "groups", "mean", "dropout", "attention", "causal", "heads", "loss"})
+MAY_BE_EMPTY = frozenset({None, "groups", "mean", "dropout", "attention", "causal", "heads", "loss"}) | {
+    "experts",
+    "picked",
+    "added",
+    "ring",
+}
 """Lowerings that hold on an empty part too; others are of no use there: a maximum of nothing, a table without rows."""
 
 METADATA = {
@@ -52,8 +57,10 @@ def constrain(value: torch.Tensor) -> torch.Tensor:
     return value
 
 
-def propagate(graph: fx.Graph, mesh: Mesh) -> fx.Graph:
+def propagate(graph: fx.Graph, mesh: Mesh, rings: Collection[int] = ()) -> fx.Graph:
     """Decides every node's placements on every axis. See the module's text.
+
+    ``rings``: the axes along which attention may pass keys and values round.
 
     Reference: GSPMD (Xu et al., 2021), sharding completion; Megatron-LM (Shoeybi et al., 2019).
     """
@@ -72,7 +79,7 @@ def propagate(graph: fx.Graph, mesh: Mesh) -> fx.Graph:
         )
     for axis in range(mesh.ndim):
         if mesh.sizes[axis] > 1:
-            _propagate_axis(facts, axis, mesh)
+            _propagate_axis(facts, axis, mesh, rings)
             hoist_cuts(facts, mesh.sizes[axis], mesh.sizes[:axis])
             hoist_varies(facts)
         else:
@@ -97,7 +104,7 @@ def _differentiable(fact: Facts) -> bool:
     return any(o.differentiable for o in fact.operands)
 
 
-def _propagate_axis(facts: Sequence[Facts], axis: int, mesh: Mesh) -> None:
+def _propagate_axis(facts: Sequence[Facts], axis: int, mesh: Mesh, rings: Collection[int]) -> None:
     size = mesh.sizes[axis]
     sizes = mesh.sizes[:axis]
     for fact in facts:
@@ -119,10 +126,10 @@ def _propagate_axis(facts: Sequence[Facts], axis: int, mesh: Mesh) -> None:
         elif node.target in METADATA or all(o.current[0] is REPLICATE for o in fact.operands):
             fact.close(None)
         else:
-            fact.close(_choose(fact, size, sizes, axis))
+            fact.close(_choose(fact, size, sizes, axis, rings))
 
 
-def _choose(fact: Facts, size: int, sizes: Sequence[int], axis: int) -> Choice:
+def _choose(fact: Facts, size: int, sizes: Sequence[int], axis: int, rings: Collection[int]) -> Choice:
     current = [o.current[0] for o in fact.operands]
     if any(len(o.shapes) > 1 for o in fact.operands):
         return _whole(fact, frozenset(), "reads a list of tensors")
@@ -136,7 +143,7 @@ def _choose(fact: Facts, size: int, sizes: Sequence[int], axis: int) -> Choice:
         return _pass_partial(fact, recipe, partial)
     best: tuple[float, Factor, Cut, int] | None = None
     for factor in recipe.factors:
-        if not may_lower(fact.choices, factor):
+        if not may_lower(fact.choices, factor) or (factor.lowering == "ring" and axis not in rings):
             continue
         for i, at in enumerate(factor.inputs):
             found = factor.cut_for(at, At.of(current[i]), size)
@@ -145,6 +152,8 @@ def _choose(fact: Facts, size: int, sizes: Sequence[int], axis: int) -> Choice:
             if 0 in found.shares and not may_be_empty(factor):
                 continue
             if factor.lowering == "norm" and read_whole(fact, factor.outputs[0].cut(found), size, sizes):  # type: ignore[union-attr]
+                continue
+            if factor.lowering == "picked" and not _worth_picking(fact, found, sizes):
                 continue
             cost = _cost(fact, factor, found, current)
             if best is None or cost < best[0]:
@@ -157,6 +166,14 @@ def _choose(fact: Facts, size: int, sizes: Sequence[int], axis: int) -> Choice:
         return _whole(fact, recipe.unread, "no factor that an operand carries can be split")
     _, factor, cut, leader = best
     return split_choice(factor, cut, [o.differentiable for o in fact.operands], recipe.unread, leader)
+
+
+def _worth_picking(fact: Facts, cut: Cut, sizes: Sequence[int]) -> bool:
+    """Whether every rank picks of its own part, and the picks sum: of weights, and of rows in groups, of which one rank
+    may have most; of other values where the sum moves fewer bytes than gathering them.
+    """
+    source = fact.operands[0]
+    return source.stored or cut.groups is not None or 2 * _smallest_ahead(fact, sizes) < source.num_bytes
 
 
 def may_be_empty(factor: Factor) -> bool:
@@ -225,7 +242,7 @@ def _back_through(chain: Sequence[tuple[Recipe, int]], wanted: At, size: int) ->
         for factor in recipe.factors:
             source = factor.inputs[position]
             cut = factor.cut_for(factor.outputs[0], wanted, size)
-            if source is not None and cut is not None:
+            if source is not None and cut is not None and factor.lowering != "ring":
                 if index == 0:
                     return factor, cut
                 wanted = source.cut(cut)
@@ -256,10 +273,11 @@ def _floats(fact: Facts, partial: frozenset[int], sizes: Sequence[int]) -> bool:
     if len(fact.shapes) > 1:
         return False
     sources = [fact.operands[i] for i in partial]
-    if any(len(s.node.users) != 1 for s in sources) or fact.num_bytes > sum(s.num_bytes for s in sources):
+    waiting = sum(s.num_bytes for s in sources)
+    if any(len(s.node.users) != 1 for s in sources) or fact.num_bytes > waiting:
         return False
     others = [o for i, o in enumerate(fact.operands) if i not in partial and o.differentiable]
-    return not others or _smallest_ahead(fact, sizes) + sum(o.num_bytes for o in others) < fact.num_bytes
+    return not others or _smallest_ahead(fact, sizes) + sum(o.num_bytes for o in others) < waiting
 
 
 def _smallest_ahead(fact: Facts, sizes: Sequence[int]) -> int:

@@ -28,6 +28,7 @@ from fxshard.placement import (
 from fxshard.rules.lookup import is_constant
 from fxshard.rules.recipe import At, operands_of, shape_of
 from fxshard.runtime import collectives as run
+from fxshard.runtime.groups import group_rows
 from fxshard.torch_internals import OpOverload
 
 aten = torch.ops.aten
@@ -147,7 +148,7 @@ def call_like(new: fx.Graph, function: Any, args: tuple[Any, ...], like: fx.Node
 
 def give_lengths(node: fx.Node, mesh: RankMesh) -> None:
     """Where a conversion speaks of the shares of the ranks: in this rank's group those are so many elements."""
-    if "lengths" not in node.kwargs:
+    if "lengths" not in node.kwargs or node.target is group_rows or isinstance(node.kwargs["lengths"], fx.Node):
         return
     source = node.args[0]
     assert isinstance(source, fx.Node)

@@ -146,11 +146,11 @@ def _output_features(node: fx.Node, product: tuple[Factor, int, int], facts: Gra
         shares = shares_among(factor.size, size)
         if at.blocks != (1,) or shares is None or 0 in shares:
             return None
-        return _of_base(facts.operands[node][position], shard(at.dim, shares=shares), facts, size)
+        return of_base(facts.operands[node][position], shard(at.dim, shares=shares), facts, size)
     return None
 
 
-def _of_base(view: fx.Node, placement: Shard, facts: Graph, size: int) -> Shard | None:
+def of_base(view: fx.Node, placement: Shard, facts: Graph, size: int) -> Shard | None:
     """How a weight is split where a view of it is split so; None where it cannot be."""
     while view.op == "call_function":
         recipe = facts.recipe(view)

@@ -44,6 +44,8 @@ class Plan:
         outputs: placements of the model's outputs; on an axis that is not named an output comes back whole. Or globs of
             output positions (``"0"``) -> placements.
         presets: intentions that are resolved against the captured graph: (preset, axis) pairs.
+        ring: axes along which attention passes keys and values round from rank to rank, where queries, keys and values
+            arrive split along the sequence. Along others it gathers keys and values there.
 
     A placement is torch's ``Shard(dim)`` or ``Replicate()``, or a dict from axis names to them.
 
@@ -64,6 +66,7 @@ class Plan:
     outputs: Mapping[str, Any] = field(default_factory=dict)
     uses: Mapping[str, Entry] = field(default_factory=dict)
     presets: tuple[tuple[str, str], ...] = ()
+    ring: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if self.mesh is not None:
@@ -73,6 +76,7 @@ class Plan:
             object.__setattr__(self, part, entries)
         object.__setattr__(self, "outputs", self._outputs(self.outputs))
         object.__setattr__(self, "presets", tuple(map(tuple, self.presets)))
+        object.__setattr__(self, "ring", tuple(self.ring))
 
     def _entry(self, entry: Any, where: str) -> dict[str, Placement]:
         if isinstance(entry, Placement):
@@ -128,7 +132,7 @@ class Plan:
                             fix="name it in one of them only",
                         )
         presets = self.presets + tuple(p for p in other.presets if p not in self.presets)
-        return Plan(mesh, presets=presets, **merged)
+        return Plan(mesh, presets=presets, ring=tuple(dict.fromkeys(self.ring + other.ring)), **merged)
 
     def to_json(self) -> str:
         """The plan as JSON text, which ``Plan.from_json`` reads back."""
@@ -139,7 +143,7 @@ class Plan:
             }
             for part in PARTS
         }
-        return json.dumps({"mesh": mesh, **parts, "presets": self.presets}, indent=2)
+        return json.dumps({"mesh": mesh, **parts, "presets": self.presets, "ring": self.ring}, indent=2)
 
     @staticmethod
     def from_json(text: str) -> Plan:
@@ -151,7 +155,7 @@ class Plan:
             }
             for part in PARTS
         }
-        return Plan(data["mesh"], presets=tuple(map(tuple, data["presets"])), **parts)
+        return Plan(data["mesh"], presets=tuple(map(tuple, data["presets"])), ring=data.get("ring", ()), **parts)
 
     @staticmethod
     def from_hf(model: nn.Module, mesh: Any = None, axis: str | None = None) -> Plan:
@@ -185,6 +189,7 @@ class Plan:
             for part in PARTS
             for name, entry in getattr(self, part).items()
         ] + [("preset", name, axis) for name, axis in self.presets]
+        rows += [("ring", "attention", axis) for axis in self.ring]
         width = max((len(name) for _, name, _ in rows), default=0)
         return "\n".join(lines + [f"  {part:<12} {name:<{width}}  {text}" for part, name, text in rows])
 
@@ -252,16 +257,46 @@ def sequence_parallel(size: int, axis: str = "tp") -> Plan:
     return Plan({axis: size}, presets=(("tensor_parallel", axis), ("sequence_parallel", axis)))
 
 
-def context_parallel(size: int, axis: str = "cp") -> Plan:
-    """Splits the sequence everywhere, weights replicated; around each attention it exchanges positions for heads.
+def context_parallel(size: int, axis: str = "cp", method: str = "ulysses") -> Plan:
+    """Splits the sequence everywhere, weights replicated; attention sees all of it.
+
+    Args:
+        size: the number of ranks along the axis.
+        axis: the mesh axis.
+        method: ``"ulysses"``: around an attention, positions are exchanged for heads, which must be as many as ranks.
+            ``"ring"``: every rank keeps its queries, and keys and values go round the ranks.
+
+    >>> print(context_parallel(4, method="ring"))
+    Plan on {cp: 4}
+      preset       context_parallel  cp
+      ring         attention         cp
+
+    Reference: DeepSpeed Ulysses (Jacobs et al., 2023); Ring Attention (Liu et al., 2023).
+    """
+    if method not in ("ulysses", "ring"):
+        raise PlanError(f"context_parallel: there is no method {method!r}", fix="give 'ulysses' or 'ring'")
+    return Plan({axis: size}, presets=(("context_parallel", axis),), ring=(axis,) if method == "ring" else ())
+
+
+def expert_parallel(size: int, axis: str = "ep") -> Plan:
+    """Splits experts over the ranks: each has whole matrices of some experts, and computes the rows routed to these.
+
+    Weights of experts are found from the dataflow; routers, and what is not an expert, stay whole. On the axis that
+    splits the batch too, ``data_parallel(4) | expert_parallel(4, "dp")``, tokens are gathered for the experts, and what
+    these make of them is summed and scattered back.
 
     Args:
         size: the number of ranks along the axis.
         axis: the mesh axis.
 
-    Reference: DeepSpeed Ulysses (Jacobs et al., 2023).
+    >>> print(expert_parallel(2) | tensor_parallel(2))
+    Plan on {ep: 2, tp: 2}
+      preset       expert_parallel  ep
+      preset       tensor_parallel  tp
+
+    Reference: GShard (Lepikhin et al., 2020).
     """
-    return Plan({axis: size}, presets=(("context_parallel", axis),))
+    return Plan({axis: size}, presets=(("expert_parallel", axis),))
 
 
 def zero(size: int, axis: str = "dp") -> Plan:

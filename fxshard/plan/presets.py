@@ -18,6 +18,7 @@ from fxshard.placement import (
     shard,
 )
 from fxshard.plan.detect import residuals
+from fxshard.plan.experts import find_experts
 from fxshard.plan.graph import is_parameter, shapes_of
 from fxshard.plan.sequence import HEADS, POSITIONS, SEQUENCE, Attention, attentions, sequences
 from fxshard.plan.work import Work, divides_by, fitting
@@ -90,7 +91,7 @@ def _context_parallel(work: Work, axis: str) -> None:
     inner = work.mesh.names[work.mesh.index(axis) + 1 :]
     split = {name for entry in work.nodes.values() for name, p in entry.items() if isinstance(p, Shard)}
     blocks = (1,) * math.prod(work.mesh.size(name) for name in inner if name in split)
-    for each in attentions(work.facts):
+    for each in attentions(work.facts) if axis not in work.ring else ():
         _exchange(work, axis, each, blocks)
 
 
@@ -168,8 +169,21 @@ def _stored(work: Work, node: fx.Node, axis: str) -> Shard | None:
     return fitting(shape[uncut[0]], uncut[0], Shard(uncut[0]), size) if uncut else None
 
 
+def _expert_parallel(work: Work, axis: str) -> None:
+    size = work.mesh.size(axis)
+    if size == 1:
+        return
+    found = find_experts(work.facts, size)
+    if not found:
+        work.notes.append(f"expert_parallel found no weights of experts that axis {axis!r} (size {size}) could split")
+    for name, node in work.names.params.items():
+        if node in found and str(node.target) == name:
+            work.offer("params", name, node, axis, found[node], "expert_parallel")
+
+
 PRESETS = {
     "data_parallel": _data_parallel,
+    "expert_parallel": _expert_parallel,
     "tensor_parallel": _tensor_parallel,
     "sequence_parallel": _sequence_parallel,
     "context_parallel": _context_parallel,

@@ -53,10 +53,12 @@ def resolve(plan: Plan, graph: fx.Graph, names: Names) -> Resolved:
     mesh: Mesh = plan.mesh
     if mesh is None:
         raise MeshError("the plan has no mesh", fix="pass mesh={'tp': 2} to parallelize, or Plan(mesh=...)")
-    work = Work(mesh, names, Graph.of(graph))
+    work = Work(mesh, names, Graph.of(graph), plan.ring)
     for part in ("params", "inputs", "activations"):
         for glob, entry in getattr(plan, part).items():
             work.apply(part, glob, entry)
+    for axis in plan.ring:
+        work.has_axis(axis, "ring")
     work.match_blocks()
     for preset, axis in sorted(plan.presets, key=lambda each: list(PRESETS).index(each[0])):
         PRESETS[preset](work, axis)

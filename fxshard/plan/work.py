@@ -56,6 +56,7 @@ class Work:
         mesh: the mesh.
         names: what a plan can name.
         facts: the graph.
+        ring: the axes along which attention passes keys and values round.
         found: what tensor parallelism splits, by the size of an axis.
         nodes: what was said of the graph's nodes.
         explicit: the same in the words of a plan.
@@ -69,6 +70,7 @@ class Work:
     mesh: Mesh
     names: Names
     facts: Graph
+    ring: tuple[str, ...] = ()
     found: dict[int, Split] = field(default_factory=dict)
     nodes: dict[fx.Node, dict[str, Placement]] = field(default_factory=dict)
     explicit: dict[str, dict[str, dict[str, Placement]]] = field(
@@ -90,7 +92,7 @@ class Work:
         """One entry of the user's plan."""
         matched = self._match(part, glob)
         for axis, placement in entry.items():
-            if not self._has_axis(axis, f"{part} {glob!r}"):
+            if not self.has_axis(axis, f"{part} {glob!r}"):
                 continue
             for name, node in matched:
                 is_tensor = name in self.names.params or name in self.names.all_params
@@ -101,7 +103,7 @@ class Work:
         """One entry of how parameters are read."""
         matched = self._match("params", glob)
         for axis, placement in entry.items():
-            if not self._has_axis(axis, f"uses {glob!r}"):
+            if not self.has_axis(axis, f"uses {glob!r}"):
                 continue
             if isinstance(placement, Shard) or placement.is_partial():
                 asked = f"uses {glob!r}: a parameter cannot be read as {describe(placement)}"
@@ -112,7 +114,8 @@ class Work:
                 if node is not None and name in self.names.params:
                     self.used.setdefault(node, {})[axis] = placement
 
-    def _has_axis(self, axis: str, asked_by: str) -> bool:
+    def has_axis(self, axis: str, asked_by: str) -> bool:
+        """Whether the mesh has an axis; a problem where it has not."""
         if axis in self.mesh.names:
             return True
         names = ", ".join(map(repr, self.mesh.names))
@@ -268,7 +271,7 @@ class Work:
         out: list[dict[str, Placement]] = [{} for _ in self.names.outputs]
         for glob, entry in outputs.items():
             for axis, placement in entry.items():
-                if not self._has_axis(axis, "outputs"):
+                if not self.has_axis(axis, "outputs"):
                     continue
                 matched = [i for i in range(len(out)) if fnmatch.fnmatchcase(str(i), glob)]
                 if not matched:
@@ -340,7 +343,7 @@ def divides_by(size: Dim, cuts: Sequence[tuple[Cut, int]]) -> bool:
 
 
 def _mending(size: Dim, placement: Shard, others: Sequence[int]) -> str:
-    blocks, shares = cut_of(placement)
+    blocks, shares, _ = cut_of(placement)
     if shares and not isinstance(size, int):
         return "give no shares: a dynamic size is split evenly"
     if shares:

@@ -73,8 +73,8 @@ def _letters(term: str, ndim: int) -> Names:
 
 
 def grouped_mm(call: Call) -> Recipe:
-    """grouped_mm(x, w, offsets): each group of rows of x with its own matrix of w, as experts compute; the groups are
-    whole, since the offsets speak of all rows. Both of 3 dims, or groups of columns, as well.
+    """grouped_mm(x, w, offsets): each group of rows of x with its own matrix of w, as experts compute; the groups
+    split, and their rows with them. Both of 3 dims, or groups of columns, as well: there the groups are whole.
     """
     x, w = call.inputs[:2]
     rule = _GROUPED.get((len(x), len(w), len(call.inputs)))
@@ -88,6 +88,9 @@ def grouped_mm(call: Call) -> Recipe:
         factors = tuple(
             replace(f, size=f.size // step) if f.name in "kmn" else f for f in factors if isinstance(f.size, int)
         )
+    if (len(x), len(w), len(call.inputs)) == (2, 3, 3) and isinstance(x[0], int) and w[0] == call.inputs[2][0]:
+        rows = At(0, groups=2)
+        factors += (Factor("g", w[0], (rows, At(0), None), (rows,), "experts", plain=True),)
     return Recipe(factors)
 
 
@@ -156,7 +159,8 @@ def _groups(call: Call, transposed: bool) -> Dim | None:
 
 
 def attention(call: Call) -> Recipe:
-    """scaled_dot_product_attention: batch, heads and queries split; keys and the head size are whole.
+    """scaled_dot_product_attention: batch, heads and queries split; keys and the head size are whole. Queries and keys
+    split together where the plan asks for a ring, in which the keys go round the ranks.
 
     With ``enable_gqa`` a key head serves several query heads: the key heads split, or query heads ``h``, whose rank
     takes the key heads that it needs. Causal, a rank's mask says where its queries stand.
@@ -193,7 +197,21 @@ def attention(call: Call) -> Recipe:
         factors += _query_heads(call, len(q) - 3)
     if call.arguments.get("dropout_p"):
         return Recipe(lowered(factors, "attention", plain=("h",)))  # a rank drops its part of the one mask
-    return Recipe(factors, (frozenset({2}),))
+    return Recipe(factors + _ring(call), (frozenset({2}),))
+
+
+def _ring(call: Call) -> tuple[Factor, ...]:
+    """The sequence of queries, keys and values, which one axis alone may split; a mask speaks of all keys."""
+    q, k, v = call.inputs[:3]
+    whole = not call.whole_inputs or all(a[-2] == b[-2] for a, b in zip(call.whole_inputs[:3], (q, k, v), strict=True))
+    shared = bool(call.arguments.get("enable_gqa")) and len(q) > 2
+    heads = -3 if shared else -2
+    alike = q[:heads] == k[:heads] == v[:heads] and k[:-2] == v[:-2] and q[-2] == k[-2] == v[-2]
+    if not whole or not alike or any(len(mask) < 2 for mask in call.inputs[3:]):
+        return ()
+    masks = (At(len(mask) - 2) if mask[-2] != 1 else None for mask in call.inputs[3:])
+    at = At(len(q) - 2)
+    return (Factor("ring", q[-2], (at, at, at, *masks), (at,), "ring", plain=True),)
 
 
 def _query_heads(call: Call, dim: int) -> tuple[Factor, ...]:

@@ -4,23 +4,34 @@ from __future__ import annotations
 
 import torch
 
-from fxshard.rules.names import ONE, Names, left, whole
+from fxshard.rules.names import ONE, Names, left, lowered, whole
 from fxshard.rules.notation import make_factors
-from fxshard.rules.recipe import Call, Operand, Recipe, Shape
+from fxshard.rules.recipe import At, Call, Factor, Operand, Recipe, Shape
 
 LINEAR = (frozenset({0}),)
 MASKS = (torch.bool, torch.uint8)
 
 
 def index(call: Call) -> Recipe:
-    """index.Tensor(x, indices): indexed dims are whole; the indices' dims, and dims not indexed, may be split."""
+    """index.Tensor(x, indices): the indices' dims, and dims not indexed, split. So does the dim of a single index of
+    positions: every rank picks of what it has, which sums; of several, or of a mask, the indexed dims are whole.
+    """
     found = _picked(call)
     if found is None:
         return Recipe(linear=LINEAR)
     names, tensors, picked, marks = found
     if len(picked) != len(call.outputs[0]):
         return Recipe(linear=LINEAR)
-    return Recipe(make_factors([names, *tensors], [picked], call, marks), LINEAR)
+    factors = make_factors([names, *tensors], [picked], call, marks)
+    given = [(p, i) for p, i in enumerate(call.arguments["indices"]) if i is not None]
+    if len(given) == 1 and given[0][1].dtype not in MASKS:
+        factors += _own(call, given[0][0])
+    return Recipe(factors, LINEAR)
+
+
+def _own(call: Call, dim: int) -> tuple[Factor, ...]:
+    """The dim of the first operand in which positions pick: a rank picks of its part, and has zeros for the rest."""
+    return (Factor("v", call.inputs[0][dim], (At(dim), None), (None,), "picked", plain=True),)
 
 
 def _picked(call: Call) -> tuple[Names, list[Names], Names, dict[str, str]] | None:
@@ -66,25 +77,39 @@ def index_put(call: Call) -> Recipe:
 
 
 def index_select(call: Call) -> Recipe:
-    """index_select(x, dim, index): the dim becomes the index's dim."""
+    """index_select(x, dim, index): the dim becomes the index's dim; split itself, every rank picks of what it has."""
     ndim = len(call.inputs[0])
     if len(call.inputs[1]) != 1 or not ndim:
         return Recipe(linear=LINEAR)
     dim = call.dim("dim", ndim)
     names = left(ndim)
     out = [("i",) if i == dim else n for i, n in enumerate(names)]
-    return Recipe(make_factors([names, [("i",)]], [out], call, whole(names, (dim,))), LINEAR)
+    return Recipe(make_factors([names, [("i",)]], [out], call, whole(names, (dim,))) + _own(call, dim), LINEAR)
 
 
 def index_write(call: Call) -> Recipe:
-    """index_add, index_copy, index_fill(x, dim, index, ...): every dim but the indexed one."""
+    """index_add, index_copy, index_fill(x, dim, index, ...): every dim but the indexed one. The rows that index_add
+    adds split as well: every rank adds its own, to its share of x.
+    """
     ndim = len(call.inputs[0])
     if not ndim or any(len(s) not in (0, ndim) for s in call.inputs[2:]):
         return Recipe()
     names = left(ndim)
     ins: list[Names] = [names, [ONE] * len(call.inputs[1]), *(names[: len(s)] for s in call.inputs[2:])]
-    both = (frozenset({0, 2}),) if call.name == "aten.index_add" else ()
-    return Recipe(make_factors(ins, [names], call, whole(names, (call.dim("dim", ndim),))), both)
+    dim = call.dim("dim", ndim)
+    factors = make_factors(ins, [names], call, whole(names, (dim,)))
+    if call.name != "aten.index_add":
+        return Recipe(factors)
+    dtype = call.dtype("self")
+    if len(call.inputs[2]) == ndim and (dtype is None or dtype.is_floating_point or dtype.is_complex):
+        rows = make_factors(
+            [[ONE] * ndim, [("i",)], [("i",) if d == dim else ONE for d in range(ndim)]],
+            [[ONE] * ndim],
+            call,
+            {"i": "+"},
+        )
+        factors += lowered(rows, "added")
+    return Recipe(factors, (frozenset({0, 2}),))
 
 
 def gather(call: Call) -> Recipe:

@@ -60,17 +60,19 @@ def recipe_for(
         found = rule.function(call)
         if draws(node) and any(f.lowering is None for f in found.factors):
             found = Recipe(unread=found.unread)  # a part of the draw is not a draw of the part
-        if not all(type(size) is int for shape in (*inputs, *outputs) for size in shape):
-            factors = (replace(f, even=_is_dynamic(f, inputs, outputs)) for f in found.factors)
-            found = replace(found, factors=tuple(factors))
-        _cache[key] = found
+        factors = (_with_dims(f, inputs, outputs) for f in found.factors)
+        _cache[key] = found = replace(found, factors=tuple(factors))
     return found
 
 
-def _is_dynamic(factor: Factor, inputs: Sequence[Shape], outputs: Sequence[Shape]) -> bool:
-    """Whether a factor lies in a dim whose size is known when the program runs."""
+def _with_dims(factor: Factor, inputs: Sequence[Shape], outputs: Sequence[Shape]) -> Factor:
+    """A factor that knows of its dims: whether the size of one is known when the program runs, and whether all are made
+    of it alone.
+    """
     placed = zip((*factor.inputs, *factor.outputs), (*inputs, *outputs), strict=True)
-    return any(at is not None and type(shape[at.dim]) is not int for at, shape in placed)
+    sizes = [shape[at.dim] for at, shape in placed if at is not None]
+    dynamic = any(type(size) is not int for size in sizes)
+    return replace(factor, even=dynamic, alone=all(size == factor.size for size in sizes))
 
 
 def is_constant(target: Any) -> bool:

@@ -24,7 +24,7 @@ import sympy
 import torch
 from torch import fx
 
-from fxshard.placement import Cut, Placement, Shard, cut_of, is_shard, normalize_blocks, shard
+from fxshard.placement import Cut, Groups, Placement, Shard, cut_of, is_shard, normalize_blocks, shard
 from fxshard.torch_internals import OpOverload
 
 Dim: TypeAlias = "int | sympy.Expr"
@@ -38,19 +38,24 @@ class At(NamedTuple):
         dim: the dim.
         blocks: the relative sizes of the blocks that are each cut alike.
         shares: where a tensor is cut unevenly, what the ranks hold; a factor has none.
+        groups: the dim holds the rows of the factor's units, which go with them. A rule says which operand holds the
+            ends of these groups of rows.
     """
 
     dim: int
     blocks: tuple[int, ...] = (1,)
     shares: tuple[int, ...] = ()
+    groups: Groups | int | None = None
 
     def cut(self, cut: Cut) -> At:
         """Where the dim is cut when the factor here is cut so."""
-        return At(self.dim, combine(self.blocks, cut.blocks), cut.shares)
+        return At(self.dim, combine(self.blocks, cut.blocks), cut.shares, cut.groups or self.groups)
 
     def placement(self, cut: Cut) -> Shard:
         """How the tensor lies on an axis that cuts the factor here so."""
-        return shard(*self.cut(cut))
+        dim, blocks, shares, groups = self.cut(cut)
+        assert not isinstance(groups, int), "a rule's groups have no name yet"
+        return shard(dim, blocks, shares, groups)
 
     @staticmethod
     def of(placement: Placement) -> At | None:
@@ -71,6 +76,7 @@ class Factor:
         reduced: the lowering gives results that lack the factor whole, not as summands.
         plain: the lowering knows one range a rank: the factor is not cut in blocks.
         even: the ranks must hold the same, for it lies in a dim of a dynamic size.
+        alone: every dim in which it sits is made of it alone.
     """
 
     name: str
@@ -81,6 +87,7 @@ class Factor:
     reduced: bool = False
     plain: bool = False
     even: bool = False
+    alone: bool = False
 
     def cut_for(self, at: At | None, wanted: At | None, parts: int) -> Cut | None:
         """How to cut the factor so that the dim in which it sits at ``at`` is cut as ``wanted``.
@@ -88,13 +95,31 @@ class Factor:
         None where that cannot be: another dim, other blocks, or a size that does not fall into the pieces that
         ``parts`` ranks hold.
         """
-        if at is None or wanted is None or at.dim != wanted.dim or (self.even and wanted.shares):
+        if at is None or wanted is None or at.dim != wanted.dim:
+            return None
+        if at.groups != wanted.groups:
+            return self._by_groups(wanted)
+        if self.even and wanted.shares:
             return None
         blocks = uncombine(wanted.blocks, at.blocks)
         if blocks is None or (self.plain and blocks != (1,)):
             return None
         cut = Cut(blocks, wanted.shares)
         return cut if units(self.size, blocks, cut.pieces(parts)) else None
+
+    def _by_groups(self, wanted: At) -> Cut | None:
+        """How to cut the factor where its units are rows, which are dealt out in groups."""
+        if not isinstance(wanted.groups, Groups) or self.size != wanted.groups.rows:
+            return None
+        if self.lowering not in ROWS or not self.alone or not any(self.inputs):
+            return None
+        if any(at is not None and (at.groups is not None or at.blocks != (1,)) for at in (*self.inputs, *self.outputs)):
+            return None
+        return Cut((1,), wanted.shares, wanted.groups)
+
+
+ROWS = (None, "picked", "added")
+"""Lowerings that need not know before the program runs how many rows a rank has."""
 
 
 @dataclass(frozen=True)

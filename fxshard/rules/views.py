@@ -36,8 +36,8 @@ def regroup(source: Shape, target: Shape) -> tuple[Factor, ...]:
 
     >>> for factor in regroup((2, 12), (2, 3, 4))[1:]:
     ...     print(factor.size, factor.inputs[0], factor.outputs[0])
-    3 At(dim=1, blocks=(1,), shares=()) At(dim=1, blocks=(1,), shares=())
-    4 At(dim=1, blocks=(1, 1, 1), shares=()) At(dim=2, blocks=(1,), shares=())
+    3 At(dim=1, blocks=(1,), shares=(), groups=None) At(dim=1, blocks=(1,), shares=(), groups=None)
+    4 At(dim=1, blocks=(1, 1, 1), shares=(), groups=None) At(dim=2, blocks=(1,), shares=(), groups=None)
     """
     if 0 in source or 0 in target:
         return ()

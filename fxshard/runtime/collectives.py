@@ -28,6 +28,7 @@ Reference: Megatron-LM (Shoeybi et al., 2019), section 3; Korthikanti et al., 20
 
 from __future__ import annotations
 
+import functools
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -39,6 +40,7 @@ import torch.distributed as dist
 from fxshard.errors import DistributedError, DivisibilityError
 from fxshard.runtime.autocast import operator_named
 from fxshard.runtime.regather import Regather
+from fxshard.runtime.rounds import Joint, OnRank, turn
 
 Blocks = tuple[int, ...]
 Lengths = tuple[int, ...]
@@ -57,6 +59,9 @@ class Group(Protocol):
 
     def run(self, name: str, backward: str, x: torch.Tensor) -> torch.Tensor:
         """Runs the collective ``name``, whose gradient is the collective ``backward``."""
+
+    def joint(self, function: Joint, *inputs: torch.Tensor) -> torch.Tensor:
+        """Runs a function that the ranks compute together, each on inputs of its own."""
 
 
 @dataclass(frozen=True)
@@ -264,6 +269,12 @@ class ProcessAxisGroup:
     def run(self, name: str, backward: str, x: torch.Tensor) -> torch.Tensor:
         """See ``Group.run``."""
         out: torch.Tensor = _Collective.apply(x, self, name, backward)  # type: ignore[no-untyped-call]
+        return out
+
+    def joint(self, function: Joint, *inputs: torch.Tensor) -> torch.Tensor:
+        """See ``Group.joint``."""
+        start = functools.partial(turn, self.group)
+        out: torch.Tensor = OnRank.apply(function, self.index, self.size, start, *inputs)  # type: ignore[no-untyped-call]
         return out
 
     def raw(self, name: str, x: torch.Tensor) -> torch.Tensor:

@@ -19,6 +19,7 @@ from fxshard.mesh import Mesh
 from fxshard.runtime.checkpoint import keeping_all
 from fxshard.runtime.collectives import Axis, sum_dtype
 from fxshard.runtime.regather import Regather
+from fxshard.runtime.rounds import InLockstep, Joint
 
 
 class _Stopped(Exception):
@@ -87,6 +88,7 @@ class LockstepGroup:
         self.reduce_dtype = reduce_dtype
         self.ranks = tuple(ranks)
         self.slots: dict[int, tuple[str, str, torch.Tensor]] = {}
+        self.joints: dict[int, tuple[Joint, Sequence[torch.Tensor]]] = {}
         self.results: dict[int, torch.Tensor] = {}
 
     def exchange(self, rank: int, name: str, backward: str, x: torch.Tensor) -> torch.Tensor:
@@ -105,6 +107,19 @@ class LockstepGroup:
             self.turns.wait(rank, lambda: rank in self.results)
         return self.results.pop(rank)
 
+    def joint(self, rank: int, function: Joint, inputs: Sequence[torch.Tensor]) -> torch.Tensor:
+        """Brings this rank's inputs to a function that the ranks compute together; returns its result."""
+        self.joints[rank] = function, inputs
+        if len(self.joints) == len(self.ranks):
+            brought = [self.joints.pop(r) for r in self.ranks]
+            if len({(f, len(xs)) for f, xs in brought}) > 1:
+                raise FxshardError(f"the ranks run different functions: {[f for f, _ in brought]}")
+            outs = InLockstep.apply(function, len(brought), *(x for _, xs in brought for x in xs))  # type: ignore[no-untyped-call]
+            self.results = dict(zip(self.ranks, outs, strict=True))
+        else:
+            self.turns.wait(rank, lambda: rank in self.results)
+        return self.results.pop(rank)
+
 
 class LockstepAxisGroup:
     """A lockstep group as one rank sees it."""
@@ -119,6 +134,10 @@ class LockstepAxisGroup:
         if name in ("identity", "own_part") and backward not in ("all_reduce", "all_gather"):
             raise FxshardError(f"{name} with gradient {backward} is not a conversion")
         return self.group.exchange(self.rank, name, backward, x)
+
+    def joint(self, function: Joint, *inputs: torch.Tensor) -> torch.Tensor:
+        """See ``collectives.Group.joint``."""
+        return self.group.joint(self.rank, function, inputs)
 
 
 class _Lockstep(torch.autograd.Function):

@@ -1066,7 +1066,14 @@ def _() -> list[Any]:
         r(b, 1, 1, s),
     ]
     gqa = lambda k: (r(b, h, q, d), r(b, k, s, d), r(b, k, s, d))  # noqa: E731
+    own = lambda n=12, k=2: (r(1, 2, n, d), r(1, k, n, d), r(1, k, n, 3))  # noqa: E731 (a sequence to itself: a ring)
+    rings = [
+        call(*own()), call(*own(), is_causal=True, scale=0.3), call(*own(7), is_causal=True), call(*own(3), r(3, 3)),
+        call(*own(12, 1), r(1, 2, 12, 12), enable_gqa=True), call(*own(7, 1), is_causal=True, enable_gqa=True),
+        call(*own(), bools(1, 1, 12, 12)), call(*own(5), r(1, 1, 1, 5)), call(r(8, d), r(8, d), r(8, d)),
+    ]  # fmt: skip
     return [
+        *rings,
         call(*base()), call(*base(), is_causal=True), call(*base(), scale=0.3), *(call(*base(), m) for m in masks),
         call(r(b, h, q, d), r(b, h, s, d), r(b, h, s, 12)), call(*gqa(4), enable_gqa=True), call(*gqa(1), enable_gqa=True), call(*gqa(6), r(b, 1, q, s), enable_gqa=True),
         call(*gqa(4), is_causal=True, enable_gqa=True), call(*gqa(4), r(b, h, q, s), enable_gqa=True), call(r(b, q, d), r(b, s, d), r(b, s, d)), call(r(12, d), r(s, d), r(s, d)),

@@ -178,7 +178,7 @@ def test_a_wrong_rule_is_refuted(what: str) -> None:
     "lowering",
     [
         *("mean", "softmax", "loss", "embedding", "dropout", "groups", "share", "attention"),
-        *("norm", "reduction", "extreme", "position", "cumsum"),
+        *("norm", "reduction", "extreme", "position", "cumsum", "experts", "picked", "added", "ring"),
     ],
 )
 def test_a_lowering_that_does_nothing_is_refuted(lowering: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -196,6 +196,13 @@ def test_a_lowering_that_does_nothing_is_refuted(lowering: str, monkeypatch: pyt
         "extreme": (aten.amax.default, (x(), [1])),
         "position": (aten.max.dim, (x(), 1)),
         "cumsum": (aten.cumsum.default, (x(), 1)),
+        "experts": (
+            aten._grouped_mm.default,
+            (r(24, 16).float(), r(4, 16, 32).float(), torch.tensor([5, 5, 11, 24], dtype=torch.int32)),
+        ),
+        "picked": (aten.index.Tensor, (r(24, 6), [ints(24, 12)])),
+        "ring": (aten.scaled_dot_product_attention.default, tuple(r(1, 2, 12, 4) for _ in range(3))),
+        "added": (aten.index_add.default, (r(24, 6), 0, ints(24, 12), r(12, 6))),
         "attention": (aten.scaled_dot_product_attention.default, (*(r(2, 6, 4, 4) for _ in range(3)), None, 0.5)),
     }[lowering]
     check_rule(operator, [args], meshes=[(2,)])
