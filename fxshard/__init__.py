@@ -3,6 +3,9 @@
 from torch.distributed.tensor import Partial, Replicate, Shard
 
 from fxshard.api import parallelize
+from fxshard.checkpoint.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
+from fxshard.checkpoint.folders import latest_checkpoint
+from fxshard.checkpoint.pretrained import load_pretrained, save_pretrained
 from fxshard.errors import FxshardError
 from fxshard.inspect.prove import check_rule
 from fxshard.mesh import Mesh
@@ -13,6 +16,7 @@ from fxshard.simulate import Simulation, simulate
 from fxshard.verify import VerifyReport, verify
 
 __all__ = [
+    "Checkpoint",
     "FxshardError",
     "Mesh",
     "ParallelModule",
@@ -24,8 +28,13 @@ __all__ = [
     "VerifyReport",
     "check_rule",
     "data_parallel",
+    "latest_checkpoint",
+    "load_checkpoint",
+    "load_pretrained",
     "parallelize",
     "register_rule",
+    "save_checkpoint",
+    "save_pretrained",
     "sequence_parallel",
     "simulate",
     "tensor_parallel",

@@ -14,6 +14,7 @@ from torch._subclasses import FakeTensor
 from torch.autograd.function import _SingleLevelFunction as SingleLevelFunction
 from torch.export import _trace as exporter
 from torch.fx._lazy_graph_module import _LazyGraphModule as LazyGraphModule
+from torch.nn.modules.module import _IncompatibleKeys as IncompatibleKeys
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._sympy.functions import FloorDiv
@@ -29,6 +30,7 @@ __all__ = [
     "FakeTensor",
     "FloorDiv",
     "HigherOrderOperator",
+    "IncompatibleKeys",
     "LazyGraphModule",
     "OpOverload",
     "OpOverloadPacket",

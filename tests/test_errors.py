@@ -68,6 +68,14 @@ input_ids is i64[2, 17], and was captured as i64[2, 16]
 the rule 'm k, k n -> m q' gives q, which no operand has
   op      aten.mm.default""",
     ),
+    errors.CheckpointError: (
+        "cannot load the state dict into MLP:\n  - up.weight is missing",
+        {"fix": "give a state dict of this model"},
+        """\
+cannot load the state dict into MLP:
+  - up.weight is missing
+  fix     give a state dict of this model""",
+    ),
     errors.DistributedError: (
         "torch.distributed is not initialised",
         {"fix": "start with torchrun, or use fxshard.simulate"},
@@ -92,6 +100,7 @@ BUILTINS = {
     "MeshError": ValueError,
     "InputError": ValueError,
     "RuleError": ValueError,
+    "CheckpointError": RuntimeError,
     "DistributedError": RuntimeError,
 }
 
