@@ -31,7 +31,7 @@ from fxshard.runtime.module import RankModule, find, load, local_part, place, sh
 from fxshard.runtime.optimizer_state import load_optimizer_state_dict, sharded_optimizer_state_dict
 from fxshard.runtime.process import check_same_weights, checksum, process_axes, share_random_state
 from fxshard.runtime.together import is_spread
-from fxshard.runtime.weights import Weights
+from fxshard.runtime.weights import Weights, target_device
 from fxshard.runtime.whole import gather_whole
 from fxshard.torch_internals import IncompatibleKeys
 
@@ -190,11 +190,7 @@ class ParallelModule(nn.Module):
         tensors = [t for _, t in self._tensors()]
         if any(t.is_meta for t in tensors):
             return torch.device("meta")
-        if not (dist.is_available() and dist.is_initialized()):
-            return tensors[0].device if tensors else torch.device("cpu")
-        if "nccl" in dist.get_backend():
-            return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
-        return torch.device("cpu")
+        return target_device(tensors)
 
     def code(self, rank: int = 0) -> str:
         """The Python source that rank ``rank`` runs."""
@@ -274,7 +270,7 @@ class ParallelModule(nn.Module):
         for name in weights.names:  # tied names share one tensor, as in the model's own state dict
             first = made.get(weights.first_names[name])
             made[name] = self._whole(name, lambda t: t.detach()) if first is None else first
-        return made | weights.extras
+        return weights.in_order(made | weights.extras)
 
     def sharded_state_dict(self) -> dict[str, Any]:
         """This rank's parts under the original names, as tensors of the whole shape that share their memory.
@@ -333,7 +329,7 @@ class ParallelModule(nn.Module):
         if assign:
             raise CheckpointError("a program's weights are parts, and cannot be assigned", fix="leave assign=True out")
         weights = self._weights()
-        out = load_state_dict(weights, state_dict, strict, torch.get_default_device())
+        out = load_state_dict(weights, state_dict, strict)
         self._loaded([name for name in weights.names if name in state_dict], state_dict)
         return out
 
@@ -344,7 +340,8 @@ class ParallelModule(nn.Module):
         ranks = [self.rank] if is_spread() else range(self.mesh.world_size)
         modules = {rank: self.rank_module(rank) for rank in ranks}
         root = self._latest.root
-        lost = [n for n in self._latest.attributes if isinstance(t := find(root, n), torch.Tensor) and t.is_meta]
+        constants = [name for name in self._latest.attributes if name not in self._placements]
+        lost = [n for n in constants if isinstance(t := find(root, n), torch.Tensor) and t.is_meta]
         return Weights(
             self._model[0],
             self._placements,

@@ -34,11 +34,12 @@ from fxshard.runtime.loading import load_state_dict
 from fxshard.runtime.materialize import make_real
 from fxshard.runtime.optimizer_state import (
     load_optimizer_state_dict,
+    matching_groups,
     refuse_simulation,
     sharded_optimizer_state_dict,
     template,
 )
-from fxshard.runtime.parts import local_of
+from fxshard.runtime.parts import local_of, same
 from fxshard.runtime.together import on_first_rank, refuse
 from fxshard.runtime.weights import Weights
 
@@ -148,19 +149,21 @@ def load_checkpoint(
         refuse_simulation(weights)
         none = [] if "optimizer" in saved else ["it was saved without one"]
         refuse(none, f"the checkpoint {path} has no state of an optimizer:", "load it without an optimizer")
-    make_real(weights, saved["model"], torch.get_default_device())
-    state: dict[str, Any] = {"model": _targets(weights, saved["model"])}
+    small = {OWN: saved[OWN]} if OWN in saved else {}
     if optimizer is not None:
-        held = template(weights, optimizer, saved["optimizer"].get("state", {}))
-        state["optimizer"] = {"state": held, "param_groups": saved["optimizer"]["param_groups"]}
-    if OWN in saved:
-        state[OWN] = saved[OWN]
-    with _errors(f"cannot read the checkpoint {path}"):
-        load(state, storage_reader=reader)
+        small["optimizer"] = {"param_groups": saved["optimizer"]["param_groups"]}
+    _load(small, reader)
+    state: dict[str, Any] = {}
+    if optimizer is not None:  # all that may be refused is looked at before anything changes
+        matching_groups(weights, optimizer, small["optimizer"]["param_groups"])
+        state["optimizer"] = {"state": template(weights, optimizer, saved["optimizer"].get("state", {}))}
+    make_real(weights, saved["model"])
+    state["model"] = _targets(weights, saved["model"])
+    _load(state, reader)
     _install(weights, program, state["model"])
     if optimizer is not None:
-        load_optimizer_state_dict(weights, optimizer, state["optimizer"])
-    own: dict[str, Any] = unpickled(state[OWN]["run"]) if OWN in state else {"step": 0, "extra": None}
+        load_optimizer_state_dict(weights, optimizer, small["optimizer"] | state["optimizer"])
+    own: dict[str, Any] = unpickled(small[OWN]["run"]) if OWN in small else {"step": 0, "extra": None}
     if random_state and "random" in own:
         set_random_state(own["random"])
     return Checkpoint(path, own["step"], own["extra"])
@@ -215,6 +218,11 @@ def _saved(reader: FileSystemReader) -> dict[str, Any]:
     return saved
 
 
+def _load(state: dict[str, Any], reader: FileSystemReader) -> None:
+    with _errors(f"cannot read the checkpoint {reader.checkpoint_id}"):
+        load(state, storage_reader=reader)
+
+
 def _check_model(weights: Weights, saved: Mapping[str, Any], path: Path) -> None:
     """Raises ``CheckpointError`` where the checkpoint's weights are not those of the model."""
     firsts = {weights.first_names[name] for name in saved if name in weights.tensors}
@@ -253,10 +261,11 @@ def _install(weights: Weights, program: nn.Module, state: Mapping[str, Any]) -> 
     """After the parts were loaded in place: second names, extra state, the parts of simulated ranks."""
     problems = []
     if weights.is_simulated:
-        load_state_dict(weights, state, strict=False, device=torch.device("cpu"))
+        load_state_dict(weights, state, strict=False)
     else:
         for name in weights.names:
-            if name in state and not torch.equal(local_of(state[name]), weights.part(name)):
+            again = name in state and weights.first_names[name] != name
+            if again and not same(local_of(state[name]), weights.part(name)):
                 problems.append(f"{weights.first_names[name]} and {name}")
         extras = {name: state[name] for name in weights.extras}
         if extras:

@@ -26,6 +26,7 @@ from fxshard.errors import CheckpointError
 from fxshard.program import ParallelModule
 from fxshard.runtime.layout import Box, fill
 from fxshard.runtime.materialize import make_real
+from fxshard.runtime.parts import same
 from fxshard.runtime.together import on_first_rank, refuse
 from fxshard.runtime.weights import Weights
 
@@ -109,7 +110,7 @@ def load_pretrained(program: nn.Module, source: str | os.PathLike[str], *, stric
             "read it with the model's own from_pretrained, which knows how names and forms of weights changed, and "
             "parallelize what that returns",
         )
-        make_real(weights, list(given), torch.get_default_device())
+        make_real(weights, list(given))
         for first, name in sources.items():
             for rank in weights.modules:
                 fill(weights.part(first, rank), weights.layout(first, rank).boxes, _reader(given[name], name))
@@ -139,7 +140,7 @@ def _untied(weights: Weights, first: str, name: str, given: Mapping[str, Any]) -
     """Whether two names of one tensor have two values, of what this rank reads."""
     for rank in weights.modules:
         for box in weights.layout(name, rank).boxes:
-            if not torch.equal(_reader(given[first], first)(box), _reader(given[name], name)(box)):
+            if not same(_reader(given[first], first)(box), _reader(given[name], name)(box)):
                 return [f"{first} and {name} are one tensor of the model, and differ"]
     return []
 

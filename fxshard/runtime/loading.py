@@ -15,7 +15,7 @@ from torch.distributed.tensor import DTensor
 
 from fxshard.runtime.layout import dtensor_placements, fill
 from fxshard.runtime.materialize import make_real
-from fxshard.runtime.parts import BlockTensor, local_of
+from fxshard.runtime.parts import BlockTensor, local_of, same
 from fxshard.runtime.together import gathered, refuse
 from fxshard.runtime.weights import Weights
 from fxshard.torch_internals import IncompatibleKeys
@@ -29,7 +29,7 @@ def describe_parts(weights: Weights) -> dict[str, str]:
     return {name: str(layout) for name, layout in layouts.items() if layout.is_cut}
 
 
-def load_state_dict(weights: Weights, state: Mapping[str, Any], strict: bool, device: torch.device) -> IncompatibleKeys:
+def load_state_dict(weights: Weights, state: Mapping[str, Any], strict: bool) -> IncompatibleKeys:
     """See ``ParallelModule.load_state_dict``."""
     metadata = getattr(state, "_metadata", None) or {}
     parts: dict[str, str] = metadata.get("", {}).get(KEY, {})
@@ -50,7 +50,7 @@ def load_state_dict(weights: Weights, state: Mapping[str, Any], strict: bool, de
         f"cannot load the state dict into {type(weights.model).__name__}:",
         "give a state dict of this model: whole tensors, DTensors, or what this rank's program.state_dict() returned",
     )
-    make_real(weights, found, device)
+    make_real(weights, found)
     for name in found:
         if weights.first_names[name] == name or weights.first_names[name] not in found:
             _load(weights, name, state[name], name in parts)
@@ -85,9 +85,9 @@ def _untied(weights: Weights, found: list[str], state: Mapping[str, Any]) -> lis
     problems = []
     for name in found:
         first = weights.first_names[name]
-        if first != name and first in found:
+        if first != name and first in found and all(isinstance(state[n], torch.Tensor) for n in (first, name)):
             one, other = (local_of(state[key]) for key in (first, name))
-            if one is not other and one.shape == other.shape and not torch.equal(one, other):
+            if one is not other and one.shape == other.shape and not same(one, other):
                 problems.append(f"{first} and {name} are one tensor of the model, and differ")
     return problems
 

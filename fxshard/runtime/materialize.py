@@ -19,7 +19,7 @@ from torch import nn
 
 from fxshard.runtime.module import find, local_part
 from fxshard.runtime.together import refuse
-from fxshard.runtime.weights import Weights
+from fxshard.runtime.weights import Weights, target_device
 
 
 def is_on_meta(weights: Weights) -> bool:
@@ -27,13 +27,7 @@ def is_on_meta(weights: Weights) -> bool:
     return any(weights.part(name).is_meta for name in weights.tensors)
 
 
-def real_device(weights: Weights, otherwise: torch.device) -> torch.device:
-    """Where parts without memory should be: where the model's real tensors are, or else ``otherwise``."""
-    real = (t.device for t in weights.tensors.values() if not t.is_meta)
-    return next(real, torch.device("cpu") if otherwise.type == "meta" else otherwise)
-
-
-def make_real(weights: Weights, given: Collection[str], device: torch.device) -> None:
+def make_real(weights: Weights, given: Collection[str]) -> None:
     """Gives parts on the meta device memory, where ``given`` is to be loaded; nothing to do where there are none.
 
     Raises:
@@ -49,7 +43,7 @@ def make_real(weights: Weights, given: Collection[str], device: torch.device) ->
         "load a value for every weight; keep other tensors off the meta device when the model is made, or give their "
         "module a reset_parameters() that fills them",
     )
-    materialize(weights, made, real_device(weights, device))
+    materialize(weights, made)
 
 
 def problems_of(weights: Weights, given: Collection[str], made: dict[str, torch.Tensor]) -> list[str]:
@@ -71,14 +65,14 @@ def problems_of(weights: Weights, given: Collection[str], made: dict[str, torch.
     return problems
 
 
-def materialize(weights: Weights, made: dict[str, torch.Tensor], device: torch.device) -> None:
-    """Gives every part memory on ``device``, under the same parameter: an optimizer that has it keeps it.
+def materialize(weights: Weights, made: dict[str, torch.Tensor]) -> None:
+    """Gives every part memory, under the same parameter: an optimizer that has it keeps it.
 
     Args:
         weights: those of the program.
         made: whole values for some; others are cut from the model where it has them, and are to be loaded else.
-        device: where.
     """
+    device = target_device(weights.tensors.values())
     for rank, module in weights.modules.items():
         for name, tensor in weights.tensors.items():
             part = find(module, name)

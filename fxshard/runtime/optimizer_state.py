@@ -12,7 +12,7 @@ the same on all ranks.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -20,7 +20,7 @@ import torch
 from fxshard.runtime.parts import local_of
 from fxshard.runtime.process import checksum
 from fxshard.runtime.together import gathered, refuse
-from fxshard.runtime.weights import Weights
+from fxshard.runtime.weights import Weights, target_device
 from fxshard.torch_internals import pytree
 
 FIX_STATE = "use an optimizer that keeps state element by element, such as SGD, AdamW or Adagrad"
@@ -33,7 +33,8 @@ def sharded_optimizer_state_dict(weights: Weights, optimizer: torch.optim.Optimi
     problems: list[str] = []
     state: dict[str, dict[str, Any]] = {}
     shared: dict[str, Any] = {}
-    for parameter, held in optimizer.state.items():
+    trained = [p for group in optimizer.param_groups for p in group["params"] if p in optimizer.state]
+    for parameter, held in ((p, optimizer.state[p]) for p in trained):
         name = names[id(parameter)]
         state[name] = {}
         for key, value in held.items():
@@ -112,16 +113,18 @@ def template(
         CheckpointError: where saved state does not fit a parameter that is cut.
     """
     names = names_of(weights, optimizer)
+    device = target_device(weights.tensors.values())
     out: dict[str, dict[str, Any]] = {}
     problems = []
     for group in optimizer.param_groups:
         for parameter in group["params"]:
             name = names[id(parameter)]
             layout = weights.layout(name)
+            on = device if parameter.is_meta else parameter.device
             for key, value in saved.get(name, {}).items():
                 made = value
                 if isinstance(value, torch.Tensor) and tuple(value.shape) == layout.shape:
-                    made = weights.sharded(name, torch.zeros_like(parameter, dtype=value.dtype, requires_grad=False))
+                    made = weights.sharded(name, torch.zeros(parameter.shape, dtype=value.dtype, device=on))
                 else:
                     made = pytree.tree_map(lambda x: torch.zeros_like(x, device="cpu") if _is_tensor(x) else x, value)
                 if layout.is_cut and tuple(getattr(value, "shape", ())) != layout.shape and not _is_one_number(value):
@@ -137,29 +140,42 @@ def load_optimizer_state_dict(weights: Weights, optimizer: torch.optim.Optimizer
     A group is found by the names of its parameters. The state's tensors become the optimizer's own.
     """
     names = names_of(weights, optimizer)
-    saved = {frozenset(group["params"]): group for group in state["param_groups"]}
-    groups, problems = [], []
+    found = matching_groups(weights, optimizer, state["param_groups"])
     numbers: dict[str, int] = {}
-    for index, group in enumerate(optimizer.param_groups):
+    groups = []
+    for group, saved in zip(optimizer.param_groups, found, strict=True):
         held = [names[id(p)] for p in group["params"]]
-        for name in held:
-            numbers[name] = len(numbers)
-        found = saved.get(frozenset(held))
-        if found is None:
-            problems.append(_no_group(index, held, state["param_groups"]))
-            continue
-        settings = {k: v for k, v in {**group, **found}.items() if k != "params"}
+        numbers |= {name: len(numbers) + i for i, name in enumerate(held)}
+        settings = {k: v for k, v in {**group, **saved}.items() if k != "params"}
         groups.append({**settings, "params": [numbers[name] for name in held]})
+    parts = {
+        numbers[name]: {key: local_of(v) for key, v in held.items()} for name, held in state.get("state", {}).items()
+    }
+    optimizer.load_state_dict({"state": parts, "param_groups": groups})
+    for parameter in (p for group in optimizer.param_groups for p in group["params"]):
+        held = optimizer.state.get(parameter, {})
+        for key, part in parts.get(numbers[names[id(parameter)]], {}).items():
+            if _is_tensor(part) and _is_tensor(held.get(key)) and held[key].dtype != part.dtype:
+                held[key] = part.to(held[key].device)  # torch casts to the parameter's dtype; what was saved is right
+
+
+def matching_groups(
+    weights: Weights, optimizer: torch.optim.Optimizer, groups: Sequence[Mapping[str, Any]]
+) -> list[Mapping[str, Any]]:
+    """The saved group of each of the optimizer's, found by the names of its parameters; collective."""
+    names = names_of(weights, optimizer)
+    saved = {frozenset(group["params"]): group for group in groups}
+    every = [[names[id(p)] for p in group["params"]] for group in optimizer.param_groups]
+    problems = [_no_group(i, held, groups) for i, held in enumerate(every) if frozenset(held) not in saved]
     refuse(
         problems,
         "the optimizer's parameter groups are not those of the checkpoint:",
         "make the optimizer with the groups that it had when it was saved",
     )
-    parts = {numbers[name]: {key: local_of(v) for key, v in held.items()} for name, held in state["state"].items()}
-    optimizer.load_state_dict({"state": parts, "param_groups": groups})
+    return [saved[frozenset(held)] for held in every]
 
 
-def _no_group(index: int, held: list[str], groups: list[dict[str, Any]]) -> str:
+def _no_group(index: int, held: list[str], groups: Sequence[Mapping[str, Any]]) -> str:
     near = set(max((group["params"] for group in groups), key=lambda names: len(set(held) & set(names)), default=()))
     more, less = sorted(set(held) - near)[:3], sorted(near - set(held))[:3]
     return f"group {index} of {len(held)} parameters: beside the nearest saved one it has {more} and lacks {less}"

@@ -142,3 +142,14 @@ def local_of(value: torch.Tensor) -> torch.Tensor:
     """This rank's part of a ``DTensor`` or a ``BlockTensor``; a plain tensor itself."""
     found: torch.Tensor = value.to_local() if isinstance(value, DTensor | BlockTensor) else value
     return found
+
+
+def same(one: torch.Tensor, other: torch.Tensor) -> bool:
+    """Whether two tensors hold the same numbers, those that are not a number included.
+
+    >>> same(torch.tensor([1.0, torch.nan]), torch.tensor([1.0, torch.nan]))
+    True
+    """
+    if one.shape != other.shape:
+        return False
+    return torch.equal(one, other) or bool(((one == other) | ((one != one) & (other != other))).all())

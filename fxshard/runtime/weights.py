@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import os
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -25,6 +26,16 @@ from fxshard.runtime.whole import fill_whole, stream_whole
 
 def _no_axes() -> Mapping[str, Axis]:
     raise DistributedError("a plain module has no mesh axes")
+
+
+def target_device(tensors: Iterable[torch.Tensor]) -> torch.device:
+    """Where the parts of a model belong: on this process's device, or, in one process, where its tensors are."""
+    if dist.is_available() and dist.is_initialized():
+        cuda = "nccl" in dist.get_backend()
+        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if cuda else torch.device("cpu")
+    default = torch.get_default_device()
+    otherwise = torch.device("cpu") if default.type == "meta" else default
+    return next((tensor.device for tensor in tensors if not tensor.is_meta), otherwise)
 
 
 @dataclass(frozen=True)
@@ -77,6 +88,10 @@ class Weights:
         """The names of the model's state dict that are parameters or persistent buffers, in its order."""
         return tuple(name for name in self.model.state_dict(keep_vars=True) if name in self.tensors)
 
+    def in_order(self, state: Mapping[str, Any]) -> dict[str, Any]:
+        """A state dict in the order of the model's own."""
+        return {name: state[name] for name in self.model.state_dict(keep_vars=True) if name in state}
+
     @cached_property
     def extras(self) -> dict[str, Any]:
         """What else the model's state dict holds: the extra state of modules that have some."""
@@ -113,8 +128,8 @@ class Weights:
 
     @cached_property
     def _device_mesh(self) -> DeviceMesh:
-        device = next((part.device for part in map(self.part, self.tensors)), torch.device("cpu"))
-        return self.given_mesh or device_mesh_of(self.mesh, self.axes(), device.type)
+        device = target_device(self.tensors.values()).type
+        return self.given_mesh or device_mesh_of(self.mesh, self.axes(), device)
 
     def sharded(self, name: str, part: torch.Tensor) -> torch.Tensor:
         """A part of something that lies as the parameter ``name`` does, as a tensor of the whole shape."""
@@ -137,7 +152,7 @@ class Weights:
             kept = self.first_names[name]
             if kept not in made:
                 made[kept] = self.sharded(kept, self.part(kept))
-        return {name: made[self.first_names[name]] for name in self.names} | self.extras
+        return self.in_order({name: made[self.first_names[name]] for name in self.names} | self.extras)
 
     def stream_state_dict(self) -> dict[str, Any]:
         """The whole state dict on the CPU of rank 0, a tensor after the other; nothing on other ranks; collective."""
@@ -148,7 +163,7 @@ class Weights:
             kept = self.first_names[name]
             if kept not in made:
                 made[kept] = self._whole(kept, first)
-        return {n: made[self.first_names[n]] for n in self.names} | self.extras if first else {}
+        return self.in_order({n: made[self.first_names[n]] for n in self.names} | self.extras) if first else {}
 
     def _whole(self, name: str, first: bool) -> torch.Tensor | None:
         if is_spread() and self.mesh.world_size > 1:
