@@ -26,7 +26,7 @@ from torch.distributed.checkpoint.metadata import Metadata
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 
-from fxshard.checkpoint.contents import pickled, set_random_state, tree_of, unpickled
+from fxshard.checkpoint.contents import allocated, pickled, set_random_state, tree_of, unpickled
 from fxshard.checkpoint.folders import begin, finish, latest_checkpoint
 from fxshard.errors import CheckpointError
 from fxshard.program import ParallelModule
@@ -227,7 +227,7 @@ def _check_model(weights: Weights, saved: Mapping[str, Any], path: Path) -> None
     """Raises ``CheckpointError`` where the checkpoint's weights are not those of the model."""
     firsts = {weights.first_names[name] for name in saved if name in weights.tensors}
     problems = [f"{name} is missing" for name in weights.names if weights.first_names[name] not in firsts]
-    problems += [f"{name} is missing" for name in weights.extras if name not in saved]
+    problems += [f"{name} is missing" for name, value in weights.extras.items() if name not in saved and value != {}]
     for name, value in saved.items():
         if name not in weights.names and name not in weights.extras:
             problems.append(f"{name} is not in the model")
@@ -244,7 +244,7 @@ def _check_model(weights: Weights, saved: Mapping[str, Any], path: Path) -> None
 
 def _targets(weights: Weights, saved: Mapping[str, Any]) -> dict[str, Any]:
     """What to load into: the parts in place, and for a second name of one tensor memory of its own, to compare."""
-    out: dict[str, Any] = dict.fromkeys(weights.extras)
+    out: dict[str, Any] = {name: allocated(saved[name]) for name in weights.extras if name in saved}
     seen = set()
     for name in (name for name in weights.names if name in saved):
         part = weights.part(name)
@@ -267,7 +267,7 @@ def _install(weights: Weights, program: nn.Module, state: Mapping[str, Any]) -> 
             again = name in state and weights.first_names[name] != name
             if again and not same(local_of(state[name]), weights.part(name)):
                 problems.append(f"{weights.first_names[name]} and {name}")
-        extras = {name: state[name] for name in weights.extras}
+        extras = {name: state[name] for name in weights.extras if name in state}
         if extras:
             weights.model.load_state_dict(extras, strict=False)
     refuse(problems, "one tensor of the model is two in the checkpoint, and they differ:", "untie them in the model")

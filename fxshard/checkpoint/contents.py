@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 
+from fxshard.torch_internals import pytree
+
 
 def tree_of(metadata: Metadata) -> dict[str, Any]:
     """The nested dicts and lists that were saved: tensors on the meta device, and None for everything else."""
@@ -38,6 +40,11 @@ def put(tree: Any, path: Sequence[str | int], value: Any) -> None:
         elif (tree[key] if isinstance(key, int) else tree.get(key)) is None:
             tree[key] = [] if isinstance(following, int) else {}
         tree = tree[key]
+
+
+def allocated(tree: Any) -> Any:
+    """The same tree, its tensors on the CPU, to load into."""
+    return pytree.tree_map(lambda x: torch.zeros_like(x, device="cpu") if isinstance(x, torch.Tensor) else x, tree)
 
 
 def pickled(step: int, extra: Any) -> bytes:

@@ -206,6 +206,18 @@ def test_tied_names_must_be_one_value(tmp_path: Path) -> None:
     assert same(model.state_dict(), untied.state_dict())
 
 
+@pytest.mark.parametrize("note", [torch.arange(3), {"a": torch.ones(2), "b": [1, 2]}, {}, "words", [1, {"c": 2.0}]])
+def test_extra_state_of_modules(tmp_path: Path, note: Any) -> None:
+    model, program = Net(), program_of(Net())
+    model.note = note
+    fxshard.save_checkpoint(tmp_path, model)
+    for other in (Net(), program):
+        if note != {}:  # nothing to save, nothing to load
+            fxshard.load_checkpoint(tmp_path, other)
+            found = other.note if isinstance(other, Net) else other._model[0].note
+            assert same({"note": found}, {"note": note}) if not isinstance(note, dict) else same(found, note)
+
+
 def test_random_numbers_go_on(tmp_path: Path) -> None:
     import random
 

@@ -63,13 +63,14 @@ def assert_equal(program: fxshard.ParallelModule, model: nn.Module) -> None:
 
 
 def every_kind(folder: str) -> None:
-    """Four ranks: sharded state dicts, and all that load_state_dict takes and refuses."""
+    """Four ranks: sharded state dicts, all that load_state_dict takes and refuses, and optimizers."""
     model, program = several()
     sharded_tensors(model, program, folder)
     loads(program)
     refusals(program)
     streams(Several(), program)
     different_seeds()
+    optimizers(folder)
 
 
 def sharded_tensors(model: nn.Module, program: fxshard.ParallelModule, folder: str) -> None:

@@ -33,9 +33,14 @@ def matrix(run: Run, folder: Path, *names: str) -> None:
         torch.testing.assert_close(losses, expected[BEFORE:], rtol=1e-9, atol=0, msg=f"saved on {saved}: {losses}")
 
 
+def test_a_run_goes_on_on_other_meshes(tmp_path: Path) -> None:
+    matrix(saving.GPT2, tmp_path, "dp2_tp2", "tp4")
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("run", [saving.GPT2, saving.LLAMA], ids=lambda run: run.name)
 def test_a_run_goes_on_on_every_mesh(run: Run, tmp_path: Path) -> None:
-    matrix(run, tmp_path, "dp2_tp2", "tp4", "dp4")
+    matrix(run, tmp_path, "dp2_tp2", "tp2_dp2", "tp4", "dp4", "dp2_sp2")
 
 
 @pytest.mark.slow
@@ -44,12 +49,8 @@ def test_sizes_that_nothing_divides(run: Run, tmp_path: Path) -> None:
     matrix(run, tmp_path, "tp2_dp2", "tp4", "dp4")
 
 
-def test_state_dicts_of_four_ranks(tmp_path: Path) -> None:
+def test_state_dicts_and_optimizers_of_four_ranks(tmp_path: Path) -> None:
     ranks.launch(4, state_dicts.every_kind, str(tmp_path))
-
-
-def test_optimizers_of_four_ranks(tmp_path: Path) -> None:
-    ranks.launch(4, state_dicts.optimizers, str(tmp_path))
 
 
 def test_pretrained_weights_of_two_ranks(tmp_path: Path) -> None:
