@@ -41,6 +41,7 @@ __all__ = [
     "has_kernel",
     "is_vmapped",
     "leave_vmaps",
+    "make_wrapper",
     "pytree",
     "vmap_level",
 ]
@@ -57,6 +58,8 @@ REGION_PASSES = (
     (replace_autocast_with_hop_pass, "replace_autocast_with_hop_pass"),
 )
 """The passes of export that make regions of the marks: modules, and the names of their functions."""
+make_wrapper = torch.Tensor._make_wrapper_subclass
+"""Makes a tensor subclass that has a shape and no memory."""
 
 
 def has_kernel(operator: str, key: str) -> bool:

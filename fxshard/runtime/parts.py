@@ -22,7 +22,7 @@ from fxshard.mesh import Mesh
 from fxshard.runtime.collectives import Axis, ProcessAxisGroup
 from fxshard.runtime.layout import Layout, dtensor_placements
 from fxshard.runtime.whole import gather_whole
-from fxshard.torch_internals import pytree
+from fxshard.torch_internals import make_wrapper, pytree
 
 _LOCAL = ("detach", "clone", "_to_copy", "empty_like", "zeros_like", "copy_")
 
@@ -45,9 +45,7 @@ class BlockTensor(torch.Tensor):
     @staticmethod
     def __new__(cls, part: torch.Tensor, layout: Layout, axes: Callable[[], Mapping[str, Axis]]) -> BlockTensor:
         """A tensor of the whole shape, without memory of its own."""
-        made: BlockTensor = torch.Tensor._make_wrapper_subclass(
-            cls, layout.shape, dtype=part.dtype, device=part.device, requires_grad=False
-        )
+        made: BlockTensor = make_wrapper(cls, layout.shape, dtype=part.dtype, device=part.device, requires_grad=False)
         made.part, made.part_layout, made.axes = part.detach(), layout, axes
         return made
 
