@@ -3,6 +3,9 @@
 from torch.distributed.tensor import Partial, Replicate, Shard
 
 from fxshard.api import parallelize
+from fxshard.checkpoint.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
+from fxshard.checkpoint.folders import latest_checkpoint
+from fxshard.checkpoint.pretrained import load_pretrained, save_pretrained
 from fxshard.errors import FxshardError
 from fxshard.gradients import clip_grad_norm_, grad_norm
 from fxshard.inspect.prove import check_rule
@@ -23,6 +26,7 @@ from fxshard.simulate import Simulation, simulate
 from fxshard.verify import VerifyReport, verify
 
 __all__ = [
+    "Checkpoint",
     "FxshardError",
     "GradScaler",
     "Mesh",
@@ -39,8 +43,13 @@ __all__ = [
     "data_parallel",
     "expert_parallel",
     "grad_norm",
+    "latest_checkpoint",
+    "load_checkpoint",
+    "load_pretrained",
     "parallelize",
     "register_rule",
+    "save_checkpoint",
+    "save_pretrained",
     "sequence_parallel",
     "simulate",
     "tensor_parallel",

@@ -8,6 +8,7 @@ FxshardError
 |- InputError            inputs do not fit what was captured (also a ValueError)
 |- RuleError             a rule is malformed or does not fit its operator (also a ValueError)
 |- GradientError         gradients that cannot be measured (also a RuntimeError)
+|- CheckpointError       a checkpoint or a state dict does not fit, or cannot be written (also a RuntimeError)
 |- DistributedError      torch.distributed is not ready (also a RuntimeError)
 `- SoundnessError        a checked invariant of the compiler failed: a bug of fxshard, never silent
 """
@@ -80,6 +81,10 @@ class GradientError(FxshardError, RuntimeError):
 
 class DistributedError(FxshardError, RuntimeError):
     """torch.distributed is not initialised, or not for this mesh."""
+
+
+class CheckpointError(FxshardError, RuntimeError):
+    """A checkpoint or a state dict does not fit the model or the optimizer, or cannot be written or read."""
 
 
 class SoundnessError(FxshardError):

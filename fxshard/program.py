@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import time
-from collections.abc import Hashable, Mapping
+from collections.abc import Hashable, Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from functools import cached_property
@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch import fx, nn
 
 from fxshard.codegen.emit import emit
-from fxshard.errors import FxshardError
+from fxshard.errors import CheckpointError, FxshardError
 from fxshard.inspect.fallbacks import Fallback, fallbacks_of
 from fxshard.inspect.report import Collective, collectives_of, explain, notes_of, table
 from fxshard.mesh import Mesh
@@ -24,14 +24,20 @@ from fxshard.passes.annotate import placements
 from fxshard.passes.capture import capture, signature_key
 from fxshard.passes.fidelity import check_fidelity
 from fxshard.passes.pipeline import STAGES, Compiled, Options, compile_graph
-from fxshard.placement import REPLICATE, Placements, cut_of, is_shard, join_all
+from fxshard.placement import REPLICATE, Placements, join_all
 from fxshard.plan.plan import Plan
 from fxshard.runtime.autocast import ambient, using
 from fxshard.runtime.buckets import Buckets, Synchronization, defer
-from fxshard.runtime.collectives import Axis, ProcessAxisGroup, all_gather, concat
+from fxshard.runtime.collectives import Axis, ProcessAxisGroup
+from fxshard.runtime.loading import KEY, describe_parts, load_state_dict
 from fxshard.runtime.module import RankModule, find, load, local_part, place, share
+from fxshard.runtime.optimizer_state import load_optimizer_state_dict, sharded_optimizer_state_dict
 from fxshard.runtime.process import check_same_weights, checksum, joint_group, process_axes, share_random_state
 from fxshard.runtime.regather import Regather
+from fxshard.runtime.together import is_spread
+from fxshard.runtime.weights import Weights, target_device
+from fxshard.runtime.whole import gather_whole
+from fxshard.torch_internals import IncompatibleKeys
 
 logger = logging.getLogger("fxshard")
 
@@ -190,11 +196,7 @@ class ParallelModule(nn.Module):
         tensors = [t for _, t in self._tensors()]
         if any(t.is_meta for t in tensors):
             return torch.device("meta")
-        if not (dist.is_available() and dist.is_initialized()):
-            return tensors[0].device if tensors else torch.device("cpu")
-        if "nccl" in dist.get_backend():
-            return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
-        return torch.device("cpu")
+        return target_device(tensors)
 
     def code(self, rank: int = 0) -> str:
         """The Python source that rank ``rank`` runs."""
@@ -293,12 +295,122 @@ class ParallelModule(nn.Module):
         """
         return self._synchronization.hold()
 
-    # --- whole tensors ---------------------------------------------------------------------------------------------
+    # --- state dicts: docs/checkpoints.md --------------------------------------------------------------------------
 
-    def full_state_dict(self) -> dict[str, torch.Tensor]:
-        """The whole model's state dict, under the original names; collective under torchrun."""
-        names = list(self._model[0].state_dict(keep_vars=True))
-        return {name: self._whole(name, lambda t: t.detach()) for name in names}  # type: ignore[misc]
+    def full_state_dict(self, rank0_only: bool = False) -> dict[str, Any]:
+        """The whole model's state dict, under the original names; collective under torchrun.
+
+        Args:
+            rank0_only: only rank 0 gets it, on its CPU, a tensor after the other, and no other rank ever holds a whole
+                tensor; the others get an empty dict.
+        """
+        weights = self._weights()
+        if rank0_only:
+            return weights.stream_state_dict()
+        made: dict[str, Any] = {}
+        for name in weights.names:  # tied names share one tensor, as in the model's own state dict
+            first = made.get(weights.first_names[name])
+            made[name] = self._whole(name, lambda t: t.detach()) if first is None else first
+        return weights.in_order(made | weights.extras)
+
+    def sharded_state_dict(self) -> dict[str, Any]:
+        """This rank's parts under the original names, as tensors of the whole shape that share their memory.
+
+        A part is a ``DTensor`` where one expresses it, else a ``BlockTensor``, which
+        ``torch.distributed.checkpoint`` saves and loads as well; on a mesh of one rank it is a plain tensor.
+        """
+        return self._weights().sharded_state_dict()
+
+    def sharded_optimizer_state_dict(self, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+        """The state of an optimizer over ``parameters()``, under their original names; collective under torchrun.
+
+        As ``torch.distributed.checkpoint.state_dict.get_optimizer_state_dict`` gives it for the model.
+
+        Raises:
+            CheckpointError: where it keeps state that has no meaning on another mesh.
+        """
+        return sharded_optimizer_state_dict(self._weights(), optimizer)
+
+    def load_optimizer_state_dict(self, optimizer: torch.optim.Optimizer, state: Mapping[str, Any]) -> None:
+        """Gives an optimizer what ``sharded_optimizer_state_dict`` returned, of this mesh and plan."""
+        load_optimizer_state_dict(self._weights(), optimizer, state)
+
+    def state_dict(self, *args: Any, prefix: str = "", **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
+        """This rank's parts, as plain tensors; empty before the model was captured."""
+        out: dict[str, Any] = super().state_dict(*args, prefix=prefix, **kwargs)
+        metadata = getattr(out, "_metadata", None)
+        if self._latest is not None and metadata is not None:
+            metadata[prefix[:-1]][KEY] = describe_parts(self._weights())
+        return out
+
+    def load_state_dict(
+        self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False
+    ) -> IncompatibleKeys:
+        """Loads weights in place; collective under torchrun.
+
+        Before the first capture they are loaded into the model.
+
+        Args:
+            state_dict: under the model's own names: whole tensors, of which this rank takes its part; ``DTensor``s of
+                any mesh and placement; or what ``state_dict()`` gave on this rank. Where the model is on the meta
+                device, this rank's parts get memory.
+            strict: whether missing and unexpected names are errors.
+            assign: must be False once the model was captured: parts are copied.
+
+        Returns:
+            Missing and unexpected names, as ``nn.Module.load_state_dict`` returns them.
+
+        Raises:
+            CheckpointError: when the state dict does not fit; everything that does not fit is listed.
+        """
+        if self._latest is None:
+            whole = {k: v.full_tensor() if hasattr(v, "full_tensor") else v for k, v in state_dict.items()}
+            loaded: IncompatibleKeys = self._model[0].load_state_dict(whole, strict, assign)
+            return loaded
+        if assign:
+            raise CheckpointError("a program's weights are parts, and cannot be assigned", fix="leave assign=True out")
+        weights = self._weights()
+        out = load_state_dict(weights, state_dict, strict)
+        self._loaded([name for name in weights.names if name in state_dict], state_dict)
+        return out
+
+    def _weights(self) -> Weights:
+        """Where each parameter and buffer lies."""
+        if self._latest is None:
+            return Weights.of_module(self._model[0])
+        ranks = [self.rank] if is_spread() else range(self.mesh.world_size)
+        modules = {rank: self.rank_module(rank) for rank in ranks}
+        root = self._latest.root
+        constants = [name for name in self._latest.attributes if name not in self._placements]
+        lost = [n for n in constants if isinstance(t := find(root, n), torch.Tensor) and t.is_meta]
+        return Weights(
+            self._model[0],
+            self._placements,
+            self.mesh,
+            self.rank,
+            modules,
+            lambda: self.axes,
+            self._device_mesh,
+            tuple(lost),
+        )
+
+    def _loaded(self, names: Iterable[str], given: Mapping[str, Any] | None = None) -> None:
+        """After these were loaded: what the ranks must agree on, and where the parts are now."""
+        for name in self._checksums.keys() & set(names):
+            value = given[name] if given else None
+            if type(value) is torch.Tensor:  # every rank was given one of its own
+                self._checksums[name] = checksum(value)
+            else:
+                del self._checksums[name]
+        part = next(iter(self.parameters()), None)
+        if part is not None and self._device.type == "meta" != part.device.type:
+            self._device = part.device
+            self._functions.clear()
+            for compiled in self._captures.values():
+                for module in self._ranks.values():
+                    for name in compiled.attributes:
+                        if isinstance(found := find(module, name), torch.Tensor) and found.is_meta:
+                            place(module, name, find(compiled.root, name).detach().to(self._device), persistent=False)
 
     def full_grads(self) -> dict[str, torch.Tensor]:
         """The whole gradients, under the names of ``model.named_parameters()``; collective under torchrun.
@@ -363,17 +475,3 @@ class ParallelModule(nn.Module):
     def explain(self) -> str:
         """Every collective, its size, where it comes from, and why it is there."""
         return explain(self.compiled)
-
-
-def gather_whole(part: torch.Tensor, placed: Placements, mesh: Mesh, axes: Mapping[str, Axis]) -> torch.Tensor:
-    """The whole tensor from this rank's part; collective."""
-    for placement, name in zip(reversed(placed), reversed(mesh.names), strict=True):
-        if is_shard(placement):
-            axis, dim = axes[name], placement.dim
-            lengths: tuple[int, ...] = ()
-            if cut_of(placement).shares:
-                length = torch.tensor([part.shape[dim]], device=part.device)
-                lengths = tuple(axis.group.run("all_gather", "own_part", length).tolist())
-            stacked = all_gather(part, axis, False, dim, lengths)
-            part = concat(stacked, axis, dim, cut_of(placement).blocks, lengths)
-    return part

@@ -18,6 +18,7 @@ from torch.autograd.function import _SingleLevelFunction as SingleLevelFunction
 from torch.export import _trace as exporter
 from torch.fx._lazy_graph_module import _LazyGraphModule as LazyGraphModule
 from torch.fx.traceback import annotate, preserve_node_meta
+from torch.nn.modules.module import _IncompatibleKeys as IncompatibleKeys
 from torch.utils import _pytree as pytree
 from torch.utils import checkpoint as CHECKPOINT_MODULE
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -37,6 +38,7 @@ __all__ = [
     "FakeTensor",
     "FloorDiv",
     "HigherOrderOperator",
+    "IncompatibleKeys",
     "LazyGraphModule",
     "OpOverload",
     "OpOverloadPacket",
@@ -53,6 +55,7 @@ __all__ = [
     "is_vmapped",
     "leave_vmaps",
     "preserve_node_meta",
+    "make_wrapper",
     "pytree",
     "saving_hooks",
     "vmap_level",
@@ -73,6 +76,8 @@ REGION_PASSES = (
     (replace_autocast_with_hop_pass, "replace_autocast_with_hop_pass"),
 )
 """The passes of export that make regions of the marks: modules, and the names of their functions."""
+make_wrapper = torch.Tensor._make_wrapper_subclass
+"""Makes a tensor subclass that has a shape and no memory."""
 
 
 def has_kernel(operator: str, key: str) -> bool:

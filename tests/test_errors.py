@@ -75,6 +75,14 @@ the rule 'm k, k n -> m q' gives q, which no operand has
 the norm of the gradient is inf: gradients of 2 parameters, first 'up.weight', are infinite or no numbers
   fix     look at the loss, or skip the step""",
     ),
+    errors.CheckpointError: (
+        "cannot load the state dict into MLP:\n  - up.weight is missing",
+        {"fix": "give a state dict of this model"},
+        """\
+cannot load the state dict into MLP:
+  - up.weight is missing
+  fix     give a state dict of this model""",
+    ),
     errors.DistributedError: (
         "torch.distributed is not initialised",
         {"fix": "start with torchrun, or use fxshard.simulate"},
@@ -100,6 +108,7 @@ BUILTINS = {
     "InputError": ValueError,
     "RuleError": ValueError,
     "GradientError": RuntimeError,
+    "CheckpointError": RuntimeError,
     "DistributedError": RuntimeError,
 }
 

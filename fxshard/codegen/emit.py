@@ -70,7 +70,7 @@ def _head(title: str, graph: fx.Graph, file: File, body: Sequence[str]) -> Itera
         lines = [f"import {name}" for name in group]
         lines += ["from torch.nn import functional as F"] if at and "F" in words else []
         yield from ["", *lines] if lines else ()
-    used: dict[str, set[str]] = {"fxshard.runtime.checkpoint": {"checkpoint"}} if "checkpoint" in words else {}
+    used: dict[str, set[str]] = {"fxshard.runtime.recompute": {"checkpoint"}} if "checkpoint" in words else {}
     for node in graph.nodes:
         if is_ours(node.target):
             used.setdefault(node.target.__module__, set()).add(node.target.__name__)

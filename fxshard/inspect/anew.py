@@ -38,7 +38,7 @@ def communicated_again(compiled: Compiled, flows: Mapping[fx.Node, bool]) -> dic
     """The conversions that run again when the backward pass reaches a node.
 
     What a call kept is asked for by the last of its operators that keep something for their gradient, and is computed
-    anew up to there. Where the ranks' programs differ, that is the end of the call (``runtime/checkpoint.py``).
+    anew up to there. Where the ranks' programs differ, that is the end of the call (``runtime/recompute.py``).
 
     Args:
         compiled: the program.

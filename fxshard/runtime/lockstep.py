@@ -16,8 +16,8 @@ import torch
 
 from fxshard.errors import FxshardError
 from fxshard.mesh import Mesh
-from fxshard.runtime.checkpoint import keeping_all
 from fxshard.runtime.collectives import Axis, sum_dtype
+from fxshard.runtime.recompute import keeping_all
 from fxshard.runtime.regather import Regather
 from fxshard.runtime.rounds import InLockstep, Joint
 

@@ -138,8 +138,8 @@ def test_the_code_of_a_small_model() -> None:
 import torch
 from torch.nn import functional as F
 
-from fxshard.runtime.checkpoint import checkpoint
 from fxshard.runtime.collectives import all_reduce, vary
+from fxshard.runtime.recompute import checkpoint
 
 # fxshard.runtime.module.load gives: tp, the Axis of 2 ranks.
 
@@ -316,7 +316,7 @@ def test_dynamic_sizes() -> None:
 
 def test_without_gradients_nothing_is_computed_anew(monkeypatch: pytest.MonkeyPatch) -> None:
     program = fxshard.parallelize(Stack().double(), tensor_parallel(1), (X,), checkpoint="layers.*")
-    monkeypatch.setattr("fxshard.runtime.checkpoint.checkpoint_whole", None)
+    monkeypatch.setattr("fxshard.runtime.recompute.checkpoint_whole", None)
     with torch.no_grad():
         program(X)
     with pytest.raises(TypeError):
@@ -325,7 +325,7 @@ def test_without_gradients_nothing_is_computed_anew(monkeypatch: pytest.MonkeyPa
 
 @pytest.mark.parametrize("plan", [tensor_parallel(2), sequence_parallel(2), data_parallel(2)], ids=str)
 def test_a_simulation_keeps_all(plan: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("fxshard.runtime.checkpoint.checkpoint_whole", None)
+    monkeypatch.setattr("fxshard.runtime.recompute.checkpoint_whole", None)
     program = assert_equivalent(Stack().double(), plan, (X,), checkpoint="layers.*")
     assert fxshard.verify(program, X).ok
 

@@ -1,0 +1,1 @@
+"""Checkpoints that outlive the mesh: folders of ``torch.distributed.checkpoint``, and safetensors."""

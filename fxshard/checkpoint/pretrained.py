@@ -1,0 +1,170 @@
+"""Safetensors, in and out: what a model hub has, and what it takes.
+
+Out: rank 0 gets the whole weights, a tensor after the other, and writes them: a model of ``transformers`` with its own
+``save_pretrained``, which knows its configuration, its tied weights and in which form its weights are kept; any other
+module as one ``model.safetensors``. In: each rank opens the files and reads what its own parts need, no more.
+"""
+
+from __future__ import annotations
+
+import inspect
+import json
+import os
+import re
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import nn
+
+from fxshard.checkpoint.checkpoint import weights_of
+from fxshard.errors import CheckpointError
+from fxshard.program import ParallelModule
+from fxshard.runtime.layout import Box, fill
+from fxshard.runtime.materialize import make_real
+from fxshard.runtime.parts import same
+from fxshard.runtime.together import on_first_rank, refuse
+from fxshard.runtime.weights import Weights
+
+FILE = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+
+
+def save_pretrained(program: nn.Module, folder: str | os.PathLike[str], **options: Any) -> None:
+    """Writes the whole weights as safetensors; every rank must call it, rank 0 writes.
+
+    A model that has a ``save_pretrained(folder, state_dict=...)``, as those of ``transformers`` have, writes itself:
+    the folder opens with its ``from_pretrained``. Of any other, ``model.safetensors`` holds all tensors of the state
+    dict, a tied one once; ``load_pretrained`` and ``safetensors.torch.load_model`` read it.
+
+    Args:
+        program: what ``parallelize`` returned, or a plain module.
+        folder: where to.
+        options: for the model's own ``save_pretrained``.
+
+    Raises:
+        CheckpointError: where the state dict holds what safetensors cannot, or rank 0 could not write.
+    """
+    weights = weights_of(program)
+    state = weights.stream_state_dict()
+    on_first_rank(lambda: _write(weights, state, Path(folder), options))
+
+
+def _write(weights: Weights, state: dict[str, Any], folder: Path, options: Mapping[str, Any]) -> None:
+    own = getattr(weights.model, "save_pretrained", None)
+    if callable(own) and "state_dict" in inspect.signature(own).parameters:
+        own(folder, state_dict=state, **options)
+        return
+    strange = [name for name, value in state.items() if not isinstance(value, torch.Tensor)]
+    if strange or options:
+        raise CheckpointError(
+            f"safetensors holds tensors only, and {strange[0]} is a {type(state[strange[0]]).__name__}"
+            if strange
+            else f"{type(weights.model).__name__} has no save_pretrained that could take {', '.join(options)}",
+            fix="use save_checkpoint" if strange else "leave them out",
+        )
+    once = {name: value for name, value in state.items() if weights.first_names[name] == name}
+    tied = {name: weights.first_names[name] for name in state if name not in once}  # as safetensors.torch.save_model
+    folder.mkdir(parents=True, exist_ok=True)
+    partial = folder / f"{FILE}.partial"
+    save_file({k: v.contiguous() for k, v in once.items()}, partial, metadata={**tied, "format": "pt"})
+    partial.replace(folder / FILE)
+
+
+def load_pretrained(program: nn.Module, source: str | os.PathLike[str], *, strict: bool = True) -> None:
+    """Loads safetensors into the weights, in place; every rank must call it, and reads its own parts only.
+
+    Parts on the meta device get memory: a model larger than a machine's memory is made on the meta device, parallelized
+    with example inputs, and loaded. Of tied weights one name is enough.
+
+    Args:
+        program: what ``parallelize`` returned, or a plain module.
+        source: a file, or a folder with ``model.safetensors``, or with several files and their index,
+            ``model.safetensors.index.json``.
+        strict: whether names that are missing or not in the model are errors. Names of which the model itself says that
+            they may be there (``_keys_to_ignore_on_load_unexpected`` of ``transformers``) never are.
+
+    Raises:
+        CheckpointError: where the file is not one of this model; everything that does not fit is listed.
+    """
+    weights = weights_of(program)
+    with _opened(Path(source)) as files:
+        given = {name: file for name, file in files.items() if name in weights.names}
+        sources = {weights.first_names[name]: name for name in reversed(list(given))}  # a tensor under its first name
+        problems = _problems(weights, given)
+        if strict:
+            problems += [f"{n} is missing" for n in weights.names if weights.first_names[n] not in sources]
+            ignored = getattr(weights.model, "_keys_to_ignore_on_load_unexpected", None) or ()
+            problems += [
+                f"{name} is not in the model"
+                for name in files
+                if name not in weights.names and not any(re.search(pattern, name) for pattern in ignored)
+            ]
+        refuse(
+            problems,
+            f"{source} does not fit {type(weights.model).__name__}:",
+            "read it with the model's own from_pretrained, which knows how names and forms of weights changed, and "
+            "parallelize what that returns",
+        )
+        make_real(weights, list(given))
+        for first, name in sources.items():
+            for rank in weights.modules:
+                fill(weights.part(first, rank), weights.layout(first, rank).boxes, _reader(given[name], name))
+    if isinstance(program, ParallelModule):
+        program._loaded([name for name in weights.names if weights.first_names[name] in sources])
+
+
+def _reader(file: Any, name: str) -> Callable[[Box], torch.Tensor]:
+    stored = file.get_slice(name)
+    return lambda box: stored[box.of_whole]
+
+
+def _problems(weights: Weights, given: Mapping[str, Any]) -> list[str]:
+    """Why tensors of the files cannot be those of the model, a line each."""
+    problems = []
+    for name, file in given.items():
+        shape, wanted = tuple(file.get_slice(name).get_shape()), weights.layout(name).shape
+        if shape != wanted:
+            problems.append(f"{name} has shape {list(shape)}, and must have {list(wanted)}")
+        first = weights.first_names[name]
+        if first != name and first in given and not problems:
+            problems += _untied(weights, first, name, given)
+    return problems
+
+
+def _untied(weights: Weights, first: str, name: str, given: Mapping[str, Any]) -> list[str]:
+    """Whether two names of one tensor have two values, of what this rank reads."""
+    for rank in weights.modules:
+        for box in weights.layout(name, rank).boxes:
+            if not same(_reader(given[first], first)(box), _reader(given[name], name)(box)):
+                return [f"{first} and {name} are one tensor of the model, and differ"]
+    return []
+
+
+@contextmanager
+def _opened(source: Path) -> Iterator[dict[str, Any]]:
+    """The name of each tensor -> the open file that holds it."""
+    files: dict[str, Any] = {}
+    problems: list[str] = []
+    with ExitStack() as stack:
+        try:
+            for path in _files(source):
+                file = stack.enter_context(safe_open(path, framework="pt", device="cpu"))
+                files |= dict.fromkeys(file.keys(), file)
+        except Exception as error:
+            problems.append(f"{type(error).__name__}: {error}")
+        refuse(problems, f"cannot read {source}:", f"give a file, or a folder with {FILE} or {INDEX}")
+        yield files
+
+
+def _files(source: Path) -> list[Path]:
+    if not source.is_dir():
+        return [source]
+    if (source / INDEX).is_file():
+        index = json.loads((source / INDEX).read_text(encoding="utf-8"))
+        return [source / name for name in sorted(set(index["weight_map"].values()))]
+    return [source / FILE]
