@@ -16,6 +16,7 @@ from fxshard.plan.formats import axis_for, is_style, read_styles
 from fxshard.plan.plan import Plan
 from fxshard.program import ParallelModule
 from fxshard.runtime.process import check_world
+from fxshard.runtime.watch import current
 
 
 def parallelize(
@@ -28,6 +29,7 @@ def parallelize(
     dynamic_shapes: Any = None,
     reduce_dtype: torch.dtype | None = None,
     randomness: str = "single_device",
+    compare: str = "first_call",
 ) -> ParallelModule:
     """Compiles an unmodified model for a mesh.
 
@@ -45,6 +47,10 @@ def parallelize(
         randomness: ``"single_device"``: dropout drops what one device would drop, mask for mask. Every rank draws the
             whole mask for that, and attention with dropout is written out. ``"independent"``: each rank draws for its
             own part, and attention stays fused; what is replicated is dropped alike on all ranks.
+        compare: when real ranks compare what they are about to run (plan, inputs, weights, collectives), so that one
+            that differs is an error. ``"first_call"``: before the first call of each capture. ``"every_call"``: also
+            before all others, to find a rank that is given other inputs later. ``"metadata"``: as ``"first_call"``,
+            but not the values of the inputs: for ranks that load only the rows that their part of the plan reads.
 
     Returns:
         A module that is called like the model, with the same whole inputs on every rank.
@@ -75,7 +81,10 @@ def parallelize(
         raise PlanError(f"reduce_dtype is {reduce_dtype}, in which nothing can be summed", fix="give torch.float32")
     if randomness not in ("single_device", "independent"):
         raise PlanError(f"randomness is {randomness!r}", fix="give 'single_device' or 'independent'")
-    options = Options(reduce_dtype, randomness == "independent")
+    if compare not in ("first_call", "every_call", "metadata"):
+        raise PlanError(f"compare is {compare!r}", fix="give 'first_call', 'every_call' or 'metadata'")
+    current()  # from here on the other ranks can ask where this one is
+    options = Options(reduce_dtype, randomness == "independent", compare)
     program = ParallelModule(model, asked, device_mesh, dynamic_shapes, options)
     if args or kwargs:
         program.capture(tuple(args), kwargs)

@@ -16,6 +16,7 @@ from torch import fx, nn
 from fxshard.codegen.emit import emit
 from fxshard.errors import FxshardError
 from fxshard.inspect.fallbacks import Fallback, fallbacks_of
+from fxshard.inspect.fingerprint import fingerprint
 from fxshard.inspect.report import Collective, collectives_of, explain, table
 from fxshard.mesh import Mesh
 from fxshard.passes.annotate import placements
@@ -26,8 +27,11 @@ from fxshard.placement import REPLICATE, Placements, cut_of, is_shard, join_all
 from fxshard.plan.plan import Plan
 from fxshard.runtime.autocast import ambient, using
 from fxshard.runtime.collectives import Axis, all_gather, concat
+from fxshard.runtime.faults import calling, compared
+from fxshard.runtime.meeting import meet
 from fxshard.runtime.module import RankModule, find, load, local_part, place, share
-from fxshard.runtime.process import check_same_weights, checksum, process_axes, share_random_state
+from fxshard.runtime.process import check_world, checksum, process_axes, share_random_state
+from fxshard.runtime.watch import current
 
 logger = logging.getLogger("fxshard")
 
@@ -239,18 +243,28 @@ class ParallelModule(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Runs this rank's part; collective. Give every rank the same whole inputs."""
-        compiled, leaves = self.compile_call(args, kwargs)
-        if id(compiled) not in self._functions:
-            self._functions[id(compiled)] = self.function(compiled, self.rank, self.axes)
-        if self._checksums:
-            check_same_weights(self._checksums)
+        with calling():
+            compiled, leaves = self.compile_call(args, kwargs)
+            self._compare_ranks(compiled, leaves)
+            if id(compiled) not in self._functions:
+                self._functions[id(compiled)] = self.function(compiled, self.rank, self.axes)
+            if compiled.draws:
+                share_random_state(self.mesh)
+            leaves = [x.to(self._device) if isinstance(x, torch.Tensor) else x for x in leaves]
+            with using(()):  # the casts are in the code
+                out = self._functions[id(compiled)](self.rank_module(self.rank), *leaves)
+            return compiled.captured.unflatten_outputs(out)
+
+    def _compare_ranks(self, compiled: Compiled, leaves: list[Any]) -> None:
+        """Before a capture's first call: raises ``DistributedError`` where other ranks are about to run another."""
+        check_world(self.mesh)
+        watch = current()
+        if watch is not None and (id(compiled) not in self._functions or self.options.compare == "every_call"):
+            sections = fingerprint(compiled, self._model[0], leaves, self._checksums)
+            about = ", ".join(f"{name}: {text}" for name, text in sections["inputs"].items.items())
+            meet(watch, sections, f"captured for {about}")
             self._checksums = {}
-        if compiled.draws:
-            share_random_state(self.mesh)
-        leaves = [x.to(self._device) if isinstance(x, torch.Tensor) else x for x in leaves]
-        with using(()):  # the casts are in the code
-            out = self._functions[id(compiled)](self.rank_module(self.rank), *leaves)
-        return compiled.captured.unflatten_outputs(out)
+        compared()
 
     # --- whole tensors ---------------------------------------------------------------------------------------------
 

@@ -7,11 +7,13 @@ names further modules of torch as text, to tell their warnings and frames from t
 from __future__ import annotations
 
 import torch
+from torch._C._distributed_c10d import PrefixStore, Store
 from torch._export.passes import replace_autocast_with_hop_pass, replace_set_grad_with_hop_pass
 from torch._functorch import predispatch
 from torch._ops import HigherOrderOperator, OperatorBase, OpOverload, OpOverloadPacket
 from torch._subclasses import FakeTensor
 from torch.autograd.function import _SingleLevelFunction as SingleLevelFunction
+from torch.distributed import distributed_c10d
 from torch.export import _trace as exporter
 from torch.fx._lazy_graph_module import _LazyGraphModule as LazyGraphModule
 from torch.utils import _pytree as pytree
@@ -33,8 +35,11 @@ __all__ = [
     "OpOverload",
     "OpOverloadPacket",
     "OperatorBase",
+    "PrefixStore",
     "SingleLevelFunction",
+    "Store",
     "TorchDispatchMode",
+    "default_store",
     "exporter",
     "has_kernel",
     "is_vmapped",
@@ -60,6 +65,11 @@ REGION_PASSES = (
 def has_kernel(operator: str, key: str) -> bool:
     """Whether an operator, ``aten::add.Tensor``, has a kernel of its own for a dispatch key."""
     return bool(torch._C._dispatch_has_kernel_for_dispatch_key(operator, key))
+
+
+def default_store() -> Store:
+    """The store in which the ranks of the default process group met; its timeout is the group's."""
+    return distributed_c10d._get_default_store()
 
 
 def is_vmapped(value: object) -> bool:

@@ -44,10 +44,13 @@ class Options:
     Attributes:
         reduce_dtype: the least precision in which sums over ranks are made; None leaves each value's own.
         independent: each rank draws for itself what is dropped of its part.
+        compare: when ranks compare what they are about to run: ``first_call``, ``every_call``, or ``metadata`` for
+            the first call without the values of the inputs.
     """
 
     reduce_dtype: torch.dtype | None = None
     independent: bool = False
+    compare: str = "first_call"
 
 
 @dataclass(frozen=True)

@@ -36,6 +36,7 @@ import torch.distributed as dist
 
 from fxshard.errors import DistributedError, DivisibilityError
 from fxshard.runtime.autocast import operator_named
+from fxshard.runtime.faults import guarded
 
 Blocks = tuple[int, ...]
 Lengths = tuple[int, ...]
@@ -196,11 +197,13 @@ def local_index(index: int, axis: Axis, size: int) -> int:
 class ProcessAxisGroup:
     """A process group of torch.distributed along one mesh axis."""
 
-    def __init__(self, group: dist.ProcessGroup, reduce_dtype: torch.dtype | None = None) -> None:
+    def __init__(self, group: dist.ProcessGroup, reduce_dtype: torch.dtype | None = None, axis: str = "") -> None:
         # weakly: destroy_process_group must be able to end the group's threads before the interpreter does
         self.reference = weakref.ref(group)
         self.size = dist.get_world_size(group)
         self.index = dist.get_rank(group)
+        self.axis = axis
+        self.ranks = tuple(dist.get_process_group_ranks(group))
         self.reduce_dtype = reduce_dtype
 
     @property
@@ -220,7 +223,10 @@ class ProcessAxisGroup:
 
     def raw(self, name: str, x: torch.Tensor) -> torch.Tensor:
         """Runs one collective without a gradient."""
-        return _RAW[name](self, x.to(sum_dtype(name, x.dtype, self.reduce_dtype))).to(x.dtype)
+        if name in _LOCAL:
+            return _RAW[name](self, x)
+        with guarded(self, name, x):
+            return _RAW[name](self, x.to(sum_dtype(name, x.dtype, self.reduce_dtype))).to(x.dtype)
 
 
 class _Collective(torch.autograd.Function):
@@ -275,6 +281,7 @@ _RAW: dict[str, Callable[[ProcessAxisGroup, torch.Tensor], torch.Tensor]] = {
     "all_to_all": _all_to_all,
     "own_part": _own_part,
 }
+_LOCAL = ("identity", "own_part")
 
 
 class _Nothing(torch.autograd.Function):

@@ -1,0 +1,280 @@
+"""How ranks learn of each other's whereabouts when something went wrong: through the store, never through collectives.
+
+A collective that fails says little: a connection was closed, or time ran out. The rank that sees it asks all others
+where they are. A thread of each rank answers, so that a rank that waits in a collective, or computes, answers too.
+One that has died does not: on the same host its process is looked up; from another host it is silent.
+
+    key                     value
+    process/RANK            its process, and on which host
+    question/N              somebody asks
+    answer/N/RANK           where that rank is: see ``Position``
+    trouble/RANK            why it failed, and the how-manieth rank it was to fail
+
+The keys are below one prefix for each start of torchrun (``TORCHELASTIC_RESTART_COUNT``) in the store of the default
+process group, of which there is a new one for each start, too. The thread looks for a question four times a second;
+that, and nothing else, is the cost of a run in which nothing fails.
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import json
+import os
+import socket
+import sys
+import threading
+import time
+import weakref
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+import torch.distributed as dist
+
+from fxshard.errors import DistributedError
+from fxshard.runtime.position import POSITION
+from fxshard.torch_internals import PrefixStore, Store, default_store
+
+T = TypeVar("T")
+
+POLL_S = 0.25
+"""How often a rank looks whether another one asks."""
+PATIENCE_S = 5.0
+"""How long a rank waits for answers, or a quarter of the process group's timeout if that is less."""
+FRESH_S = 5.0
+"""A question this old is asked anew."""
+
+
+@dataclass
+class Report:
+    """What a rank could find out of the others.
+
+    Attributes:
+        answers: rank -> where it is, as ``Position.state`` tells it.
+        troubles: rank -> why it failed: ``text``, ``order``, ``own``, and where it was then.
+        gone: ranks whose processes have ended, each with its process id.
+        silent: ranks that did not answer, and may hang as well.
+        problem: why the others could not be asked.
+    """
+
+    answers: dict[int, dict[str, Any]] = field(default_factory=dict)
+    troubles: dict[int, dict[str, Any]] = field(default_factory=dict)
+    gone: dict[int, int] = field(default_factory=dict)
+    silent: set[int] = field(default_factory=set)
+    problem: str = ""
+
+
+class Watch:
+    """One rank's part in the questions and answers, for as long as the default process group lives.
+
+    Args:
+        store: the store of the default process group.
+        rank: this rank.
+        world: how many there are.
+    """
+
+    def __init__(self, store: Store, rank: int, world: int) -> None:
+        self.timeout_s = store.timeout.total_seconds()
+        self.patience_s = min(PATIENCE_S, self.timeout_s / 4)
+        self.store = PrefixStore(f"fxshard/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+        self.rank, self.world = rank, world
+        self.others = [r for r in range(world) if r != rank]
+        self.pid = os.getpid()
+        self.question = 0  # the latest that this rank knows of
+        self.noticed = -FRESH_S  # when it did
+        self.used = 0  # the latest whose answers it has used
+        self.trouble: dict[str, Any] | None = None
+        self.lock = threading.Lock()
+        self.stopped = threading.Event()
+        self._group = weakref.ref(dist.group.WORLD)
+        self.set(f"process/{rank}", {"pid": self.pid, "host": host(), "started": started(self.pid)})
+        self.thread = threading.Thread(target=self._listen, name="fxshard watch", daemon=True)
+        self.thread.start()
+
+    # --- the store -------------------------------------------------------------------------------------------------
+
+    def set(self, key: str, value: Any) -> None:
+        """Writes a value of JSON."""
+        self.store.set(key, json.dumps(value))
+
+    def get(self, key: str) -> Any:
+        """The value of a key; None where nobody has set it. It never waits."""
+        return json.loads(self.store.get(key)) if self.store.check([key]) else None
+
+    def bounded(self, what: Callable[[], T], seconds: float) -> T:
+        """``what()``, given up after ``seconds``: a store whose host hangs would never answer.
+
+        Raises:
+            TimeoutError: when it was given up.
+        """
+        done: list[T] = []
+        failed: list[BaseException] = []
+
+        def body() -> None:
+            try:
+                done.append(what())
+            except BaseException as error:
+                failed.append(error)
+
+        thread = threading.Thread(target=body, name="fxshard ask", daemon=True)
+        thread.start()
+        thread.join(seconds)
+        if failed:
+            raise failed[0]
+        if not done:
+            raise TimeoutError(f"the store of the process group did not answer within {seconds:.0f} s")
+        return done[0]
+
+    # --- answering -------------------------------------------------------------------------------------------------
+
+    @property
+    def is_current(self) -> bool:
+        """Whether the process group is still the one that it was made for."""
+        group = self._group()
+        return group is not None and dist.is_initialized() and group is dist.group.WORLD
+
+    def _listen(self) -> None:
+        with contextlib.suppress(Exception):  # the store's host has ended: a rank that asks will notice it
+            while not self.stopped.wait(POLL_S) and self.is_current:
+                self._look()
+
+    def _look(self) -> None:
+        """Answers a question that nobody here has answered yet."""
+        with self.lock:
+            while self.store.check([f"question/{self.question + 1}"]):
+                self._answer(self.question + 1)
+
+    def _answer(self, number: int) -> None:
+        self.question, self.noticed = number, time.monotonic()
+        self.set(f"answer/{number}/{self.rank}", POSITION.state())
+
+    # --- asking ----------------------------------------------------------------------------------------------------
+
+    def ask(self) -> Report:
+        """Where the other ranks are: at once where one has ended or failed, else within ``patience_s``."""
+        report = Report()
+        try:
+            self.bounded(lambda: self._ask(report), 2 * self.patience_s)
+        except Exception as error:
+            report.problem = str(error).splitlines()[0]
+        return report
+
+    def _ask(self, report: Report) -> None:
+        processes = {r: self.get(f"process/{r}") for r in self.others}
+        with self.lock:
+            fresh = time.monotonic() - self.noticed < FRESH_S and self.used < self.question
+            if not fresh and not self.store.check([f"question/{self.question + 1}"]):
+                self.set(f"question/{self.question + 1}", self.rank)
+        self._look()
+        self.used = self.question
+        deadline = self.noticed + self.patience_s
+        while True:
+            for rank in set(self.others) - report.answers.keys():
+                if (answer := self.get(f"answer/{self.used}/{rank}")) is not None:
+                    report.answers[rank] = answer
+            waiting = set(self.others) - report.answers.keys()
+            report.gone = {r: processes[r]["pid"] for r in self.others if processes[r] and is_gone(processes[r])}
+            if report.gone or not waiting or time.monotonic() > deadline:
+                break
+            time.sleep(0.02)
+        for rank in self.others:
+            if (trouble := self.get(f"trouble/{rank}")) is not None:
+                report.troubles[rank] = trouble
+        if not report.gone:
+            report.silent = waiting
+
+    def tell(self, text: str, own: bool) -> None:
+        """Writes down why this rank fails, for the others.
+
+        Args:
+            text: the reason.
+            own: it is a reason of its own, not that of another rank.
+        """
+
+        def body() -> None:
+            if self.trouble is None or self.trouble["call"] != POSITION.call:
+                self.trouble = {"order": self.store.add("troubles", 1)}
+            self.trouble |= {"text": text, "own": own, "call": POSITION.call, "number": POSITION.number}
+            self.set(f"trouble/{self.rank}", self.trouble)
+
+        with contextlib.suppress(Exception):  # where the store is gone, nobody can be told
+            self.bounded(body, self.patience_s)
+
+    # --- the end ---------------------------------------------------------------------------------------------------
+
+    def stop(self) -> None:
+        """Ends the thread."""
+        self.stopped.set()
+        if self.thread is not threading.current_thread():
+            self.thread.join(1)
+
+    def end(self) -> None:
+        """The interpreter ends: tells the others if it does so by an error."""
+        if self.pid != os.getpid():
+            return  # a fork of this rank's
+        self.stop()
+        error = getattr(sys, "last_value", None)
+        if error is not None and not isinstance(error, DistributedError):
+            self.tell(said(error), own=True)
+
+
+def said(error: BaseException) -> str:
+    """An error in a line.
+
+    >>> said(ValueError("no such token: 7" + chr(10) + "  in line 3"))
+    'ValueError: no such token: 7'
+    """
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
+
+
+# --- this process --------------------------------------------------------------------------------------------------
+
+_current: list[Watch] = []
+
+
+def current() -> Watch | None:
+    """This process's watch, begun where there is none yet; None where no other ranks run."""
+    if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
+        return None
+    if not _current or not _current[0].is_current or _current[0].pid != os.getpid():
+        if _current:
+            _current.pop().stop()
+        _current.append(Watch(default_store(), dist.get_rank(), dist.get_world_size()))
+    return _current[0]
+
+
+@atexit.register
+def _end() -> None:
+    if _current:
+        _current[0].end()
+
+
+def host() -> str:
+    """Where process ids mean what they mean here; empty where processes cannot be looked up."""
+    try:
+        with open("/proc/sys/kernel/random/boot_id") as file:
+            return f"{socket.gethostname()} {file.read().strip()} {os.readlink('/proc/self/ns/pid')}"
+    except OSError:
+        return ""
+
+
+def started(pid: int) -> str | None:
+    """When a process of this host began, in the kernel's count; None where there is no such process, or it is dead."""
+    try:
+        with open(f"/proc/{pid}/stat") as file:
+            fields = file.read().rpartition(")")[2].split()
+    except OSError:
+        return None
+    return None if fields[0] in "ZX" else fields[19]
+
+
+def is_gone(process: dict[str, Any]) -> bool:
+    """Whether a process has certainly ended: it ran on this host, and does not run now.
+
+    >>> me = {"pid": os.getpid(), "host": host(), "started": started(os.getpid())}
+    >>> is_gone(me), is_gone(me | {"host": "elsewhere"})
+    (False, False)
+    """
+    return bool(process["host"]) and process["host"] == host() and started(process["pid"]) != process["started"]
