@@ -74,6 +74,7 @@ def parallelize(
     """
     if not isinstance(model, nn.Module):
         raise PlanError(f"model is a {type(model).__name__}, not an nn.Module", fix="pass the module itself")
+    current()  # from here on the other ranks can ask where this one is
     asked = _plan(plan, mesh, model)
     check_world(asked.mesh)
     device_mesh = mesh if hasattr(mesh, "get_group") else None
@@ -83,7 +84,6 @@ def parallelize(
         raise PlanError(f"randomness is {randomness!r}", fix="give 'single_device' or 'independent'")
     if compare not in ("first_call", "every_call", "metadata"):
         raise PlanError(f"compare is {compare!r}", fix="give 'first_call', 'every_call' or 'metadata'")
-    current()  # from here on the other ranks can ask where this one is
     options = Options(reduce_dtype, randomness == "independent", compare)
     program = ParallelModule(model, asked, device_mesh, dynamic_shapes, options)
     if args or kwargs:

@@ -245,7 +245,9 @@ class ParallelModule(nn.Module):
         """Runs this rank's part; collective. Give every rank the same whole inputs."""
         with calling():
             compiled, leaves = self.compile_call(args, kwargs)
-            self._compare_ranks(compiled, leaves)
+            if id(compiled) not in self._functions or self.options.compare == "every_call":
+                self._compare_ranks(compiled, leaves)
+            compared()
             if id(compiled) not in self._functions:
                 self._functions[id(compiled)] = self.function(compiled, self.rank, self.axes)
             if compiled.draws:
@@ -256,15 +258,14 @@ class ParallelModule(nn.Module):
             return compiled.captured.unflatten_outputs(out)
 
     def _compare_ranks(self, compiled: Compiled, leaves: list[Any]) -> None:
-        """Before a capture's first call: raises ``DistributedError`` where other ranks are about to run another."""
+        """Raises ``DistributedError`` where other ranks are about to run something else; collective."""
         check_world(self.mesh)
         watch = current()
-        if watch is not None and (id(compiled) not in self._functions or self.options.compare == "every_call"):
+        if watch is not None:
             sections = fingerprint(compiled, self._model[0], leaves, self._checksums)
             about = ", ".join(f"{name}: {text}" for name, text in sections["inputs"].items.items())
-            meet(watch, sections, f"captured for {about}")
+            meet(watch, sections, f"with {about}")
             self._checksums = {}
-        compared()
 
     # --- whole tensors ---------------------------------------------------------------------------------------------
 

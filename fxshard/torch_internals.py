@@ -40,6 +40,7 @@ __all__ = [
     "Store",
     "TorchDispatchMode",
     "default_store",
+    "default_timeout_s",
     "exporter",
     "has_kernel",
     "is_vmapped",
@@ -68,8 +69,13 @@ def has_kernel(operator: str, key: str) -> bool:
 
 
 def default_store() -> Store:
-    """The store in which the ranks of the default process group met; its timeout is the group's."""
+    """The store in which the ranks of the default process group met."""
     return distributed_c10d._get_default_store()
+
+
+def default_timeout_s() -> float:
+    """The default process group's timeout: ``init_process_group`` gives it to the store, too."""
+    return float(default_store().timeout.total_seconds())  # type: ignore[attr-defined]
 
 
 def is_vmapped(value: object) -> bool:

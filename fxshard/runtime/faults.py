@@ -32,6 +32,10 @@ OWN, DEAD, SILENT, ELSEWHERE, LATE, SECOND, SAME = range(7)
 Finding = tuple[int, int, str]
 """What is the matter, the rank, and in words."""
 
+ALL_IN_IT = "all its ranks are in it, so the connection or the backend failed"
+UNASKED = "the others cannot be asked"
+KEEPER = "rank 0 keeps it, or torchrun on the first host: look whether they live"
+
 
 class Communicates(Protocol):
     """A group of ranks along a mesh axis: its name, and its ranks in the numbers of the default process group."""
@@ -102,12 +106,12 @@ def failure(error: BaseException, group: Communicates | None) -> DistributedErro
     report = watch.ask()
     ranks = group.ranks if group is not None else tuple(range(watch.world))
     findings = find(report, watch, ranks)
-    why = headline(findings) or "all its ranks are in it, so the connection or the backend failed"
+    why = headline(findings) or (UNASKED if report.problem else ALL_IN_IT)
     watch.tell(f"{here}: {why}", own=False)
     POSITION.inside = False
-    lines = [f"rank {watch.rank}: {here}: {(report.problem and 'and the others cannot be asked') or why}"]
-    lines += told(findings)
-    lines += [f"  store   {report.problem}; {host_of_store()}"] if report.problem else []
+    lines = [f"rank {watch.rank}: {here}: {why}", *told(findings)]
+    if report.problem:
+        lines.append(f"  store   {report.problem}; {KEEPER}")
     lines += [f"  {dist.get_backend():<7} {backend}"]
     return DistributedError("\n".join(lines), fix=mending(findings))
 
@@ -122,11 +126,6 @@ def plain(error: BaseException) -> str:
     if text.startswith("[/") and "] " in text:
         text = text.partition("] ")[2]
     return text.partition(". ")[0]
-
-
-def host_of_store() -> str:
-    """Who keeps the store that the ranks meet in."""
-    return "rank 0 keeps it, or the torchrun of the first node: look whether these live"
 
 
 # --- what became of the others ---------------------------------------------------------------------------------------
@@ -154,6 +153,8 @@ def _finding(report: Report, watch: Watch, rank: int, in_group: bool) -> tuple[i
         return SECOND, f"failed {'too, in the same collective' if same else 'in ' + trouble['text']}"
     if rank in report.gone:
         return DEAD, f"died (process {report.gone[rank]} has ended); look at its own output"
+    if rank in report.unknown:
+        return SILENT, "has not called fxshard.parallelize yet, or died; look at its own output"
     if rank in report.silent:
         return SILENT, "does not answer: it died or hangs; look at its own output"
     if answer is None:

@@ -24,11 +24,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from fxshard.errors import DistributedError
-from fxshard.runtime.faults import ELSEWHERE, Finding, compared, find, headline, mending, name, told
+from fxshard.runtime.faults import ELSEWHERE, KEEPER, Finding, find, headline, mending, name, told
 from fxshard.runtime.position import COMPARING, POSITION, RUNNING
 from fxshard.runtime.watch import Report, Watch
 
-FIRST_ASK_S, LAST_ASK_S = 2.0, 16.0
+FIRST_ASK_S, LAST_ASK_S = 1.0, 16.0
 """After how long a rank that waits asks where the others are; twice as long the next time, up to the second."""
 
 
@@ -69,10 +69,7 @@ def meet(watch: Watch, sections: Mapping[str, Section], about: str) -> None:
     meeting = _Meeting(watch, f"meeting/{POSITION.call}", about)
     differs = meeting.agree(sections)
     if differs:
-        section = sections[differs]
-        text = meeting.difference(section)
-        raise DistributedError(text, fix=section.fix)
-    compared()
+        raise DistributedError(meeting.difference(sections[differs]), fix=sections[differs].fix)
 
 
 class _Meeting:
@@ -133,10 +130,10 @@ class _Meeting:
 
     def _error(self, report: Report, absent: list[int]) -> DistributedError:
         findings = [f for f in find(report, self.watch, absent) if f[1] in absent]
-        why = headline([f for f in findings if f[0] != ELSEWHERE]) or f"{name(absent)} did not"
-        text = f"call {POSITION.call}: {self.about}, which all ranks must compare, but {why}"
+        why = headline([f for f in findings if f[0] != ELSEWHERE]) or f"{name(absent)} did not come"
+        text = f"call {POSITION.call}, {self.about}: all ranks compare what they run, but {why}"
         self.watch.tell(text, own=bool(findings) and findings[0][0] == ELSEWHERE)
-        problem = [f"  store   {report.problem}"] if report.problem else []
+        problem = [f"  store   {report.problem}; {KEEPER}"] if report.problem else []
         lines = [f"rank {self.watch.rank}, {text}", *told(findings), *problem]
         return DistributedError("\n".join(lines), fix=_mending(findings))
 

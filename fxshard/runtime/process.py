@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from fxshard.errors import DistributedError, MeshError
 from fxshard.mesh import Mesh
 from fxshard.runtime.collectives import Axis, ProcessAxisGroup
 from fxshard.runtime.faults import guarded
+from fxshard.torch_internals import default_timeout_s
 
 
 def check_world(mesh: Mesh) -> None:
@@ -50,6 +52,9 @@ def process_axes(
     check_world(mesh)
     if device_mesh is None:
         device_mesh = init_device_mesh(device_type, mesh.sizes, mesh_dim_names=mesh.names)
+        timeout = timedelta(seconds=default_timeout_s())
+        for name in mesh.names:  # torch gives the groups of an axis half an hour, whatever the default group has
+            device_mesh.get_group(name).set_timeout(timeout)
     out = {}
     for name, size in zip(mesh.names, mesh.sizes, strict=True):
         group = ProcessAxisGroup(device_mesh.get_group(name), reduce_dtype, name)

@@ -34,7 +34,7 @@ import torch.distributed as dist
 
 from fxshard.errors import DistributedError
 from fxshard.runtime.position import POSITION
-from fxshard.torch_internals import PrefixStore, Store, default_store
+from fxshard.torch_internals import PrefixStore, Store, default_store, default_timeout_s
 
 T = TypeVar("T")
 
@@ -55,6 +55,7 @@ class Report:
         troubles: rank -> why it failed: ``text``, ``order``, ``own``, and where it was then.
         gone: ranks whose processes have ended, each with its process id.
         silent: ranks that did not answer, and may hang as well.
+        unknown: those of them that have not begun to use fxshard.
         problem: why the others could not be asked.
     """
 
@@ -62,6 +63,7 @@ class Report:
     troubles: dict[int, dict[str, Any]] = field(default_factory=dict)
     gone: dict[int, int] = field(default_factory=dict)
     silent: set[int] = field(default_factory=set)
+    unknown: set[int] = field(default_factory=set)
     problem: str = ""
 
 
@@ -75,7 +77,7 @@ class Watch:
     """
 
     def __init__(self, store: Store, rank: int, world: int) -> None:
-        self.timeout_s = store.timeout.total_seconds()
+        self.timeout_s = default_timeout_s()
         self.patience_s = min(PATIENCE_S, self.timeout_s / 4)
         self.store = PrefixStore(f"fxshard/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
         self.rank, self.world = rank, world
@@ -85,10 +87,13 @@ class Watch:
         self.noticed = -FRESH_S  # when it did
         self.used = 0  # the latest whose answers it has used
         self.trouble: dict[str, Any] | None = None
+        self.first: dict[str, Any] | None = None  # the process of rank 0, which may keep the store
+        self.lost = ""  # how the store failed
         self.lock = threading.Lock()
         self.stopped = threading.Event()
         self._group = weakref.ref(dist.group.WORLD)
         self.set(f"process/{rank}", {"pid": self.pid, "host": host(), "started": started(self.pid)})
+        self.set(f"trouble/{rank}", None)
         self.thread = threading.Thread(target=self._listen, name="fxshard watch", daemon=True)
         self.thread.start()
 
@@ -136,7 +141,8 @@ class Watch:
 
     def _listen(self) -> None:
         with contextlib.suppress(Exception):  # the store's host has ended: a rank that asks will notice it
-            while not self.stopped.wait(POLL_S) and self.is_current:
+            while not self.stopped.wait(POLL_S) and self.is_current and not self.lost:
+                self.first = self.first or self.get("process/0")
                 self._look()
 
     def _look(self) -> None:
@@ -154,10 +160,14 @@ class Watch:
     def ask(self) -> Report:
         """Where the other ranks are: at once where one has ended or failed, else within ``patience_s``."""
         report = Report()
-        try:
-            self.bounded(lambda: self._ask(report), 2 * self.patience_s)
-        except Exception as error:
-            report.problem = str(error).splitlines()[0]
+        if not self.lost:
+            try:
+                self.bounded(lambda: self._ask(report), 2 * self.patience_s)
+            except Exception as error:
+                self.lost = said(error)
+        report.problem = self.lost
+        if self.lost and self.first is not None and is_gone(self.first):
+            report.gone = {0: self.first["pid"]}
         return report
 
     def _ask(self, report: Report) -> None:
@@ -182,7 +192,7 @@ class Watch:
             if (trouble := self.get(f"trouble/{rank}")) is not None:
                 report.troubles[rank] = trouble
         if not report.gone:
-            report.silent = waiting
+            report.silent, report.unknown = waiting, {r for r in waiting if processes[r] is None}
 
     def tell(self, text: str, own: bool) -> None:
         """Writes down why this rank fails, for the others.
@@ -198,8 +208,11 @@ class Watch:
             self.trouble |= {"text": text, "own": own, "call": POSITION.call, "number": POSITION.number}
             self.set(f"trouble/{self.rank}", self.trouble)
 
-        with contextlib.suppress(Exception):  # where the store is gone, nobody can be told
-            self.bounded(body, self.patience_s)
+        if not self.lost:
+            try:
+                self.bounded(body, self.patience_s)
+            except Exception as error:  # every further try would end in a page of warnings from torch
+                self.lost = said(error)
 
     # --- the end ---------------------------------------------------------------------------------------------------
 
