@@ -12,22 +12,30 @@ the most, and raises ``DistributedError``.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from types import TracebackType
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
 
 from fxshard.errors import DistributedError, FxshardError
-from fxshard.runtime.position import POSITION, RUNNING
-from fxshard.runtime.watch import Report, Watch, current, said
+from fxshard.runtime.position import COMPARING, POSITION, RUNNING
+from fxshard.runtime.watch import Report, Watch, current, plain, said
 
 SHOWN = 8
 """How many other ranks an error tells of."""
 
-OWN, DEAD, SILENT, ELSEWHERE, LATE, SECOND, SAME = range(7)
+OWN, DEAD, SILENT, OUT, ELSEWHERE, SECOND, SAME = range(7)
 """What may be the matter with another rank, the surest cause first."""
+
+VERBS = {
+    DEAD: ("died", "died"),
+    SILENT: ("does not answer", "do not answer"),
+    OUT: ("has not come", "have not come"),
+    ELSEWHERE: ("is in another one", "are in other ones"),
+    SECOND: ("failed, too", "failed, too"),
+}
 
 Finding = tuple[int, int, str]
 """What is the matter, the rank, and in words."""
@@ -101,31 +109,18 @@ def failure(error: BaseException, group: Communicates | None) -> DistributedErro
     watch = current()
     if watch is None:
         return DistributedError(f"{POSITION.text()} failed: {backend}")
-    here = f"{POSITION.text()}, failed"
-    watch.tell(f"{here}: {backend}", own=False)
+    watch.tell(backend, own=False)
     report = watch.ask()
     ranks = group.ranks if group is not None else tuple(range(watch.world))
     findings = find(report, watch, ranks)
     why = headline(findings) or (UNASKED if report.problem else ALL_IN_IT)
-    watch.tell(f"{here}: {why}", own=False)
+    watch.tell(why, own=False)
     POSITION.inside = False
-    lines = [f"rank {watch.rank}: {here}: {why}", *told(findings)]
+    lines = [f"rank {watch.rank}: {POSITION.text()}, failed: {why}", *told(findings)]
     if report.problem:
         lines.append(f"  store   {report.problem}; {KEEPER}")
     lines += [f"  {dist.get_backend():<7} {backend}"]
     return DistributedError("\n".join(lines), fix=mending(findings))
-
-
-def plain(error: BaseException) -> str:
-    """The first sentence of a backend's error, without the place in its source.
-
-    >>> plain(RuntimeError("[/a/gloo/pair.cc:5] Connection closed by peer [::1]:2. This is typically caused by ..."))
-    'Connection closed by peer [::1]:2'
-    """
-    text = (str(error).strip().splitlines() or [type(error).__name__])[0]
-    if text.startswith("[/") and "] " in text:
-        text = text.partition("] ")[2]
-    return text.partition(". ")[0]
 
 
 # --- what became of the others ---------------------------------------------------------------------------------------
@@ -146,25 +141,36 @@ def find(report: Report, watch: Watch, ranks: Iterable[int]) -> list[Finding]:
 def _finding(report: Report, watch: Watch, rank: int, in_group: bool) -> tuple[int, str] | None:
     answer, trouble = report.answers.get(rank), report.troubles.get(rank)
     if trouble is not None and (answer is None or answer["call"] <= trouble["call"]):
-        first = watch.trouble is None or trouble["order"] < watch.trouble["order"]
-        if trouble["own"]:
-            return OWN, f"failed{' first' * first}: {trouble['text']}"
-        same = (trouble["call"], trouble["number"]) == (POSITION.call, POSITION.number)
-        return SECOND, f"failed {'too, in the same collective' if same else 'in ' + trouble['text']}"
+        return _troubled(trouble, watch, in_group)
     if rank in report.gone:
         return DEAD, f"died (process {report.gone[rank]} has ended); look at its own output"
     if rank in report.unknown:
         return SILENT, "has not called fxshard.parallelize yet, or died; look at its own output"
     if rank in report.silent:
         return SILENT, "does not answer: it died or hangs; look at its own output"
-    if answer is None:
-        return None
-    if not answer["inside"]:
-        after = "comparing with the others" if answer["phase"] == "comparing" else "in no collective"
-        return (ELSEWHERE if in_group else LATE), f"is {after}, after {answer['text']}; it runs {answer['line']}"
-    if answer["text"] == POSITION.text():
-        return SAME, "waits in the same collective"
-    return (ELSEWHERE, f"is in {answer['text']}") if in_group else None
+    return None if answer is None else _alive(answer, in_group)
+
+
+def _troubled(trouble: Mapping[str, Any], watch: Watch, in_group: bool) -> tuple[int, str]:
+    """Of a rank that has failed."""
+    if trouble["own"]:
+        first = watch.trouble is None or trouble["order"] < watch.trouble["order"]
+        return OWN, f"failed{' first' * first}: {trouble['text']}"
+    if (trouble["call"], trouble["number"]) == (POSITION.call, POSITION.number):
+        return SECOND, "failed too, in the same collective"
+    return ELSEWHERE if in_group else SECOND, f"failed in {trouble['at']}: {trouble['text']}"
+
+
+def _alive(answer: Mapping[str, Any], in_group: bool) -> tuple[int, str] | None:
+    """Of a rank that lives; None where that has nothing to do with this one's error."""
+    if answer["inside"]:
+        if answer["text"] == POSITION.text():
+            return SAME, "waits in the same collective"
+        return (ELSEWHERE, f"is in {answer['text']}") if in_group else None
+    if not in_group and (answer["call"], answer["number"]) >= (POSITION.call, POSITION.number):
+        return None  # it is ahead of this rank
+    doing = "comparing with the others" if answer["phase"] == COMPARING else "in no collective"
+    return OUT, f"is {doing}, after {answer['text']}; it runs {answer['line']}"
 
 
 def headline(findings: list[Finding]) -> str:
@@ -172,13 +178,11 @@ def headline(findings: list[Finding]) -> str:
     if not findings or findings[0][0] == SAME:
         return ""
     worst = findings[0][0]
-    if worst in (OWN, SECOND):
-        return f"rank {findings[0][1]} {findings[0][2]}"
+    if worst == OWN:
+        return f"rank {findings[0][1]} {findings[0][2].partition(':')[0]}"
     who = [rank for what, rank, _ in findings if what == worst]
-    verb = {DEAD: "died", SILENT: "does not answer", ELSEWHERE: "is not in it", LATE: "is late"}[worst]
-    if len(who) > 1:
-        verb = verb.replace("does", "do").replace("is", "are")
-    return f"{name(who)} {verb}"
+    one, many = VERBS[worst]
+    return f"{name(who)} {one if len(who) == 1 else many}"
 
 
 def name(ranks: Iterable[int]) -> str:
@@ -216,7 +220,7 @@ def mending(findings: list[Finding]) -> str:
             f"mend what rank {rank}'s own output says; under torchrun --max-restarts=N all ranks start anew, and the "
             "script goes on from its last checkpoint"
         )
-    if what in (ELSEWHERE, LATE):
+    if what in (OUT, ELSEWHERE):
         return (
             "let every rank make the same calls in the same order (the program, backward, full_state_dict, full_grads: "
             "none only `if rank == 0`); if the rank is only slow, raise the timeout of init_process_group"

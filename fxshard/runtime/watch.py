@@ -42,7 +42,7 @@ POLL_S = 0.25
 """How often a rank looks whether another one asks."""
 PATIENCE_S = 5.0
 """How long a rank waits for answers, or a quarter of the process group's timeout if that is less."""
-FRESH_S = 5.0
+FRESH_S = 6.0
 """A question this old is asked anew."""
 
 
@@ -87,6 +87,8 @@ class Watch:
         self.noticed = -FRESH_S  # when it did
         self.used = 0  # the latest whose answers it has used
         self.trouble: dict[str, Any] | None = None
+        self.here: tuple[int, int] | None = None  # the collective in which this rank was when it last looked
+        self.since = 0.0  # since when
         self.first: dict[str, Any] | None = None  # the process of rank 0, which may keep the store
         self.lost = ""  # how the store failed
         self.lock = threading.Lock()
@@ -141,9 +143,25 @@ class Watch:
 
     def _listen(self) -> None:
         with contextlib.suppress(Exception):  # the store's host has ended: a rank that asks will notice it
-            while not self.stopped.wait(POLL_S) and self.is_current and not self.lost:
-                self.first = self.first or self.get("process/0")
+            while not self.stopped.wait(POLL_S) and self.is_current and not self.lost and not self._keeper_is_gone():
                 self._look()
+                self._look_ahead()
+
+    def _keeper_is_gone(self) -> bool:
+        """Whether rank 0 has ended on this host: to ask a store that it kept makes torch print pages of warnings."""
+        if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+            return False
+        self.first = self.first or self.get("process/0")
+        return self.first is not None and is_gone(self.first)
+
+    def _look_ahead(self) -> None:
+        """Asks before time runs out for the collective that this rank is in, so that it need not wait after that."""
+        here = (POSITION.call, POSITION.number) if POSITION.inside else None
+        if here != self.here:
+            self.here, self.since = here, time.monotonic()
+        elif here is not None and time.monotonic() - self.since > self.timeout_s - self.patience_s:
+            self._open()
+            self.since = float("inf")
 
     def _look(self) -> None:
         """Answers a question that nobody here has answered yet."""
@@ -164,7 +182,7 @@ class Watch:
             try:
                 self.bounded(lambda: self._ask(report), 2 * self.patience_s)
             except Exception as error:
-                self.lost = said(error)
+                self.lost = plain(error)
         report.problem = self.lost
         if self.lost and self.first is not None and is_gone(self.first):
             report.gone = {0: self.first["pid"]}
@@ -172,11 +190,7 @@ class Watch:
 
     def _ask(self, report: Report) -> None:
         processes = {r: self.get(f"process/{r}") for r in self.others}
-        with self.lock:
-            fresh = time.monotonic() - self.noticed < FRESH_S and self.used < self.question
-            if not fresh and not self.store.check([f"question/{self.question + 1}"]):
-                self.set(f"question/{self.question + 1}", self.rank)
-        self._look()
+        self._open()
         self.used = self.question
         deadline = self.noticed + self.patience_s
         while True:
@@ -194,6 +208,14 @@ class Watch:
         if not report.gone:
             report.silent, report.unknown = waiting, {r for r in waiting if processes[r] is None}
 
+    def _open(self) -> None:
+        """Asks, unless somebody just did."""
+        self._look()
+        with self.lock:
+            if time.monotonic() - self.noticed > FRESH_S or self.used == self.question:
+                self.set(f"question/{self.question + 1}", self.rank)
+                self._answer(self.question + 1)
+
     def tell(self, text: str, own: bool) -> None:
         """Writes down why this rank fails, for the others.
 
@@ -205,14 +227,15 @@ class Watch:
         def body() -> None:
             if self.trouble is None or self.trouble["call"] != POSITION.call:
                 self.trouble = {"order": self.store.add("troubles", 1)}
-            self.trouble |= {"text": text, "own": own, "call": POSITION.call, "number": POSITION.number}
+            at = {"call": POSITION.call, "number": POSITION.number, "at": POSITION.text()}
+            self.trouble |= {"text": text, "own": own, **at}
             self.set(f"trouble/{self.rank}", self.trouble)
 
         if not self.lost:
             try:
                 self.bounded(body, self.patience_s)
             except Exception as error:  # every further try would end in a page of warnings from torch
-                self.lost = said(error)
+                self.lost = plain(error)
 
     # --- the end ---------------------------------------------------------------------------------------------------
 
@@ -240,6 +263,18 @@ def said(error: BaseException) -> str:
     """
     lines = str(error).strip().splitlines()
     return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
+
+
+def plain(error: BaseException) -> str:
+    """The first sentence of a backend's error, without the place in its source.
+
+    >>> plain(RuntimeError("[/a/gloo/pair.cc:5] Connection closed by peer [::1]:2. This is typically caused by ..."))
+    'Connection closed by peer [::1]:2'
+    """
+    text = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    if text.startswith("[/") and "] " in text:
+        text = text.partition("] ")[2]
+    return text.partition(". ")[0]
 
 
 # --- this process --------------------------------------------------------------------------------------------------
