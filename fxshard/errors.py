@@ -7,7 +7,7 @@ FxshardError
 |  `- MeshError          the mesh does not fit the plan or the running processes
 |- InputError            inputs do not fit what was captured (also a ValueError)
 |- RuleError             a rule is malformed or does not fit its operator (also a ValueError)
-|- DistributedError      torch.distributed is not ready (also a RuntimeError)
+|- DistributedError      torch.distributed is not ready, or ranks died or differ (also a RuntimeError)
 `- SoundnessError        a checked invariant of the compiler failed: a bug of fxshard, never silent
 """
 
@@ -74,7 +74,7 @@ class RuleError(FxshardError, ValueError):
 
 
 class DistributedError(FxshardError, RuntimeError):
-    """torch.distributed is not initialised, or not for this mesh."""
+    """torch.distributed is not initialised, a rank died or hangs, or the ranks are about to run different things."""
 
 
 class SoundnessError(FxshardError):

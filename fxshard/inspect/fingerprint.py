@@ -69,7 +69,7 @@ def versions() -> dict[str, str]:
         own = metadata.version("fxshard")
     except metadata.PackageNotFoundError:  # run from a checkout
         own = "of a checkout"
-    return {"Python": platform.python_version(), "torch": torch.__version__, "fxshard": own}
+    return {"Python": ".".join(platform.python_version_tuple()[:2]), "torch": torch.__version__, "fxshard": own}
 
 
 def _tensors(model: nn.Module) -> Iterator[tuple[str, str]]:

@@ -76,7 +76,7 @@ def checksum(tensor: torch.Tensor) -> int:
     flat = tensor.detach().contiguous().view(-1)
     bits = torch.view_as_real(flat).view(-1) if flat.is_complex() else flat
     words = bits.view({1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[bits.element_size()])
-    factors = torch.arange(_CHUNK, device=words.device) * _ODD | 1
+    factors = torch.arange(min(_CHUNK, words.numel()), device=words.device) * _ODD | 1
     total = 0
     for start in range(0, words.numel(), _CHUNK):
         part = words[start : start + _CHUNK]
