@@ -85,7 +85,9 @@ class _Meeting:
             others = self._all(self.key)
             differs = next((part for part in mine if any(o.get(part) != mine[part] for o in others.values())), "")
             self.watch.set(f"{self.key}/verdict", differs)
-        return str(self._wait(f"{self.key}/verdict", 0))
+        verdict = self._wait(f"{self.key}/verdict", 0)
+        self.watch.meet_first()
+        return str(verdict)
 
     def difference(self, section: Section) -> str:
         """What differs in a section, in words, the same on all ranks."""

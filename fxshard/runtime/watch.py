@@ -151,8 +151,12 @@ class Watch:
         """Whether rank 0 has ended on this host: to ask a store that it kept makes torch print pages of warnings."""
         if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
             return False
-        self.first = self.first or self.get("process/0")
+        self.meet_first()
         return self.first is not None and is_gone(self.first)
+
+    def meet_first(self) -> None:
+        """Remembers which process rank 0 is, while it can be asked."""
+        self.first = self.first or self.get("process/0")
 
     def _look_ahead(self) -> None:
         """Asks before time runs out for the collective that this rank is in, so that it need not wait after that."""
@@ -184,8 +188,11 @@ class Watch:
             except Exception as error:
                 self.lost = plain(error)
         report.problem = self.lost
-        if self.lost and self.first is not None and is_gone(self.first):
-            report.gone = {0: self.first["pid"]}
+        deadline = time.monotonic() + min(1.0, self.patience_s)
+        while self.lost and self.first is not None and not report.gone and time.monotonic() < deadline:
+            if is_gone(self.first):
+                report.gone = {0: self.first["pid"]}
+            time.sleep(0.01)  # its connections end before the process does
         return report
 
     def _ask(self, report: Report) -> None:
