@@ -21,7 +21,8 @@ import torch.distributed as dist
 
 from fxshard.errors import DistributedError, FxshardError
 from fxshard.runtime.position import COMPARING, POSITION, RUNNING
-from fxshard.runtime.watch import Report, Watch, current, plain, said
+from fxshard.runtime.session import plain, said
+from fxshard.runtime.watch import Report, Watch, current
 
 SHOWN = 8
 """How many other ranks an error tells of."""

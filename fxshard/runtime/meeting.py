@@ -66,6 +66,11 @@ def meet(watch: Watch, sections: Mapping[str, Section], about: str) -> None:
         DistributedError: on every rank, when ranks differ, or do not come within the process group's timeout.
     """
     POSITION.phase = COMPARING
+    if not watch.joined.wait(watch.timeout_s - watch.patience_s):
+        raise DistributedError(
+            f"rank {watch.rank}, call {POSITION.call}, {about}: all ranks compare what they run, but rank 0 did not",
+            fix="call fxshard.parallelize on every rank; if rank 0 did, it died or hangs: look at its own output",
+        )
     meeting = _Meeting(watch, f"meeting/{POSITION.call}", about)
     differs = meeting.agree(sections)
     if differs:
@@ -85,9 +90,7 @@ class _Meeting:
             others = self._all(self.key)
             differs = next((part for part in mine if any(o.get(part) != mine[part] for o in others.values())), "")
             self.watch.set(f"{self.key}/verdict", differs)
-        verdict = self._wait(f"{self.key}/verdict", 0)
-        self.watch.meet_first()
-        return str(verdict)
+        return str(self._wait(f"{self.key}/verdict", 0))
 
     def difference(self, section: Section) -> str:
         """What differs in a section, in words, the same on all ranks."""

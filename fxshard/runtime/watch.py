@@ -5,38 +5,32 @@ where they are. A thread of each rank answers, so that a rank that waits in a co
 One that has died does not: on the same host its process is looked up; from another host it is silent.
 
     key                     value
-    process/RANK            its process, and on which host
     question/N              somebody asks
     answer/N/RANK           where that rank is: see ``Position``
     trouble/RANK            why it failed, and the how-manieth rank it was to fail
 
-The keys are below one prefix for each start of torchrun (``TORCHELASTIC_RESTART_COUNT``) in the store of the default
-process group, of which there is a new one for each start, too. The thread looks for a question four times a second;
-that, and nothing else, is the cost of a run in which nothing fails.
+The thread looks for a question four times a second. That, and nothing else, is the cost of a run in which nothing
+fails.
 """
 
 from __future__ import annotations
 
 import atexit
 import contextlib
-import json
 import os
-import socket
 import sys
 import threading
 import time
 import weakref
-from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import Any
 
 import torch.distributed as dist
 
 from fxshard.errors import DistributedError
 from fxshard.runtime.position import POSITION
-from fxshard.torch_internals import PrefixStore, Store, default_store, default_timeout_s
-
-T = TypeVar("T")
+from fxshard.runtime.session import Session, is_gone, plain, said
+from fxshard.torch_internals import Store, default_store, default_timeout_s
 
 POLL_S = 0.25
 """How often a rank looks whether another one asks."""
@@ -67,7 +61,7 @@ class Report:
     problem: str = ""
 
 
-class Watch:
+class Watch(Session):
     """One rank's part in the questions and answers, for as long as the default process group lives.
 
     Args:
@@ -79,59 +73,18 @@ class Watch:
     def __init__(self, store: Store, rank: int, world: int) -> None:
         self.timeout_s = default_timeout_s()
         self.patience_s = min(PATIENCE_S, self.timeout_s / 4)
-        self.store = PrefixStore(f"fxshard/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
-        self.rank, self.world = rank, world
-        self.others = [r for r in range(world) if r != rank]
-        self.pid = os.getpid()
+        super().__init__(store, rank, world)
         self.question = 0  # the latest that this rank knows of
         self.noticed = -FRESH_S  # when it did
         self.used = 0  # the latest whose answers it has used
         self.trouble: dict[str, Any] | None = None
         self.here: tuple[int, int] | None = None  # the collective in which this rank was when it last looked
         self.since = 0.0  # since when
-        self.first: dict[str, Any] | None = None  # the process of rank 0, which may keep the store
-        self.lost = ""  # how the store failed
         self.lock = threading.Lock()
         self.stopped = threading.Event()
         self._group = weakref.ref(dist.group.WORLD)
-        self.set(f"process/{rank}", {"pid": self.pid, "host": host(), "started": started(self.pid)})
-        self.set(f"trouble/{rank}", None)
         self.thread = threading.Thread(target=self._listen, name="fxshard watch", daemon=True)
         self.thread.start()
-
-    # --- the store -------------------------------------------------------------------------------------------------
-
-    def set(self, key: str, value: Any) -> None:
-        """Writes a value of JSON."""
-        self.store.set(key, json.dumps(value))
-
-    def get(self, key: str) -> Any:
-        """The value of a key; None where nobody has set it. It never waits."""
-        return json.loads(self.store.get(key)) if self.store.check([key]) else None
-
-    def bounded(self, what: Callable[[], T], seconds: float) -> T:
-        """``what()``, given up after ``seconds``: a store whose host hangs would never answer.
-
-        Raises:
-            TimeoutError: when it was given up.
-        """
-        done: list[T] = []
-        failed: list[BaseException] = []
-
-        def body() -> None:
-            try:
-                done.append(what())
-            except BaseException as error:
-                failed.append(error)
-
-        thread = threading.Thread(target=body, name="fxshard ask", daemon=True)
-        thread.start()
-        thread.join(seconds)
-        if failed:
-            raise failed[0]
-        if not done:
-            raise TimeoutError(f"the store of the process group did not answer within {seconds:.0f} s")
-        return done[0]
 
     # --- answering -------------------------------------------------------------------------------------------------
 
@@ -142,21 +95,21 @@ class Watch:
         return group is not None and dist.is_initialized() and group is dist.group.WORLD
 
     def _listen(self) -> None:
+        pause_s = 0.005
         with contextlib.suppress(Exception):  # the store's host has ended: a rank that asks will notice it
-            while not self.stopped.wait(POLL_S) and self.is_current and not self.lost and not self._keeper_is_gone():
-                self._look()
-                self._look_ahead()
+            while not self.stopped.wait(pause_s) and self.is_current and not self.lost and not self._keeper_is_gone():
+                if not self.is_complete:
+                    self.join()
+                if self.joined.is_set():
+                    self._look()
+                    self._look_ahead()
+                pause_s = min(2 * pause_s, POLL_S)
 
     def _keeper_is_gone(self) -> bool:
         """Whether rank 0 has ended on this host: to ask a store that it kept makes torch print pages of warnings."""
         if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
             return False
-        self.meet_first()
         return self.first is not None and is_gone(self.first)
-
-    def meet_first(self) -> None:
-        """Remembers which process rank 0 is, while it can be asked."""
-        self.first = self.first or self.get("process/0")
 
     def _look_ahead(self) -> None:
         """Asks before time runs out for the collective that this rank is in, so that it need not wait after that."""
@@ -182,6 +135,9 @@ class Watch:
     def ask(self) -> Report:
         """Where the other ranks are: at once where one has ended or failed, else within ``patience_s``."""
         report = Report()
+        if not self.joined.wait(self.patience_s):
+            report.problem = "rank 0 has not called fxshard.parallelize yet"
+            return report
         if not self.lost:
             try:
                 self.bounded(lambda: self._ask(report), 2 * self.patience_s)
@@ -238,7 +194,7 @@ class Watch:
             self.trouble |= {"text": text, "own": own, **at}
             self.set(f"trouble/{self.rank}", self.trouble)
 
-        if not self.lost:
+        if not self.lost and self.joined.wait(1):
             try:
                 self.bounded(body, self.patience_s)
             except Exception as error:  # every further try would end in a page of warnings from torch
@@ -262,28 +218,6 @@ class Watch:
             self.tell(said(error), own=True)
 
 
-def said(error: BaseException) -> str:
-    """An error in a line.
-
-    >>> said(ValueError("no such token: 7" + chr(10) + "  in line 3"))
-    'ValueError: no such token: 7'
-    """
-    lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
-
-
-def plain(error: BaseException) -> str:
-    """The first sentence of a backend's error, without the place in its source.
-
-    >>> plain(RuntimeError("[/a/gloo/pair.cc:5] Connection closed by peer [::1]:2. This is typically caused by ..."))
-    'Connection closed by peer [::1]:2'
-    """
-    text = (str(error).strip().splitlines() or [type(error).__name__])[0]
-    if text.startswith("[/") and "] " in text:
-        text = text.partition("] ")[2]
-    return text.partition(". ")[0]
-
-
 # --- this process --------------------------------------------------------------------------------------------------
 
 _current: list[Watch] = []
@@ -304,32 +238,3 @@ def current() -> Watch | None:
 def _end() -> None:
     if _current:
         _current[0].end()
-
-
-def host() -> str:
-    """Where process ids mean what they mean here; empty where processes cannot be looked up."""
-    try:
-        with open("/proc/sys/kernel/random/boot_id") as file:
-            return f"{socket.gethostname()} {file.read().strip()} {os.readlink('/proc/self/ns/pid')}"
-    except OSError:
-        return ""
-
-
-def started(pid: int) -> str | None:
-    """When a process of this host began, in the kernel's count; None where there is no such process, or it is dead."""
-    try:
-        with open(f"/proc/{pid}/stat") as file:
-            fields = file.read().rpartition(")")[2].split()
-    except OSError:
-        return None
-    return None if fields[0] in "ZX" else fields[19]
-
-
-def is_gone(process: dict[str, Any]) -> bool:
-    """Whether a process has certainly ended: it ran on this host, and does not run now.
-
-    >>> me = {"pid": os.getpid(), "host": host(), "started": started(os.getpid())}
-    >>> is_gone(me), is_gone(me | {"host": "elsewhere"})
-    (False, False)
-    """
-    return bool(process["host"]) and process["host"] == host() and started(process["pid"]) != process["started"]

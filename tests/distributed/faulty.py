@@ -217,6 +217,8 @@ def another_mesh(rank: int) -> None:
 
 def another_world(rank: int) -> None:
     """A rank's plan is for another number of ranks."""
+    parallelize()
+    time.sleep(0.5)  # time to find each other
     fault()
     train(parallelize(plan=tensor_parallel(4 if rank == 1 else 2)), batch())
 
@@ -255,6 +257,7 @@ def killed(rank: int, victim: int, backward: bool) -> None:
 def killed_while_captured(rank: int) -> None:
     """A rank dies before its first call; the others wait to compare."""
     program = parallelize()
+    time.sleep(0.5)  # time to find each other
     if rank == 1:
         die()
     train(program, batch())

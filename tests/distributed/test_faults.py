@@ -16,6 +16,7 @@ import torch.distributed as dist
 
 from fxshard.runtime.faults import guarded
 from fxshard.runtime.process import checksum
+from fxshard.runtime.session import Session
 from tests.distributed import faulty
 from tests.distributed.faulty import TIMEOUT_S, Outcome, outcomes
 
@@ -155,10 +156,16 @@ def environment(**more: str) -> dict[str, str]:
 
 
 def test_torchrun_restarts_from_the_last_checkpoint(tmp_path: Path) -> None:
+    """Without the variable, gloo itself may read the addresses of the ranks that died: pytorch/pytorch#135712."""
     options = ["--standalone", "--nproc-per-node", "2", "--max-restarts", "1"]
     command = [sys.executable, "-m", "torch.distributed.run", *options, str(SCRIPT), str(tmp_path)]
     done = subprocess.run(
-        [*command, "kill"], env=environment(), capture_output=True, text=True, timeout=120, check=False
+        [*command, "kill"],
+        env=environment(TORCH_DISABLE_SHARE_RDZV_TCP_STORE="1"),
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
     )
     assert done.returncode == 0, done.stderr
     lines = (tmp_path / "losses.txt").read_text().splitlines()
@@ -211,3 +218,31 @@ def test_a_checksum_sees_every_element_and_its_place(dtype: torch.dtype) -> None
 
 
 LAST = torch.tensor([599_999])
+
+
+def test_a_session_reads_nothing_of_an_earlier_start() -> None:
+    store = dist.HashStore()
+    old = [Session(store, rank, 2) for rank in range(2)]
+    old[0].join()
+    old[1].join()
+    assert old[1].joined.is_set()
+    old[0].set("trouble/0", "of the first start")
+    late = Session(store, 1, 2)  # rank 0 has not started again yet
+    late.join()
+    assert not late.joined.is_set()
+    first = Session(store, 0, 2)
+    for session in (late, first, late):
+        session.join()
+    assert late.joined.is_set()
+    assert late.first is not None
+    assert first.is_complete
+    assert late.get("trouble/0") is None
+    first.set("trouble/0", "of the second")
+    assert late.get("trouble/0") == "of the second"
+
+
+def test_a_store_that_does_not_answer_is_given_up() -> None:
+    session = Session(dist.HashStore(), 0, 2)
+    with pytest.raises(TimeoutError, match="did not answer"):
+        session.bounded(lambda: time.sleep(2), 0.05)
+    assert session.bounded(lambda: session.get("nothing"), 5) is None
