@@ -5,7 +5,7 @@ where they are. A thread of each rank answers, so that a rank that waits in a co
 One that has died does not: on the same host its process is looked up; from another host it is silent.
 
     key                     value
-    question/N              somebody asks
+    question/N              somebody asks; or rank 0, which may keep the store, ends
     answer/N/RANK           where that rank is: see ``Position``
     trouble/RANK            why it failed, and the how-manieth rank it was to fail
 
@@ -36,6 +36,7 @@ POLL_S = 0.25
 """How often a rank looks whether another one asks."""
 PATIENCE_S = 5.0
 """How long a rank waits for answers, or a quarter of the process group's timeout if that is less."""
+END = "end"
 FRESH_S = 6.0
 """A question this old is asked anew."""
 
@@ -74,6 +75,7 @@ class Watch(Session):
         self.timeout_s = default_timeout_s()
         self.patience_s = min(PATIENCE_S, self.timeout_s / 4)
         super().__init__(store, rank, world)
+        self.may_keep = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"  # the store: rank 0
         self.question = 0  # the latest that this rank knows of
         self.noticed = -FRESH_S  # when it did
         self.used = 0  # the latest whose answers it has used
@@ -107,9 +109,7 @@ class Watch(Session):
 
     def _keeper_is_gone(self) -> bool:
         """Whether rank 0 has ended on this host: to ask a store that it kept makes torch print pages of warnings."""
-        if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
-            return False
-        return self.first is not None and is_gone(self.first)
+        return self.may_keep and self.first is not None and is_gone(self.first)
 
     def _look_ahead(self) -> None:
         """Asks before time runs out for the collective that this rank is in, so that it need not wait after that."""
@@ -125,6 +125,8 @@ class Watch(Session):
         with self.lock:
             while self.store.check([f"question/{self.question + 1}"]):
                 self._answer(self.question + 1)
+                if self.get(f"question/{self.question}") == END:
+                    self.stopped.set()
 
     def _answer(self, number: int) -> None:
         self.question, self.noticed = number, time.monotonic()
@@ -216,6 +218,19 @@ class Watch(Session):
         error = getattr(sys, "last_value", None)
         if error is not None and not isinstance(error, DistributedError):
             self.tell(said(error), own=True)
+        if self.rank == 0 and self.may_keep and not self.lost:
+            with contextlib.suppress(Exception):
+                self.bounded(self._take_leave, 1)
+
+    def _take_leave(self) -> None:
+        """Lets the others stop asking a store that is about to end; for half a second at the most."""
+        number = self.question + 1
+        self.set(f"question/{number}", END)
+        deadline, waiting = time.monotonic() + 2 * POLL_S, set(self.others) - self._unwelcome
+        while waiting and time.monotonic() < deadline:
+            ended = {r for r in waiting if (process := self.get(f"process/{r}")) and is_gone(process)}
+            waiting = {r for r in waiting - ended if self.get(f"answer/{number}/{r}") is None}
+            time.sleep(0.01)
 
 
 # --- this process --------------------------------------------------------------------------------------------------
