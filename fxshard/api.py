@@ -17,6 +17,7 @@ from fxshard.plan.plan import Plan
 from fxshard.program import ParallelModule
 from fxshard.runtime.buckets import BUCKET_BYTES
 from fxshard.runtime.process import check_world
+from fxshard.runtime.watch import current
 
 
 def parallelize(
@@ -32,6 +33,7 @@ def parallelize(
     bucket_bytes: int = BUCKET_BYTES,
     regather: bool = True,
     checkpoint: str | Sequence[str] = (),
+    compare: str = "first_call",
 ) -> ParallelModule:
     """Compiles an unmodified model for a mesh.
 
@@ -56,6 +58,10 @@ def parallelize(
         checkpoint: names or globs of modules, such as ``"model.layers.*"``, whose calls keep nothing for the backward
             pass but their inputs, and are computed anew in it. Of modules inside one another the outermost is taken.
             Calls of ``torch.utils.checkpoint`` in the model are kept without being named.
+        compare: when real ranks compare what they are about to run (plan, inputs, weights, collectives), so that one
+            that differs is an error. ``"first_call"``: before the first call of each capture. ``"every_call"``: also
+            before all others, to find a rank that is given other inputs later. ``"metadata"``: as ``"first_call"``,
+            but not the values of the inputs: for ranks that load only the rows that their part of the plan reads.
 
     Returns:
         A module that is called like the model, with the same whole inputs on every rank.
@@ -79,6 +85,7 @@ def parallelize(
     """
     if not isinstance(model, nn.Module):
         raise PlanError(f"model is a {type(model).__name__}, not an nn.Module", fix="pass the module itself")
+    current()  # from here on the other ranks can ask where this one is
     asked = _plan(plan, mesh, model)
     check_world(asked.mesh)
     device_mesh = mesh if hasattr(mesh, "get_group") else None
@@ -88,8 +95,10 @@ def parallelize(
         raise PlanError(f"randomness is {randomness!r}", fix="give 'single_device' or 'independent'")
     if bucket_bytes < 0:
         raise PlanError(f"bucket_bytes is {bucket_bytes}", fix="give a number of bytes, or 0 for no buckets")
+    if compare not in ("first_call", "every_call", "metadata"):
+        raise PlanError(f"compare is {compare!r}", fix="give 'first_call', 'every_call' or 'metadata'")
     asked_anew = (checkpoint,) if isinstance(checkpoint, str) else tuple(checkpoint)
-    options = Options(reduce_dtype, randomness == "independent", bucket_bytes, regather, asked_anew)
+    options = Options(reduce_dtype, randomness == "independent", bucket_bytes, regather, asked_anew, compare)
     program = ParallelModule(model, asked, device_mesh, dynamic_shapes, options)
     if args or kwargs:
         program.capture(tuple(args), kwargs)

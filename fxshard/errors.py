@@ -9,7 +9,7 @@ FxshardError
 |- RuleError             a rule is malformed or does not fit its operator (also a ValueError)
 |- GradientError         gradients that cannot be measured (also a RuntimeError)
 |- CheckpointError       a checkpoint or a state dict does not fit, or cannot be written (also a RuntimeError)
-|- DistributedError      torch.distributed is not ready (also a RuntimeError)
+|- DistributedError      torch.distributed is not ready, or ranks died or differ (also a RuntimeError)
 `- SoundnessError        a checked invariant of the compiler failed: a bug of fxshard, never silent
 """
 
@@ -80,7 +80,7 @@ class GradientError(FxshardError, RuntimeError):
 
 
 class DistributedError(FxshardError, RuntimeError):
-    """torch.distributed is not initialised, or not for this mesh."""
+    """torch.distributed is not initialised, a rank died or hangs, or the ranks are about to run different things."""
 
 
 class CheckpointError(FxshardError, RuntimeError):

@@ -24,6 +24,7 @@ from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from fxshard.errors import GradientError, InputError
 from fxshard.placement import is_shard
 from fxshard.program import ParallelModule
+from fxshard.runtime.faults import guarded
 from fxshard.torch_internals import foreach_norm
 
 LOW = (torch.float16, torch.bfloat16)
@@ -46,7 +47,7 @@ def grad_norm(program: nn.Module, norm_type: float = 2.0) -> torch.Tensor:
         A scalar in the dtype of the gradients, in float32 where they are of less precision.
 
     Raises:
-        GradientError: when the gradients have no values.
+        GradientError: when the gradients have no values, or wait to be summed (``no_sync``).
         InputError: when the order is not positive, or what is given is no module.
 
     >>> import fxshard
@@ -62,12 +63,18 @@ def grad_norm(program: nn.Module, norm_type: float = 2.0) -> torch.Tensor:
         grads = [p.grad for p in _module(program).parameters() if p.grad is not None]
         whole: torch.Tensor = get_total_norm(grads, order)
         return whole
+    if program.unsummed:
+        raise GradientError(
+            "gradients of no_sync wait to be summed over the ranks: each rank has a norm of its own",
+            fix="run the last backward pass outside of no_sync",
+        )
     ranks = _ranks_here(program)
     parts = torch.stack([_norm(_counted(program, rank), order, program._device) for rank in ranks])
     if len(ranks) < program.mesh.world_size:
         own = parts.to(program._device)
         parts = own.new_empty(program.mesh.world_size)
-        dist.all_gather_single(parts, own)
+        with guarded(None, "all_gather", own):
+            dist.all_gather_single(parts, own)
     total: torch.Tensor = torch.linalg.vector_norm(parts, order)
     return total.to(_dtype(program))
 

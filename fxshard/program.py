@@ -18,6 +18,7 @@ from torch import fx, nn
 from fxshard.codegen.emit import emit
 from fxshard.errors import CheckpointError, FxshardError
 from fxshard.inspect.fallbacks import Fallback, fallbacks_of
+from fxshard.inspect.fingerprint import fingerprint
 from fxshard.inspect.report import Collective, collectives_of, explain, notes_of, table
 from fxshard.mesh import Mesh
 from fxshard.passes.annotate import placements
@@ -29,12 +30,15 @@ from fxshard.plan.plan import Plan
 from fxshard.runtime.autocast import ambient, using
 from fxshard.runtime.buckets import Buckets, Synchronization, defer
 from fxshard.runtime.collectives import Axis, ProcessAxisGroup
+from fxshard.runtime.faults import calling, compared
 from fxshard.runtime.loading import KEY, describe_parts, load_state_dict
+from fxshard.runtime.meeting import meet
 from fxshard.runtime.module import RankModule, find, load, local_part, place, share
 from fxshard.runtime.optimizer_state import load_optimizer_state_dict, sharded_optimizer_state_dict
-from fxshard.runtime.process import check_same_weights, checksum, joint_group, process_axes, share_random_state
+from fxshard.runtime.process import check_world, checksum, joint_group, process_axes, share_random_state
 from fxshard.runtime.regather import Regather
 from fxshard.runtime.together import is_spread
+from fxshard.runtime.watch import current
 from fxshard.runtime.weights import Weights, target_device
 from fxshard.runtime.whole import gather_whole
 from fxshard.torch_internals import IncompatibleKeys
@@ -248,19 +252,31 @@ class ParallelModule(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Runs this rank's part; collective. Give every rank the same whole inputs."""
-        compiled, leaves = self.compile_call(args, kwargs)
-        if id(compiled) not in self._functions:
-            self._functions[id(compiled)] = self.function(compiled, self.rank, self.axes)
-            self._defer_gradients(compiled)
-        if self._checksums:
-            check_same_weights(self._checksums)
+        with calling():
+            compiled, leaves = self.compile_call(args, kwargs)
+            if id(compiled) not in self._functions or self.options.compare == "every_call":
+                self._compare_ranks(compiled, leaves)
+            compared()
+            if id(compiled) not in self._functions:
+                self._functions[id(compiled)] = self.function(compiled, self.rank, self.axes)
+                self._defer_gradients(compiled)
+            if compiled.draws:
+                share_random_state(self.mesh)
+            leaves = [x.to(self._device) if isinstance(x, torch.Tensor) else x for x in leaves]
+            saving = self._regather.saving() if self._gathers(compiled) else nullcontext()
+            with using(()), saving:  # the casts are in the code
+                out = self._functions[id(compiled)](self.rank_module(self.rank), *leaves)
+            return compiled.captured.unflatten_outputs(out)
+
+    def _compare_ranks(self, compiled: Compiled, leaves: list[Any]) -> None:
+        """Raises ``DistributedError`` where other ranks are about to run something else; collective."""
+        check_world(self.mesh)
+        watch = current()
+        if watch is not None:
+            sections = fingerprint(compiled, self._model[0], leaves, self._checksums)
+            about = ", ".join(f"{name}: {text}" for name, text in sections["inputs"].items.items())
+            meet(watch, sections, f"with {about}")
             self._checksums = {}
-        if compiled.draws:
-            share_random_state(self.mesh)
-        leaves = [x.to(self._device) if isinstance(x, torch.Tensor) else x for x in leaves]
-        with using(()), self._regather.saving() if self._gathers(compiled) else nullcontext():  # casts are in the code
-            out = self._functions[id(compiled)](self.rank_module(self.rank), *leaves)
-        return compiled.captured.unflatten_outputs(out)
 
     def _gathers(self, compiled: Compiled) -> bool:
         """Whether weights are gathered that the backward pass will gather again."""
@@ -294,6 +310,11 @@ class ParallelModule(nn.Module):
         Reference: ``torch.nn.parallel.DistributedDataParallel.no_sync``.
         """
         return self._synchronization.hold()
+
+    @property
+    def unsummed(self) -> bool:
+        """Whether gradients of ``no_sync`` wait for a backward pass outside of it, which sums them over the ranks."""
+        return any(buckets.unsummed for buckets in self._buckets)
 
     # --- state dicts: docs/checkpoints.md --------------------------------------------------------------------------
 
@@ -416,7 +437,15 @@ class ParallelModule(nn.Module):
         """The whole gradients, under the names of ``model.named_parameters()``; collective under torchrun.
 
         A parameter without a gradient is left out.
+
+        Raises:
+            DistributedError: when gradients of ``no_sync`` wait to be summed.
         """
+        if self.unsummed:
+            raise DistributedError(
+                "gradients of no_sync wait to be summed over the ranks",
+                fix="run the last backward pass outside of no_sync",
+            )
         grads = {n: self._whole(n, lambda t: t.grad) for n, _ in self._model[0].named_parameters()}
         return {name: grad for name, grad in grads.items() if grad is not None}
 

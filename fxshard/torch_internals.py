@@ -10,11 +10,13 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from torch._C._distributed_c10d import PrefixStore, Store
 from torch._export.passes import replace_autocast_with_hop_pass, replace_set_grad_with_hop_pass
 from torch._functorch import predispatch
 from torch._ops import HigherOrderOperator, OperatorBase, OpOverload, OpOverloadPacket
 from torch._subclasses import FakeTensor
 from torch.autograd.function import _SingleLevelFunction as SingleLevelFunction
+from torch.distributed import distributed_c10d
 from torch.export import _trace as exporter
 from torch.fx._lazy_graph_module import _LazyGraphModule as LazyGraphModule
 from torch.fx.traceback import annotate, preserve_node_meta
@@ -43,11 +45,15 @@ __all__ = [
     "OpOverload",
     "OpOverloadPacket",
     "OperatorBase",
+    "PrefixStore",
     "SingleLevelFunction",
+    "Store",
     "TorchDispatchMode",
     "after_backward",
     "backward_id",
     "annotate",
+    "default_store",
+    "default_timeout_s",
     "exporter",
     "foreach_norm",
     "has_kernel",
@@ -83,6 +89,16 @@ make_wrapper = torch.Tensor._make_wrapper_subclass
 def has_kernel(operator: str, key: str) -> bool:
     """Whether an operator, ``aten::add.Tensor``, has a kernel of its own for a dispatch key."""
     return bool(torch._C._dispatch_has_kernel_for_dispatch_key(operator, key))
+
+
+def default_store() -> Store:
+    """The store in which the ranks of the default process group met."""
+    return distributed_c10d._get_default_store()
+
+
+def default_timeout_s() -> float:
+    """The default process group's timeout: ``init_process_group`` gives it to the store, too."""
+    return float(default_store().timeout.total_seconds())  # type: ignore[attr-defined]
 
 
 def is_vmapped(value: object) -> bool:

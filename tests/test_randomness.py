@@ -98,6 +98,8 @@ def test_models_train_alike_on_all_ranks(plan: Plan) -> None:
 def test_only_these_two_are_offered() -> None:
     with pytest.raises(PlanError, match="randomness is 'cheap'"):
         fxshard.parallelize(Dropped(), tensor_parallel(2), (X,), randomness="cheap")
+    with pytest.raises(PlanError, match="compare is 'never'"):
+        fxshard.parallelize(Dropped(), tensor_parallel(2), (X,), compare="never")
 
 
 @pytest.mark.parametrize(("heads", "keys", "size"), [(8, 4, 2), (6, 3, 4), (4, 2, 8), (5, 1, 2)])

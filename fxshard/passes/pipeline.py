@@ -50,6 +50,8 @@ class Options:
         bucket_bytes: how much of the gradients of whole weights is summed at once.
         regather: gathered weights are not kept for the backward pass, which gathers them again.
         checkpoint: globs of the modules whose calls are computed anew in the backward pass.
+        compare: when ranks compare what they are about to run: ``first_call``, ``every_call``, or ``metadata`` for
+            the first call without the values of the inputs.
     """
 
     reduce_dtype: torch.dtype | None = None
@@ -57,6 +59,7 @@ class Options:
     bucket_bytes: int = BUCKET_BYTES
     regather: bool = True
     checkpoint: tuple[str, ...] = ()
+    compare: str = "first_call"
 
 
 @dataclass(frozen=True)

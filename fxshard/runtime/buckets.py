@@ -25,6 +25,7 @@ from torch import nn
 
 from fxshard.errors import DistributedError
 from fxshard.runtime.collectives import Axis, ProcessAxisGroup, sum_dtype
+from fxshard.runtime.faults import guarded
 from fxshard.torch_internals import after_backward, backward_id, hooks_of, will_accumulate
 
 MIB = 2**20
@@ -190,7 +191,8 @@ class Buckets:
         work = dist.all_reduce(wide, group=self.group.group, async_op=True)
 
         def wait() -> None:
-            work.wait()
+            with guarded(self.group, "all_reduce", wide):
+                work.wait()
             if wide is not part:
                 part.copy_(wide)
 

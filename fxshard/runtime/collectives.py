@@ -28,9 +28,8 @@ Reference: Megatron-LM (Shoeybi et al., 2019), section 3; Korthikanti et al., 20
 
 from __future__ import annotations
 
-import functools
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -39,8 +38,9 @@ import torch.distributed as dist
 
 from fxshard.errors import DistributedError, DivisibilityError
 from fxshard.runtime.autocast import operator_named
+from fxshard.runtime.faults import guarded
 from fxshard.runtime.regather import Regather
-from fxshard.runtime.rounds import Joint, OnRank, turn
+from fxshard.runtime.rounds import Arrival, Joint, OnRank, Rotation, turn
 
 Blocks = tuple[int, ...]
 Lengths = tuple[int, ...]
@@ -247,11 +247,13 @@ def local_index(index: int, axis: Axis, size: int) -> int:
 class ProcessAxisGroup:
     """A process group of torch.distributed along one mesh axis."""
 
-    def __init__(self, group: dist.ProcessGroup, reduce_dtype: torch.dtype | None = None) -> None:
+    def __init__(self, group: dist.ProcessGroup, reduce_dtype: torch.dtype | None = None, axis: str = "") -> None:
         # weakly: destroy_process_group must be able to end the group's threads before the interpreter does
         self.reference = weakref.ref(group)
         self.size = dist.get_world_size(group)
         self.index = dist.get_rank(group)
+        self.axis = axis
+        self.ranks = tuple(dist.get_process_group_ranks(group))
         self.reduce_dtype = reduce_dtype
         self.deferred: dict[tuple[int, tuple[str, ...]], Callable[[torch.Tensor], torch.Tensor]] = {}
         self.regather: Regather | None = None
@@ -273,13 +275,24 @@ class ProcessAxisGroup:
 
     def joint(self, function: Joint, *inputs: torch.Tensor) -> torch.Tensor:
         """See ``Group.joint``."""
-        start = functools.partial(turn, self.group)
-        out: torch.Tensor = OnRank.apply(function, self.index, self.size, start, *inputs)  # type: ignore[no-untyped-call]
+        out: torch.Tensor = OnRank.apply(function, self.index, self.size, self._rotate, *inputs)  # type: ignore[no-untyped-call]
         return out
+
+    def _rotate(self, rotation: Rotation) -> Arrival:
+        arrive = turn(self.group, rotation)
+
+        def wait() -> Sequence[torch.Tensor]:
+            with guarded(self, "rotate", rotation.tensors[0]):
+                return arrive()
+
+        return wait
 
     def raw(self, name: str, x: torch.Tensor) -> torch.Tensor:
         """Runs one collective without a gradient."""
-        return _RAW[name](self, x.to(sum_dtype(name, x.dtype, self.reduce_dtype))).to(x.dtype)
+        if name in _LOCAL:
+            return _RAW[name](self, x)
+        with guarded(self, name, x):
+            return _RAW[name](self, x.to(sum_dtype(name, x.dtype, self.reduce_dtype))).to(x.dtype)
 
 
 class _Collective(torch.autograd.Function):
@@ -334,6 +347,7 @@ _RAW: dict[str, Callable[[ProcessAxisGroup, torch.Tensor], torch.Tensor]] = {
     "all_to_all": _all_to_all,
     "own_part": _own_part,
 }
+_LOCAL = ("identity", "own_part")
 
 
 class _Nothing(torch.autograd.Function):

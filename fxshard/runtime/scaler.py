@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 import torch.distributed as dist
 
+from fxshard.runtime.faults import guarded
 from fxshard.torch_internals import AgreeingGradScaler
 
 
@@ -29,5 +30,6 @@ class GradScaler(AgreeingGradScaler):
     def agree(self, found: torch.Tensor) -> torch.Tensor:
         """1 where any rank found an infinity or what is no number; collective under torchrun."""
         if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
-            dist.all_reduce(found, dist.ReduceOp.MAX)
+            with guarded(None, "all_reduce", found):
+                dist.all_reduce(found, dist.ReduceOp.MAX)
         return found

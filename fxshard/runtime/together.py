@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from typing import Any, TypeVar
 
+import torch
 import torch.distributed as dist
 
 from fxshard.errors import CheckpointError
+from fxshard.runtime.faults import guarded
 
 T = TypeVar("T")
 
@@ -22,7 +24,8 @@ def gathered(value: Any) -> list[Any]:
     if not is_spread():
         return [value]
     out: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(out, value)
+    with guarded(None, "all_gather_object", torch.empty(0)):
+        dist.all_gather_object(out, value)
     return out
 
 

@@ -10,6 +10,7 @@ import torch.distributed as dist
 from fxshard.mesh import Mesh
 from fxshard.placement import Placements, cut_of, is_shard
 from fxshard.runtime.collectives import Axis, all_gather, concat
+from fxshard.runtime.faults import guarded
 from fxshard.runtime.layout import Layout
 
 
@@ -38,7 +39,8 @@ def stream_whole(part: torch.Tensor, layout: Layout) -> torch.Tensor | None:
     holders = [each for each in every if _is_first(each)]  # of equal parts, one rank's will do
     if layout.rank != 0:
         if layout in holders and part.numel():
-            dist.send(part.detach().contiguous(), 0)
+            with guarded(None, "send", part):
+                dist.send(part.detach().contiguous(), 0)
         return None
     whole = torch.empty(layout.shape, dtype=part.dtype)
     for holder in holders:
@@ -46,7 +48,8 @@ def stream_whole(part: torch.Tensor, layout: Layout) -> torch.Tensor | None:
         if holder.rank != 0:
             received = part.new_empty(holder.local_shape)
             if received.numel():
-                dist.recv(received, holder.rank)
+                with guarded(None, "recv", received):
+                    dist.recv(received, holder.rank)
         fill_whole(whole, received, holder)
     return whole
 
