@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch import fx, nn
 
 from fxshard.codegen.emit import emit
-from fxshard.errors import CheckpointError, FxshardError
+from fxshard.errors import CheckpointError, DistributedError, FxshardError
 from fxshard.inspect.fallbacks import Fallback, fallbacks_of
 from fxshard.inspect.fingerprint import fingerprint
 from fxshard.inspect.report import Collective, collectives_of, explain, notes_of, table
