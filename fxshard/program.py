@@ -35,6 +35,7 @@ from fxshard.runtime.loading import KEY, describe_parts, load_state_dict
 from fxshard.runtime.meeting import meet
 from fxshard.runtime.module import RankModule, find, load, local_part, place, share
 from fxshard.runtime.optimizer_state import load_optimizer_state_dict, sharded_optimizer_state_dict
+from fxshard.runtime.original import Original
 from fxshard.runtime.process import check_world, checksum, joint_group, process_axes, share_random_state
 from fxshard.runtime.regather import Regather
 from fxshard.runtime.together import is_spread
@@ -71,7 +72,7 @@ class ParallelModule(nn.Module):
         self._asked = plan
         self.plan = plan
         self.mesh: Mesh = plan.mesh
-        self._model = [model]  # in a list: not a submodule, its whole weights are not this module's parameters
+        self._original = Original(model)
         self._device_mesh = device_mesh
         self._dynamic_shapes = dynamic_shapes
         self.options = options or Options()
@@ -103,7 +104,7 @@ class ParallelModule(nn.Module):
             exact: for inputs of these very sizes, even if ``dynamic_shapes`` says that they may change.
         """
         kwargs = dict(kwargs or {})
-        model = self._model[0]
+        model = self._original.get()
         if model.training != self.training:
             model.train(self.training)
         key = exact, signature_key(model, args, kwargs)
@@ -111,11 +112,13 @@ class ParallelModule(nn.Module):
             start = time.perf_counter()
             captured = capture(model, args, kwargs, dynamic_shapes=None if exact else self._dynamic_shapes)
             seconds = time.perf_counter() - start
-            check_fidelity(model, captured, args, kwargs)
+            if self._original.has_values:
+                check_fidelity(model, captured, args, kwargs)
             compiled = compile_graph(captured, self._pinned(), model, seconds, self.options)
             self._captures[key] = self._latest = compiled
             if len(self._captures) == 1:
                 self._settle(compiled)
+            self._original.empty([captured.graph_module, compiled.root])
             for note in notes_of(compiled):
                 logger.warning(note)
             for fallback in self.fallbacks():
@@ -147,9 +150,11 @@ class ParallelModule(nn.Module):
         elif dist.is_initialized() and self.mesh.world_size > 1:
             self._checksums = {name: checksum(tensor) for name, tensor in self._tensors()}
         share(self.rank_module(self.rank), self)
+        if is_spread():  # this rank needs its parts only
+            self._original.release()
 
     def _tensors(self) -> list[tuple[str, torch.Tensor]]:
-        model = self._model[0]
+        model = self._original.get()
         return [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
 
     @property
@@ -180,6 +185,11 @@ class ParallelModule(nn.Module):
         """
         self.mesh.coordinate(rank)
         if rank not in self._ranks:
+            if not self._original.has_values:
+                raise FxshardError(
+                    f"the weights of rank {rank} cannot be made here: the model is gone",
+                    fix="keep a reference to the model for as long as you simulate other ranks within a real one",
+                )
             compiled = self.compiled
             module = RankModule(rank, self.mesh)
             made: dict[int, Any] = {}
@@ -205,12 +215,12 @@ class ParallelModule(nn.Module):
     def code(self, rank: int = 0) -> str:
         """The Python source that rank ``rank`` runs."""
         where = ", ".join(f"{n}={i}" for n, i in zip(self.mesh.names, self.mesh.coordinate(rank), strict=True))
-        title = f"{type(self._model[0]).__name__}, rank {rank} of {self.mesh.world_size} ({where})."
+        title = f"{type(self._original.get()).__name__}, rank {rank} of {self.mesh.world_size} ({where})."
         return emit(self.compiled.graph_for(rank), self.mesh.seen_by(rank), title, self.compiled.is_uneven)
 
     def function(self, compiled: Compiled, rank: int, axes: Mapping[str, Axis]) -> Any:
         """The generated forward of a rank, over the given axes."""
-        title = type(self._model[0]).__name__
+        title = type(self._original.get()).__name__
         key = id(compiled), rank if compiled.is_uneven else 0
         if key not in self._sources:
             graph = compiled.graph_for(rank)
@@ -273,7 +283,7 @@ class ParallelModule(nn.Module):
         check_world(self.mesh)
         watch = current()
         if watch is not None:
-            sections = fingerprint(compiled, self._model[0], leaves, self._checksums)
+            sections = fingerprint(compiled, self._original.get(), leaves, self._checksums)
             about = ", ".join(f"{name}: {text}" for name, text in sections["inputs"].items.items())
             meet(watch, sections, f"with {about}")
             self._checksums = {}
@@ -386,7 +396,7 @@ class ParallelModule(nn.Module):
         """
         if self._latest is None:
             whole = {k: v.full_tensor() if hasattr(v, "full_tensor") else v for k, v in state_dict.items()}
-            loaded: IncompatibleKeys = self._model[0].load_state_dict(whole, strict, assign)
+            loaded: IncompatibleKeys = self._original.get().load_state_dict(whole, strict, assign)
             return loaded
         if assign:
             raise CheckpointError("a program's weights are parts, and cannot be assigned", fix="leave assign=True out")
@@ -398,14 +408,14 @@ class ParallelModule(nn.Module):
     def _weights(self) -> Weights:
         """Where each parameter and buffer lies."""
         if self._latest is None:
-            return Weights.of_module(self._model[0])
+            return Weights.of_module(self._original.get())
         ranks = [self.rank] if is_spread() else range(self.mesh.world_size)
         modules = {rank: self.rank_module(rank) for rank in ranks}
         root = self._latest.root
         constants = [name for name in self._latest.attributes if name not in self._placements]
         lost = [n for n in constants if isinstance(t := find(root, n), torch.Tensor) and t.is_meta]
         return Weights(
-            self._model[0],
+            self._original.get(),
             self._placements,
             self.mesh,
             self.rank,
@@ -446,7 +456,7 @@ class ParallelModule(nn.Module):
                 "gradients of no_sync wait to be summed over the ranks",
                 fix="run the last backward pass outside of no_sync",
             )
-        grads = {n: self._whole(n, lambda t: t.grad) for n, _ in self._model[0].named_parameters()}
+        grads = {n: self._whole(n, lambda t: t.grad) for n, _ in self._original.get().named_parameters()}
         return {name: grad for name, grad in grads.items() if grad is not None}
 
     def _whole(self, name: str, read: Any) -> torch.Tensor | None:

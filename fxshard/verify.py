@@ -90,7 +90,7 @@ def verify(program: ParallelModule, *args: Any, **kwargs: Any) -> VerifyReport:
     ranks = [program.rank] if distributed else list(range(program.mesh.world_size))
     with _Untouched([program.rank_module(r) for r in ranks]):
         torch.set_rng_state(state)
-        want, want_grads = _reference(program._model[0], weights, compiled, args, kwargs)
+        want, want_grads = _reference(program._original.get(), weights, compiled, args, kwargs)
         torch.set_rng_state(state)
         if distributed:
             trace = None

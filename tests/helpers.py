@@ -101,7 +101,7 @@ def run_simulated(
     grads = _input_grads(args, kwargs)
     outputs = [_detached(output) for output in run.outputs]
     state = program.full_state_dict()
-    buffers = {name: state[name] for name, _ in program._model[0].named_buffers() if name in state}
+    buffers = {name: state[name] for name, _ in program._original.get().named_buffers() if name in state}
     return Result(outputs, run.full_grads(), [type(o) for o in run.outputs], grads, losses[0].item(), buffers)
 
 

@@ -209,7 +209,7 @@ def test_a_loss_of_part_of_the_outputs() -> None:
 def test_the_random_state_goes_on_as_on_one_device() -> None:
     program = fxshard.parallelize(net(), data_parallel(2) | tensor_parallel(2), (X,))
     torch.manual_seed(5)
-    net_now = copy.deepcopy(program._model[0])
+    net_now = copy.deepcopy(program._original.get())
     one = [net_now(X)["y"] for _ in range(2)]
     after = torch.rand(3)
     torch.manual_seed(5)

@@ -179,7 +179,7 @@ def test_a_packed_projection_is_not_cut_through_its_middle(cut: str) -> None:
     shapes = {"qkv": (24, 8), "b": (24,), "o": (8, 8)}
     for plan in (tp(params={"qkv": Shard(0), "b": Shard(0), "o": Shard(1)}), tensor_parallel(2)):
         program = holds(attention, plan, **shapes)
-        whole = program._model[0].qkv
+        whole = program._original.get().qkv
         local = torch.cat([part.chunk(2)[0] for part in whole.split(8)])
         assert torch.equal(program.rank_module(0).qkv, local)
         assert kinds(program, "forward") == ["all_reduce"]

@@ -130,7 +130,7 @@ def pick(new: fx.Graph, node: fx.Node, info: Info, mesh: RankMesh, axes: list[in
     lengths: Any = lengths_of(size, placement, mesh.sizes[axis])
     if cut_of(placement).groups:
         lengths = rows_node(new, mesh.names[axis], placement)
-    made = call_like(new, run.pick, (source, dim, positions, mesh.names[axis], size), node, **_told(lengths))
+    made = call_like(new, run.pick, (source, dim, positions, mesh.names[axis]), node, **_told(lengths))
     new.erase_node(node)
     return made
 

@@ -40,9 +40,7 @@ def own_ends(ends: torch.Tensor, axis: Axis, lengths: Lengths = ()) -> torch.Ten
     return own - ends[first - 1] if first else own
 
 
-def pick(
-    x: torch.Tensor, dim: int, positions: torch.Tensor, axis: Axis, size: int, lengths: Lengths = ()
-) -> torch.Tensor:
+def pick(x: torch.Tensor, dim: int, positions: torch.Tensor, axis: Axis, lengths: Lengths = ()) -> torch.Tensor:
     """``x`` at ``positions`` of a dim of which this rank holds a part; zeros at those that other ranks hold.
 
     Args:
@@ -50,9 +48,9 @@ def pick(
         dim: the dim that is split.
         positions: in the whole of the dim, from its end where they are negative.
         axis: the mesh axis.
-        size: of the whole dim.
         lengths: what each rank holds; empty where all hold the same.
     """
+    size = sum(lengths) if lengths else x.shape[dim] * axis.size
     shape = (*x.shape[:dim], *positions.shape, *x.shape[dim + 1 :])
     if x.shape[dim] == 0:
         return nothing([x], shape, x.dtype)

@@ -80,7 +80,7 @@ def test_a_simulated_mesh_saves_and_loads_weights(tmp_path: Path) -> None:
         assert same(state, model.state_dict())
     loaded = program_of(Net(1))
     fxshard.load_checkpoint(tmp_path, loaded)
-    loaded._model[0].shift.copy_(model.shift)
+    loaded._original.get().shift.copy_(model.shift)
     for rank in range(2):
         loaded.rank_module(rank).shift.copy_(model.shift)
         torch.testing.assert_close(fxshard.simulate(loaded, X).outputs[rank], model(X))
@@ -214,7 +214,7 @@ def test_extra_state_of_modules(tmp_path: Path, note: Any) -> None:
     for other in (Net(), program):
         if note != {}:  # nothing to save, nothing to load
             fxshard.load_checkpoint(tmp_path, other)
-            found = other.note if isinstance(other, Net) else other._model[0].note
+            found = other.note if isinstance(other, Net) else other._original.get().note
             assert same({"note": found}, {"note": note}) if not isinstance(note, dict) else same(found, note)
 
 
@@ -237,10 +237,10 @@ def test_random_numbers_go_on(tmp_path: Path) -> None:
 
 def test_load_state_dict_reaches_every_simulated_rank() -> None:
     program, other = program_of(Net()), Net(1)
-    other.shift.copy_(program._model[0].shift)
+    other.shift.copy_(program._original.get().shift)
     found = program.load_state_dict(other.state_dict())
     assert (found.missing_keys, found.unexpected_keys) == ([], [])
-    assert program._model[0].note == 1
+    assert program._original.get().note == 1
     assert same(program.full_state_dict(), other.state_dict())
     assert same(program.full_state_dict(rank0_only=True), other.state_dict())
     for output in fxshard.simulate(program, X).outputs:
@@ -332,7 +332,7 @@ def test_parts_of_a_meta_model_get_memory(tmp_path: Path) -> None:
         assert all(p is q and not p.is_meta for p, q in zip(parameters, program.parameters(), strict=True))
         for output in fxshard.simulate(program, X).outputs:
             torch.testing.assert_close(output, model(X))
-        assert all(tensor.is_meta for tensor in program._model[0].state_dict().values())
+        assert all(tensor.is_meta for tensor in program._original.get().state_dict().values())
         assert same(program.full_state_dict(), model.state_dict())
 
 

@@ -204,7 +204,10 @@ def test_odd_models(name: str, plan: str) -> None:
     )
     program = assert_equivalent(MODELS[name]().double(), PLANS[plan], (X.clone().requires_grad_(),), **options)
     checked(program)
-    assert dict(program.rank_module(1).named_parameters()).keys() == dict(program._model[0].named_parameters()).keys()
+    assert (
+        dict(program.rank_module(1).named_parameters()).keys()
+        == dict(program._original.get().named_parameters()).keys()
+    )
 
 
 def test_loops() -> None:

@@ -349,7 +349,7 @@ def pretrained(folder: str) -> None:
 def going_on_from_meta(program: fxshard.ParallelModule, folder: str, inputs: dict[str, Any]) -> None:
     """A run goes on in a program whose weights, and whose optimizer, had no memory."""
     with torch.device("meta"):
-        empty = type(program._model[0])(program._model[0].config).eval()
+        empty = type(program._original.get())(program._original.get().config).eval()
     loaded = fxshard.parallelize(empty, fxshard.tensor_parallel(2), (), inputs)
     results = []
     for trained in (program, loaded):

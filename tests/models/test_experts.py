@@ -224,7 +224,7 @@ def shifted(ends: torch.Tensor, axis: Any, lengths: Any = ()) -> torch.Tensor:
     return ends[first : first + ends.shape[0] // axis.size]
 
 
-def unmasked(x: torch.Tensor, dim: int, positions: torch.Tensor, axis: Any, size: int, lengths: Any = ()) -> Any:
+def unmasked(x: torch.Tensor, dim: int, positions: torch.Tensor, axis: Any, lengths: Any = ()) -> Any:
     """Picks something for what other ranks hold."""
     return x.index_select(dim, positions.flatten() % x.shape[dim]).unflatten(dim, positions.shape)
 

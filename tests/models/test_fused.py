@@ -176,7 +176,7 @@ def test_packed_attention(name: str, ranks: int) -> None:
 
 def test_the_heads_that_a_rank_holds() -> None:
     program = attend(LAYOUTS["split"], 2)
-    whole = program._model[0].state_dict()["qkv.weight"]
+    whole = program._original.get().state_dict()["qkv.weight"]
     q, k, v = whole.split(sizes(3))
     first = torch.cat([q[: 4 * DIM], k[: 2 * DIM], v[: 2 * DIM]])
     second = torch.cat([q[4 * DIM :], k[2 * DIM :], v[2 * DIM :]])

@@ -42,7 +42,7 @@ def check(name: str, plan: str, training: bool = False) -> fxshard.ParallelModul
 
 def weight_shares(program: fxshard.ParallelModule) -> list[float]:
     """What each rank holds of all weights."""
-    whole = sum(p.numel() for p in program._model[0].parameters())
+    whole = sum(p.numel() for p in program._original.get().parameters())
     ranks = range(program.mesh.world_size)
     return [sum(p.numel() for p in program.rank_module(r).parameters()) / whole for r in ranks]
 
@@ -52,7 +52,7 @@ def test_equals_one_device(name: str, plan: str) -> None:
     program = check(name, plan)
     assert not program.fallbacks()
     assert not program.compiled.resolved.notes
-    expected, actual = program._model[0].state_dict(), program.full_state_dict()
+    expected, actual = program._original.get().state_dict(), program.full_state_dict()
     assert list(actual) == list(expected)
     assert all(torch.equal(actual[key], expected[key]) for key in expected)
     if "dp4" not in plan:

@@ -156,7 +156,7 @@ def check(specimen: Specimen, plan: str) -> Row:
 def split_weights(made: fxshard.ParallelModule) -> dict[str, str]:
     """Kind of weight -> how it is split, for matrices; a layer's number is no part of the kind."""
     out: dict[str, str] = {}
-    for name, parameter in made._model[0].named_parameters():
+    for name, parameter in made._original.get().named_parameters():
         placed = [p for p in made.placements_of(name) if is_shard(p)]
         if placed and parameter.dim() > 1:
             out[kind_of(name)] = ", ".join(map(str, placed))

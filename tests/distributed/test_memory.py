@@ -1,0 +1,29 @@
+"""What a rank holds under ``zero``: its share of parameters and optimizer states, and a layer's weights at a time."""
+
+from __future__ import annotations
+
+import multiprocessing
+
+import pytest
+
+from tests.distributed import memory
+from tests.distributed.ranks import launch
+
+
+@pytest.mark.slow
+def test_a_rank_holds_its_share_of_parameters_and_optimizer_states() -> None:
+    context = multiprocessing.get_context("forkserver")
+    with context.Manager() as manager:
+        results = manager.Queue()
+        with context.Pool(1) as pool:
+            single, single_grown = pool.apply(memory.of_one_device)
+        launch(4, memory.under_zero, results)
+        ranks = results.get()
+    for rank, (held, gathered, grown) in enumerate(ranks):
+        print(
+            f"rank {rank}: parameters and optimizer states {held / single:.3f} of one device's "
+            f"({gathered / memory.MIB:.1f} MiB gathered at the most), memory of the process grew by "
+            f"{grown / memory.MIB:.0f} MiB, {grown / single_grown:.3f} of {single_grown / memory.MIB:.0f} MiB"
+        )
+        assert held < 1.15 / 4 * single
+        assert grown < 1.15 / 4 * single_grown  # activations, gradients and the buffers of the backend are in it
