@@ -4,22 +4,31 @@ from __future__ import annotations
 
 import os
 import re
+import signal
 import subprocess
 import sys
 from pathlib import Path
+
+import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 # `--standalone` takes a free port itself, so that examples may run beside each other.
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
 
 
-def run_example(name: str, *launcher: str) -> str:
-    """Runs an example in a process of its own, on CPUs; returns what it printed."""
+def environment() -> dict[str, str]:
+    """That of an example, on CPUs."""
     inherited = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
     path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
-    env = {**inherited, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": path}
-    command = [*(launcher or [sys.executable]), f"examples/{name}"]
-    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=180, check=False)
+    return {**inherited, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": path}
+
+
+def run_example(name: str, *launcher: str, options: tuple[str, ...] = ()) -> str:
+    """Runs an example in a process of its own; returns what it printed."""
+    command = [*(launcher or [sys.executable]), f"examples/{name}", *options]
+    done = subprocess.run(
+        command, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=180, check=False
+    )
     assert done.returncode == 0, f"{' '.join(command)}\n{done.stdout}\n{done.stderr}"
     assert not done.stderr.strip(), done.stderr
     return done.stdout
@@ -73,6 +82,47 @@ def test_train_gpt2_says_how_it_is_started() -> None:
     done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=180, check=False)
     assert done.returncode == 1
     assert "torchrun --standalone --nproc-per-node 2 examples/train_gpt2.py" in done.stderr
+
+
+SMALL = ("--steps", "6", "--save-every", "3", "--batch", "4", "--length", "32", "--width", "64", "--layers", "2")
+
+
+def losses_of(printed: str) -> dict[int, float]:
+    """The losses by step that ``train.py`` printed."""
+    return {int(step): float(loss) for step, loss in re.findall(r"^step +(\d+)  loss (\S+)", printed, re.MULTILINE)}
+
+
+def test_training_goes_on_under_another_plan(tmp_path: Path) -> None:
+    single = losses_of(run_example("train.py", options=(*SMALL, "--folder", str(tmp_path / "one"))))
+    assert list(single) == [1, 2, 3, 4, 5, 6]
+    assert single[6] < single[1]
+    options = (*SMALL, "--folder", str(tmp_path / "two"))
+    first = losses_of(run_example("train.py", *TORCHRUN, options=(*options, "--plan", "tp2")))
+    (tmp_path / "two" / "000002-step-6").rename(tmp_path / "last")
+    again = losses_of(run_example("train.py", *TORCHRUN, options=(*options, "--plan", "zero2", "--checkpoint")))
+    assert list(again) == [4, 5, 6]
+    for found in (first, again):
+        assert all(abs(loss - single[step]) < 1e-4 for step, loss in found.items()), (found, single)
+
+
+@pytest.mark.slow
+def test_torchrun_restarts_training_that_lost_a_rank(tmp_path: Path) -> None:
+    options = ("--steps", "40", "--save-every", "5", *SMALL[4:], "--plan", "dp2", "--folder")
+    single = losses_of(run_example("train.py", options=(*options[:-3], "--folder", str(tmp_path / "one"))))
+    command = [*TORCHRUN, "--max-restarts", "3", "examples/train.py", *options, str(tmp_path / "two")]
+    env = environment() | {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
+    with subprocess.Popen(command, cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as run:
+        assert run.stdout is not None
+        printed = ""
+        for line in run.stdout:
+            printed += line
+            if line.startswith("step    12") and printed.count("step    12") == 1:
+                workers = Path(f"/proc/{run.pid}/task/{run.pid}/children").read_text(encoding="ascii").split()
+                os.kill(int(workers[-1]), signal.SIGKILL)
+        assert run.wait(timeout=180) == 0
+    losses = losses_of(printed)
+    assert len(re.findall(r"^step +11 ", printed, re.MULTILINE)) == 2, "it went on behind the last checkpoint"
+    assert all(abs(losses[step] - loss) < 1e-3 for step, loss in single.items())
 
 
 def test_quickstart() -> None:
