@@ -40,13 +40,13 @@ def test_a_run_goes_on_on_other_meshes(tmp_path: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("run", [saving.GPT2, saving.LLAMA], ids=lambda run: run.name)
 def test_a_run_goes_on_on_every_mesh(run: Run, tmp_path: Path) -> None:
-    matrix(run, tmp_path, "dp2_tp2", "tp2_dp2", "tp4", "dp4", "dp2_sp2")
+    matrix(run, tmp_path, "dp2_tp2", "tp2_dp2", "tp4", "dp4", "dp2_sp2", "zero4", "zero2_tp2", "cp2_tp2")
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("run", [saving.UNEVEN, saving.UNEVEN_LLAMA], ids=lambda run: run.name)
 def test_sizes_that_nothing_divides(run: Run, tmp_path: Path) -> None:
-    matrix(run, tmp_path, "tp2_dp2", "tp4", "dp4")
+    matrix(run, tmp_path, "tp2_dp2", "tp4", "dp4", "zero4")
 
 
 def test_state_dicts_and_optimizers_of_four_ranks(tmp_path: Path) -> None:
