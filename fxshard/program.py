@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch import fx, nn
 
 from fxshard.codegen.emit import emit
-from fxshard.errors import CheckpointError, DistributedError, FxshardError
+from fxshard.errors import CheckpointError, DistributedError, FxshardError, SoundnessError
 from fxshard.inspect.fallbacks import Fallback, fallbacks_of
 from fxshard.inspect.fingerprint import fingerprint
 from fxshard.inspect.report import Collective, collectives_of, explain, notes_of, table
@@ -25,7 +25,7 @@ from fxshard.passes.annotate import placements
 from fxshard.passes.capture import capture, signature_key
 from fxshard.passes.fidelity import check_fidelity
 from fxshard.passes.pipeline import STAGES, Compiled, Options, compile_graph
-from fxshard.placement import REPLICATE, Placements, join_all
+from fxshard.placement import Placements, join_all
 from fxshard.plan.plan import Plan
 from fxshard.runtime.autocast import ambient, using
 from fxshard.runtime.buckets import Buckets, Synchronization, defer
@@ -114,9 +114,18 @@ class ParallelModule(nn.Module):
             seconds = time.perf_counter() - start
             if self._original.has_values:
                 check_fidelity(model, captured, args, kwargs)
-            compiled = compile_graph(captured, self._pinned(), model, seconds, self.options)
+            settled = self._latest is not None
+            compiled = compile_graph(captured, self._pinned(), model, seconds, self.options, settled)
+            placed = self._placed(compiled)
+            if settled and placed != self._placements:
+                wrong = next(name for name, each in placed.items() if each != self._placements[name])
+                raise SoundnessError(
+                    f"a later capture reads {wrong!r} as {placed[wrong]}, but it lies as {self._placements[wrong]}",
+                    fix="this is a bug of fxshard: please report the model and the plan",
+                )
             self._captures[key] = self._latest = compiled
-            if len(self._captures) == 1:
+            if not settled:
+                self._placements = placed
                 self._settle(compiled)
             self._original.empty([captured.graph_module, compiled.root])
             for note in notes_of(compiled):
@@ -136,14 +145,6 @@ class ParallelModule(nn.Module):
     def _settle(self, compiled: Compiled) -> None:
         """After the first capture: the plan is explicit, and this rank's weights exist."""
         self.plan = compiled.resolved.plan
-        given = {str(n.target): e for n, e in compiled.resolved.nodes.items() if n.op == "get_attr"}
-        aliases = compiled.captured.aliases
-        whole = (REPLICATE,) * self.mesh.ndim
-        for name, _ in self._tensors():
-            asked = given.get(aliases.get(name, name))
-            if asked is None:
-                asked = self.plan.params.get(name)  # type: ignore[assignment]  # resolved: always one an axis
-            self._placements[name] = placements(asked, self.mesh) if asked else whole
         if not (dist.is_available() and dist.is_initialized()) and "RANK" not in os.environ:
             for rank in range(self.mesh.world_size):  # all ranks hold the weights of this moment
                 self.rank_module(rank)
@@ -152,6 +153,18 @@ class ParallelModule(nn.Module):
         share(self.rank_module(self.rank), self)
         if is_spread():  # this rank needs its parts only
             self._original.release()
+
+    def _placed(self, compiled: Compiled) -> dict[str, Placements]:
+        """How a capture takes each parameter and buffer to lie."""
+        given = {str(n.target): e for n, e in compiled.resolved.nodes.items() if n.op == "get_attr"}
+        aliases = compiled.captured.aliases
+        out = {}
+        for name, _ in self._tensors():
+            asked: Any = given.get(aliases.get(name, name))
+            if asked is None:
+                asked = compiled.resolved.plan.params.get(name)
+            out[name] = placements(asked or {}, self.mesh)
+        return out
 
     def _tensors(self) -> list[tuple[str, torch.Tensor]]:
         model = self._original.get()

@@ -180,11 +180,25 @@ class Compiled:
 
 
 def compile_graph(
-    captured: Captured, plan: Plan, model: torch.nn.Module, capture_s: float, options: Options | None = None
+    captured: Captured,
+    plan: Plan,
+    model: torch.nn.Module,
+    capture_s: float,
+    options: Options | None = None,
+    settled: bool = False,
 ) -> Compiled:
-    """Compiles a captured model: the pipeline."""
+    """Compiles a captured model: the pipeline.
+
+    Args:
+        captured: what ``capture`` gave.
+        plan: the plan.
+        model: the model, for the names of its tensors.
+        capture_s: how long the capture took.
+        options: how the program computes, beside the plan.
+        settled: the parameters lie as ``plan.params`` says, to the letter: those of an earlier capture.
+    """
     with _collector_paused():
-        return _compile(captured, plan, model, capture_s, options or Options())
+        return _compile(captured, plan, model, capture_s, options or Options(), settled)
 
 
 @contextlib.contextmanager
@@ -199,7 +213,9 @@ def _collector_paused() -> Iterator[None]:
             gc.enable()
 
 
-def _compile(captured: Captured, plan: Plan, model: torch.nn.Module, capture_s: float, options: Options) -> Compiled:
+def _compile(
+    captured: Captured, plan: Plan, model: torch.nn.Module, capture_s: float, options: Options, settled: bool
+) -> Compiled:
     mesh: Mesh = plan.mesh
     stages: dict[str, fx.Graph] = {"capture": captured.graph_module.graph}
     times: dict[str, float] = {"capture": capture_s}
@@ -216,7 +232,7 @@ def _compile(captured: Captured, plan: Plan, model: torch.nn.Module, capture_s: 
     graph = stages["normalize"] = root.graph
     graph, notes = stage("recompute", recompute, graph, options.checkpoint, dict(model.named_modules()))
     mark_parameters(graph, root)
-    resolved = stage("resolve", resolve, plan, graph, names_of(graph, captured, model))
+    resolved = stage("resolve", resolve, plan, graph, names_of(graph, captured, model), settled)
     resolved = replace(resolved, notes=(*resolved.notes, *notes))
     graph = stage("annotate", annotate, graph, resolved, mesh)
     graph = stage("propagate", propagate, graph, mesh, [mesh.index(name) for name in resolved.plan.ring])

@@ -44,8 +44,14 @@ class Resolved:
     without_rule: tuple[str, ...] = ()
 
 
-def resolve(plan: Plan, graph: fx.Graph, names: Names) -> Resolved:
+def resolve(plan: Plan, graph: fx.Graph, names: Names, settled: bool = False) -> Resolved:
     """Makes ``plan`` explicit for ``graph``.
+
+    Args:
+        plan: the plan.
+        graph: the normalized graph.
+        names: what the plan can name in it.
+        settled: its parameters lie as ``plan.params`` says, to the letter.
 
     Raises:
         PlanError: listing all entries that cannot be applied.
@@ -59,12 +65,13 @@ def resolve(plan: Plan, graph: fx.Graph, names: Names) -> Resolved:
             work.apply(part, glob, entry)
     for axis in plan.ring:
         work.has_axis(axis, "ring")
-    work.match_blocks()
-    for preset, axis in sorted(plan.presets, key=lambda each: list(PRESETS).index(each[0])):
-        PRESETS[preset](work, axis)
     uses: Mapping[str, Any] = plan.uses
     for glob, entry in uses.items():
         work.use(glob, entry)
+    if not settled:
+        work.match_blocks()
+    for preset, axis in sorted(plan.presets, key=lambda each: list(PRESETS).index(each[0])):
+        PRESETS[preset](work, axis)
     outputs = work.outputs(plan.outputs)
     work.raise_problems()
     explicit = replace(

@@ -246,6 +246,7 @@ class Work:
             return
         for axis in self.mesh.names:
             asked = {n: e[axis] for n, e in self.nodes.items() if isinstance(e.get(axis), Shard) and is_parameter(n)}
+            asked = {n: p for n, p in asked.items() if axis not in self.used.get(n, {})}  # those are read whole
             if not asked or self.mesh.size(axis) == 1:
                 continue
             found = self.split(self.mesh.size(axis)).paired

@@ -12,7 +12,7 @@ import fxshard
 from fxshard import data_parallel, tensor_parallel
 from tests.helpers import TOLERANCES, Result, assert_equivalent, problems_of, run_original, run_simulated
 from tests.models.zoo import MODELS, build, ids, labels_for, padding, sized
-from tests.presets import presets
+from tests.presets import preset, presets
 
 PLANS = presets(
     "tp2",
@@ -248,3 +248,13 @@ def test_tied_weights_stay_one_parameter(name: str) -> None:
         head, table = local["lm_head.weight"], local["transformer.wte.weight" if name == "gpt2" else "shared.weight"]
         assert head is table
         assert head.shape[0] == model.config.vocab_size // 2
+
+
+@pytest.mark.parametrize("plan", ["tp2", "sp2", "zero2", "zero2_tp2", "cp2_tp2", "dp2_sp2"])
+@pytest.mark.parametrize("name", ["gpt2", "llama"])
+def test_the_explicit_plan_is_the_same_program(name: str, plan: str) -> None:
+    model, inputs = build(name)
+    program = fxshard.parallelize(model, PLANS.get(plan, preset(plan)), (), inputs)
+    again = fxshard.parallelize(model, fxshard.Plan.from_json(program.plan.to_json()), (), inputs)
+    assert again.plan == program.plan
+    assert again.code() == program.code()
