@@ -6,6 +6,7 @@ from fxshard.api import parallelize
 from fxshard.checkpoint.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from fxshard.checkpoint.folders import latest_checkpoint
 from fxshard.checkpoint.pretrained import load_pretrained, save_pretrained
+from fxshard.counting import Counts, count
 from fxshard.errors import FxshardError
 from fxshard.gradients import clip_grad_norm_, grad_norm
 from fxshard.inspect.prove import check_rule
@@ -27,6 +28,7 @@ from fxshard.verify import VerifyReport, verify
 
 __all__ = [
     "Checkpoint",
+    "Counts",
     "FxshardError",
     "GradScaler",
     "Mesh",
@@ -40,6 +42,7 @@ __all__ = [
     "check_rule",
     "clip_grad_norm_",
     "context_parallel",
+    "count",
     "data_parallel",
     "expert_parallel",
     "grad_norm",

@@ -228,6 +228,20 @@ def same(a: Placement, b: Placement) -> bool:
     return type(a) is type(b) and a == b
 
 
+def placement_key(placement: Placement) -> object:
+    """What tells a placement from all others (to PyTorch's, a ``Shard`` of blocks is one without).
+
+    >>> placement_key(Shard(0)) == placement_key(BlockShard(0)), placement_key(Shard(0)) == placement_key(Shard(1))
+    (True, False)
+    >>> placement_key(Replicate()) == placement_key(Varying())
+    False
+    """
+    if is_shard(placement):
+        cut = cut_of(placement)
+        return placement.dim if cut is PLAIN or cut == PLAIN else (placement.dim, cut)
+    return (Partial, placement.reduce_op) if is_partial(placement) else type(placement)
+
+
 def describe(placement: Placement) -> str:
     """The placement as users write it.
 

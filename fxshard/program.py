@@ -231,15 +231,19 @@ class ParallelModule(nn.Module):
         title = f"{type(self._original.get()).__name__}, rank {rank} of {self.mesh.world_size} ({where})."
         return emit(self.compiled.graph_for(rank), self.mesh.seen_by(rank), title, self.compiled.is_uneven)
 
-    def function(self, compiled: Compiled, rank: int, axes: Mapping[str, Axis]) -> Any:
-        """The generated forward of a rank, over the given axes."""
-        title = type(self._original.get()).__name__
+    def source(self, compiled: Compiled, rank: int) -> str:
+        """The Python source that a rank runs, titled for all that run the same."""
         key = id(compiled), rank if compiled.is_uneven else 0
         if key not in self._sources:
-            graph = compiled.graph_for(rank)
+            graph, title = compiled.graph_for(rank), type(self._original.get()).__name__
             self._sources[key] = emit(graph, self.mesh.seen_by(rank), title, compiled.is_uneven)
+        return self._sources[key]
+
+    def function(self, compiled: Compiled, rank: int, axes: Mapping[str, Axis]) -> Any:
+        """The generated forward of a rank, over the given axes."""
         self.place_constants(compiled, rank)
-        return load(self._sources[key], axes, self._device, f"<fxshard {title} {' '.join(map(str, key))}>")
+        where = f"<fxshard {type(self._original.get()).__name__} {id(compiled)} {rank if compiled.is_uneven else 0}>"
+        return load(self.source(compiled, rank), axes, self._device, where)
 
     def place_constants(self, compiled: Compiled, rank: int) -> None:
         """Puts the tensors and subgraphs that export lifted out of the code into a rank's module."""

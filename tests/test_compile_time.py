@@ -9,11 +9,12 @@ from tabulate import tabulate
 
 import fxshard
 from fxshard import tensor_parallel
+from fxshard.passes import check, propagate
 from tests.models.zoo import llama
 
 LAYERS = (2, 8, 32)
-SHARE = 0.15
-"""What the passes may take of the capture. The goal is a tenth; they did when the capture took longer."""
+SHARE = 0.1
+"""What the passes may take of the capture."""
 
 
 def measure(layers: int) -> tuple[float, float, int]:
@@ -23,6 +24,35 @@ def measure(layers: int) -> tuple[float, float, int]:
     compiled = fxshard.parallelize(model.eval(), tensor_parallel(2), (), call).compiled
     capture = compiled.times_s["capture"]
     return capture, sum(compiled.times_s.values()) - capture, len(compiled.graph.nodes)
+
+
+def test_layers_that_repeat_are_analysed_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = {"_choose": 0, "_follows": 0}
+
+    def count(module: Any, name: str) -> None:
+        function = getattr(module, name)
+
+        def counted(*args: Any) -> Any:
+            calls[name] += 1
+            return function(*args)
+
+        monkeypatch.setattr(module, name, counted)
+
+    count(propagate, "_choose")
+    count(check, "_follows")
+    found = []
+    for layers in (2, 3, 6):
+        for each in calls:
+            calls[each] = 0
+        model, inputs = llama(num_hidden_layers=layers)
+        both = fxshard.data_parallel(2) | tensor_parallel(2)
+        compiled = fxshard.parallelize(model.eval(), both, (), {**inputs, "use_cache": False}).compiled
+        found.append((dict(calls), len(compiled.graph.nodes)))
+    (_, few), (three, some), (six, many) = found
+    assert many - some == 3 * (some - few)  # each layer has its nodes,
+    more = {name: six[name] - three[name] for name in calls}
+    assert more["_follows"] == 0  # and none is read anew, nor decided,
+    assert more["_choose"] <= 3 * 8  # but where it matters what comes behind: at the sums of a layer
 
 
 @pytest.mark.slow

@@ -26,7 +26,7 @@ LAYERS: list[set[str]] = [
     {"passes", "search"},
     {"codegen", "inspect"},
     {"program"},
-    {"gradients", "simulate", "verify", "checkpoint"},
+    {"counting", "gradients", "simulate", "verify", "checkpoint"},
     {"api", "cli"},
     {"", "__main__"},
 ]

@@ -2,17 +2,19 @@
 
 Out: rank 0 gets the whole weights, a tensor after the other, and writes them: a model of ``transformers`` with its own
 ``save_pretrained``, which knows its configuration, its tied weights and in which form its weights are kept; any other
-module as one ``model.safetensors``. In: each rank opens the files and reads what its own parts need, no more.
+module as one ``model.safetensors``. In: each rank opens the files and reads what its own parts need, no more, a few
+megabytes at a time: a file's pages count as memory of the process for as long as it is open.
 """
 
 from __future__ import annotations
 
 import inspect
 import json
+import math
 import os
 import re
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -92,42 +94,79 @@ def load_pretrained(program: nn.Module, source: str | os.PathLike[str], *, stric
         CheckpointError: where the file is not one of this model; everything that does not fit is listed.
     """
     weights = weights_of(program)
-    with _opened(Path(source)) as files:
-        given = {name: file for name, file in files.items() if name in weights.names}
-        sources = {weights.first_names[name]: name for name in reversed(list(given))}  # a tensor under its first name
-        problems = _problems(weights, given)
-        if strict:
-            problems += [f"{n} is missing" for n in weights.names if weights.first_names[n] not in sources]
-            ignored = getattr(weights.model, "_keys_to_ignore_on_load_unexpected", None) or ()
-            problems += [
-                f"{name} is not in the model"
-                for name in files
-                if name not in weights.names and not any(re.search(pattern, name) for pattern in ignored)
-            ]
-        refuse(
-            problems,
-            f"{source} does not fit {type(weights.model).__name__}:",
-            "read it with the model's own from_pretrained, which knows how names and forms of weights changed, and "
-            "parallelize what that returns",
-        )
-        make_real(weights, list(given))
-        for first, name in sources.items():
-            for rank in weights.modules:
-                fill(weights.part(first, rank), weights.layout(first, rank).boxes, _reader(given[name], name))
+    files = _stored_in(Path(source))
+    given = {name: file for name, file in files.items() if name in weights.names}
+    sources = {weights.first_names[name]: name for name in reversed(list(given))}  # a tensor under its first name
+    problems = _problems(weights, given)
+    if strict:
+        problems += [f"{n} is missing" for n in weights.names if weights.first_names[n] not in sources]
+        ignored = getattr(weights.model, "_keys_to_ignore_on_load_unexpected", None) or ()
+        problems += [
+            f"{name} is not in the model"
+            for name in files
+            if name not in weights.names and not any(re.search(pattern, name) for pattern in ignored)
+        ]
+    refuse(
+        problems,
+        f"{source} does not fit {type(weights.model).__name__}:",
+        "read it with the model's own from_pretrained, which knows how names and forms of weights changed, and "
+        "parallelize what that returns",
+    )
+    make_real(weights, list(given))
+    for first, name in sources.items():
+        for rank in weights.modules:
+            boxes = list(given[name].pieces(weights.layout(first, rank).boxes))
+            fill(weights.part(first, rank), boxes, given[name].read)
     if isinstance(program, ParallelModule):
         program._loaded([name for name in weights.names if weights.first_names[name] in sources])
 
 
-def _reader(file: Any, name: str) -> Callable[[Box], torch.Tensor]:
-    stored = file.get_slice(name)
-    return lambda box: stored[box.of_whole]
+PIECE_BYTES = 8 * 2**20
+"""How much of a file is looked at at once. What has been looked at stays in memory until the file is closed."""
 
 
-def _problems(weights: Weights, given: Mapping[str, Any]) -> list[str]:
+@dataclass(frozen=True)
+class _Stored:
+    """A tensor in a file of safetensors."""
+
+    path: Path
+    name: str
+    shape: tuple[int, ...]
+    version: tuple[int, ...]
+
+    def read(self, box: Box) -> torch.Tensor:
+        """A box of it. The file is opened for that and closed again, so that no more stays in memory.
+
+        Raises:
+            CheckpointError: when the file is not the one any more that it was.
+        """
+        with safe_open(self.path, framework="pt", device="cpu") as file:
+            if _version(self.path) != self.version:
+                raise CheckpointError(
+                    f"{self.path} was written to while it was read", fix="load again, when it is complete"
+                )
+            found: torch.Tensor = file.get_slice(self.name)[box.of_whole]
+            return found
+
+    def pieces(self, boxes: Iterable[Box]) -> Iterator[Box]:
+        """The boxes, cut along their first dim so that the rows of each lie in a few megabytes of the file."""
+        row = max(1, math.prod(self.shape[1:])) * 8  # as if of the largest dtype
+        count = max(1, PIECE_BYTES // row)
+        for box in boxes:
+            if not box.sizes:
+                yield box
+                continue
+            (start, *starts), (size, *sizes), (local, *locals_) = box
+            for at in range(0, size, count):
+                length = min(count, size - at)
+                yield Box((start + at, *starts), (length, *sizes), (local + at, *locals_))
+
+
+def _problems(weights: Weights, given: Mapping[str, _Stored]) -> list[str]:
     """Why tensors of the files cannot be those of the model, a line each."""
     problems = []
-    for name, file in given.items():
-        shape, wanted = tuple(file.get_slice(name).get_shape()), weights.layout(name).shape
+    for name, stored in given.items():
+        shape, wanted = stored.shape, weights.layout(name).shape
         if shape != wanted:
             problems.append(f"{name} has shape {list(shape)}, and must have {list(wanted)}")
         first = weights.first_names[name]
@@ -136,29 +175,35 @@ def _problems(weights: Weights, given: Mapping[str, Any]) -> list[str]:
     return problems
 
 
-def _untied(weights: Weights, first: str, name: str, given: Mapping[str, Any]) -> list[str]:
+def _untied(weights: Weights, first: str, name: str, given: Mapping[str, _Stored]) -> list[str]:
     """Whether two names of one tensor have two values, of what this rank reads."""
     for rank in weights.modules:
-        for box in weights.layout(name, rank).boxes:
-            if not same(_reader(given[first], first)(box), _reader(given[name], name)(box)):
+        for box in given[name].pieces(weights.layout(name, rank).boxes):
+            if not same(given[first].read(box), given[name].read(box)):
                 return [f"{first} and {name} are one tensor of the model, and differ"]
     return []
 
 
-@contextmanager
-def _opened(source: Path) -> Iterator[dict[str, Any]]:
-    """The name of each tensor -> the open file that holds it."""
-    files: dict[str, Any] = {}
+def _stored_in(source: Path) -> dict[str, _Stored]:
+    """The tensors of a file, or of the files of a folder, by their names."""
+    found: dict[str, _Stored] = {}
     problems: list[str] = []
-    with ExitStack() as stack:
-        try:
-            for path in _files(source):
-                file = stack.enter_context(safe_open(path, framework="pt", device="cpu"))
-                files |= dict.fromkeys(file.keys(), file)
-        except Exception as error:
-            problems.append(f"{type(error).__name__}: {error}")
-        refuse(problems, f"cannot read {source}:", f"give a file, or a folder with {FILE} or {INDEX}")
-        yield files
+    try:
+        for path in _files(source):
+            version = _version(path)
+            with safe_open(path, framework="pt", device="cpu") as file:
+                shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+            found |= {name: _Stored(path, name, shape, version) for name, shape in shapes.items()}
+    except Exception as error:
+        problems.append(f"{type(error).__name__}: {error}")
+    refuse(problems, f"cannot read {source}:", f"give a file, or a folder with {FILE} or {INDEX}")
+    return found
+
+
+def _version(path: Path) -> tuple[int, ...]:
+    """What changes with a file: another one under its name, or another content."""
+    found = path.stat()
+    return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns
 
 
 def _files(source: Path) -> list[Path]:

@@ -22,11 +22,12 @@ from fxshard.passes.propagate import constrain
 from fxshard.passes.typing import Info, info_of, set_info
 from fxshard.placement import REPLICATE, Placement, Placements, Replicate, Shard
 from fxshard.plan.resolve import Resolved
+from fxshard.torch_internals import Graph
 
 
 def annotate(graph: fx.Graph, resolved: Resolved, mesh: Mesh) -> fx.Graph:
     """Puts the plan's tags onto a copy of ``graph``. See the module's text."""
-    new = fx.Graph()
+    new = Graph()
     copies: dict[fx.Node, fx.Node] = {}
     parts: dict[fx.Node, fx.Node] = {}  # parameters that are gathered for use, as they are stored
     for node in graph.nodes:

@@ -41,17 +41,20 @@ from fxshard.placement import (
     is_grouped,
     is_partial,
     is_shard,
+    placement_key,
     same,
 )
-from fxshard.rules.lookup import draws
+from fxshard.rules.lookup import draws, likeness
 from fxshard.rules.recipe import At, Factor, operands_of, shape_of, written
 from fxshard.runtime import collectives as run
 from fxshard.runtime.groups import group_rows
+from fxshard.torch_internals import OpOverload
 
 
 def check(graph: fx.Graph, mesh: Mesh) -> None:
     """Raises ``SoundnessError`` at the first call whose placements do not follow from its operator's rule."""
     graph.lint()
+    checked: set[Any] = set()
     for node in graph.nodes:
         if node.op != "call_function" or node.target in METADATA or node.target is operator.getitem:
             continue
@@ -73,8 +76,27 @@ def check(graph: fx.Graph, mesh: Mesh) -> None:
                 continue
             if node.target is torch.ops.aten.copy_.default and same(now[0], now[1]) and same(now[0], after[0]):
                 continue
+            key = _likeness(node, operands, facts, info, axis)
+            if key is not None and key in checked:
+                continue
             if not _follows(node, operands, facts, now, after, axis, mesh):
                 raise _unsound(node, operands, now, after, mesh.names[axis])
+            checked.add(key)
+
+
+def _likeness(node: fx.Node, operands: Sequence[fx.Node], facts: Sequence[Info], info: Info, axis: int) -> Any:
+    """All that decides whether a call is sound on an axis: layers that repeat are read once. None where names do."""
+    placed = [placement for fact in (*facts, info) for output in fact.outputs for placement in output[: axis + 1]]
+    if any(map(is_grouped, placed)) or not isinstance(node.target, OpOverload):
+        return None
+    values = [value for each in (*operands, node) for value in values_of(each)]
+    return (
+        likeness(node),
+        tuple(map(shape_of, values)),
+        tuple(map(placement_key, placed)),
+        tuple([fact.differentiable for fact in facts]),
+        axis,
+    )
 
 
 def _check_updates(node: fx.Node, mesh: Mesh) -> None:

@@ -28,7 +28,7 @@ from torch.fx.node import map_arg
 
 from fxshard.errors import CaptureError
 from fxshard.passes.origins import module_of, source_of
-from fxshard.torch_internals import HigherOrderOperator, OpOverload
+from fxshard.torch_internals import Graph, HigherOrderOperator, OpOverload
 
 __all__ = [
     "functionalize",
@@ -205,7 +205,7 @@ class _Functionalizer:
 
     old: fx.Graph
     root: torch.nn.Module
-    graph: fx.Graph = field(default_factory=fx.Graph)
+    graph: fx.Graph = field(default_factory=Graph)
     refs: dict[fx.Node, _Ref] = field(default_factory=dict)
     replayed: dict[tuple[_Cell, int, tuple[_View, ...]], fx.Node] = field(default_factory=dict)
     attributes: dict[str, _Ref] = field(default_factory=dict)

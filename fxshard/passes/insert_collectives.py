@@ -40,6 +40,7 @@ from fxshard.placement import (
 )
 from fxshard.rules.recipe import operands_of, with_operands
 from fxshard.runtime import collectives as run
+from fxshard.torch_internals import Graph
 
 COMMUNICATES = {run.all_gather, run.gather_weight, run.all_reduce, run.reduce_scatter, run.all_to_all}
 """Conversions that communicate in the forward pass."""
@@ -158,7 +159,7 @@ class _Versions:
 
 def insert_collectives(graph: fx.Graph, mesh: Mesh) -> fx.Graph:
     """Makes every conversion an explicit node. See the module's text."""
-    new = fx.Graph()
+    new = Graph()
     copies: dict[fx.Node, fx.Node] = {}
     versions: dict[fx.Node, _Versions] = {}
 

@@ -37,7 +37,7 @@ from fxshard.placement import (
 )
 from fxshard.rules.recipe import bind, operands_of, shape_of, signature_of
 from fxshard.runtime import collectives as run
-from fxshard.torch_internals import FloorDiv, OpOverload
+from fxshard.torch_internals import FloorDiv, Graph, OpOverload
 
 aten = torch.ops.aten
 
@@ -82,7 +82,7 @@ def localize(graph: fx.Graph, whole_mesh: Mesh, rank: int = 0, independent: bool
         independent: what is dropped of a split value, each rank draws for itself.
     """
     mesh = whole_mesh.seen_by(rank)
-    new = fx.Graph()
+    new = Graph()
     copies: dict[fx.Node, Any] = {}
     for node in graph.nodes:
         if node.target is operator.getitem and isinstance(copies[node.args[0]], tuple):

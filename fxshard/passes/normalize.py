@@ -45,7 +45,7 @@ from fxshard.passes.functionalize import (
     same_shape,
 )
 from fxshard.runtime.autocast import State, entered
-from fxshard.torch_internals import EXIT_AUTOCAST, MODE_MARKS, SET_GRAD, LazyGraphModule, OpOverload
+from fxshard.torch_internals import EXIT_AUTOCAST, MODE_MARKS, SET_GRAD, Graph, LazyGraphModule, OpOverload
 
 __all__ = ["normalize"]
 
@@ -144,7 +144,7 @@ class _Inliner:
 
     root: fx.GraphModule
     autocast: State = ()
-    graph: fx.Graph = field(default_factory=fx.Graph)
+    graph: fx.Graph = field(default_factory=Graph)
     without_grad: set[fx.Node] = field(default_factory=set)
     detached: dict[fx.Node, fx.Node] = field(default_factory=dict)
     effects: dict[Any, Effect] = field(default_factory=dict)

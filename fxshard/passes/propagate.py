@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Collection, Sequence
+from typing import Any, TypeAlias
 
 import torch
 from torch import fx
@@ -27,10 +28,22 @@ from fxshard.passes.ahead import LOOK_AHEAD, read_whole
 from fxshard.passes.facts import Facts, may_lower, recipe_of, split_choice
 from fxshard.passes.hoist import hoist_cuts, hoist_varies
 from fxshard.passes.typing import Choice, Info, copy_graph, set_info
-from fxshard.placement import PARTIAL, REPLICATE, VARYING, Cut, Placement, is_partial, is_shard, same
-from fxshard.rules.lookup import WEIGHT_VIEWS, is_constant
+from fxshard.placement import (
+    PARTIAL,
+    REPLICATE,
+    VARYING,
+    Cut,
+    Placement,
+    is_grouped,
+    is_partial,
+    is_shard,
+    placement_key,
+    same,
+)
+from fxshard.rules.lookup import WEIGHT_VIEWS, is_constant, likeness
 from fxshard.rules.recipe import At, Factor, Recipe, operands_of, written
 from fxshard.rules.table import find_rule, name_of
+from fxshard.torch_internals import OpOverload
 
 WEIGHT_STAYS = 1000.0
 """How much dearer it is to move a weight than an activation of its size: weights stay where they are stored."""
@@ -42,6 +55,9 @@ MAY_BE_EMPTY = frozenset({None, "groups", "mean", "dropout", "attention", "causa
     "ring",
 }
 """Lowerings that hold on an empty part too; others are of no use there: a maximum of nothing, a table without rows."""
+
+LOOKS_AHEAD = frozenset({"norm", "picked", "experts"})
+"""Lowerings for which it matters what readers do with the result, or what operands are called."""
 
 METADATA = {
     torch.ops.aten.sym_size.int,
@@ -107,6 +123,7 @@ def _differentiable(fact: Facts) -> bool:
 def _propagate_axis(facts: Sequence[Facts], axis: int, mesh: Mesh, rings: Collection[int]) -> None:
     size = mesh.sizes[axis]
     sizes = mesh.sizes[:axis]
+    known: Known = {}
     for fact in facts:
         node = fact.node
         if node.op in ("placeholder", "get_attr"):
@@ -126,7 +143,39 @@ def _propagate_axis(facts: Sequence[Facts], axis: int, mesh: Mesh, rings: Collec
         elif node.target in METADATA or all(o.current[0] is REPLICATE for o in fact.operands):
             fact.close(None)
         else:
-            fact.close(_choose(fact, size, sizes, axis, rings))
+            fact.close(_choose_once(fact, size, sizes, axis, rings, known))
+
+
+Known: TypeAlias = dict[Any, tuple[Choice, tuple[Choice | None, ...]]]
+"""The choices on one axis, by what decided them, each with those of the outer axes."""
+
+
+def _choose_once(
+    fact: Facts, size: int, sizes: Sequence[int], axis: int, rings: Collection[int], known: Known
+) -> Choice:
+    """The choice for a call; calls that look alike share one, so layers that repeat are analysed once.
+
+    Not where the choice follows from more than the call itself: from what its readers do, or from names.
+    """
+    current = [o.current[0] for o in fact.operands]
+    if any(is_partial(p) or is_grouped(p) for p in current) or not isinstance(fact.node.target, OpOverload):
+        return _choose(fact, size, sizes, axis, rings)
+    key = (
+        likeness(fact.node),
+        fact.shapes,
+        tuple([(o.shapes, o.differentiable, o.stored) for o in fact.operands]),
+        tuple(map(placement_key, current)),
+        tuple(map(id, fact.choices)),
+    )
+    if key in known:
+        return known[key][0]
+    choice = _choose(fact, size, sizes, axis, rings)
+    single = all(len(o.shapes) == 1 for o in fact.operands)
+    recipe = recipe_of(fact, sizes, current) if single else None
+    ahead = recipe is not None and any(factor.lowering in LOOKS_AHEAD for factor in recipe.factors)
+    if not ahead and not written(fact.node):
+        known[key] = choice, tuple(fact.choices)  # kept, so that their ids stay theirs
+    return choice
 
 
 def _choose(fact: Facts, size: int, sizes: Sequence[int], axis: int, rings: Collection[int]) -> Choice:

@@ -10,6 +10,7 @@ from torch import fx
 
 from fxshard.mesh import Mesh
 from fxshard.placement import REPLICATE, Placement, Placements, is_shard, local_size
+from fxshard.torch_internals import Graph
 
 _KEY = "fxshard"
 
@@ -120,7 +121,7 @@ def local_bytes(node: fx.Node, mesh: Mesh, along: int | None = None) -> int:
 
 def copy_graph(graph: fx.Graph) -> fx.Graph:
     """A copy of a graph; the nodes' meta dicts are copied, what they hold is shared."""
-    new = fx.Graph()
+    new = Graph()
     result = new.graph_copy(graph, {})
     new.output(result).meta = dict(next(iter(reversed(graph.nodes))).meta)
     return new

@@ -21,7 +21,7 @@ from torch import fx
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from fxshard.errors import CaptureError
-from fxshard.torch_internals import ENTER_VMAP, LAZY_LOAD, LEAVE_VMAP, MODE_MARKS, leave_vmaps, vmap_level
+from fxshard.torch_internals import ENTER_VMAP, LAZY_LOAD, LEAVE_VMAP, MODE_MARKS, Graph, leave_vmaps, vmap_level
 
 __all__ = ["unmap"]
 
@@ -86,7 +86,7 @@ def _replace(graph: fx.Graph, region: Sequence[fx.Node]) -> None:
 
 def _function(body: Sequence[fx.Node], inputs: Sequence[fx.Node], outputs: Sequence[fx.Node]) -> fx.GraphModule:
     """The region as a function of what it reads from outside."""
-    alone = fx.Graph()
+    alone = Graph()
     env = {node: alone.placeholder(node.name) for node in inputs}
     for node in body:
         env[node] = alone.node_copy(node, env.__getitem__)

@@ -25,6 +25,7 @@ class Graph:
     operands: dict[fx.Node, list[fx.Node]] = field(default_factory=dict)
     shapes: dict[fx.Node, tuple[Shape, ...]] = field(default_factory=dict)
     recipes: dict[fx.Node, Recipe | None] = field(default_factory=dict)
+    contractions: dict[fx.Node, tuple[Factor, int, int] | None] = field(default_factory=dict)
 
     @staticmethod
     def of(graph: fx.Graph) -> Graph:
@@ -85,6 +86,12 @@ def shapes_of(node: fx.Node) -> tuple[Shape, ...]:
 
 def contraction(node: fx.Node, facts: Graph) -> tuple[Factor, int, int] | None:
     """The factor that a call contracts between an activation and a weight, and the positions of the two."""
+    if node not in facts.contractions:
+        facts.contractions[node] = _contraction(node, facts)
+    return facts.contractions[node]
+
+
+def _contraction(node: fx.Node, facts: Graph) -> tuple[Factor, int, int] | None:
     operands = facts.operands[node]
     if len(operands) < 2 or not any(o in facts.weights for o in operands):
         return None

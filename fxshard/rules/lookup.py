@@ -48,14 +48,14 @@ def recipe_for(
     ats: tuple[At | None, ...] = ()
     if packet in _LAYOUT:
         ats = tuple(at and At(at.dim, at.blocks) for at in map(At.of, current))
-    counter = [0]
-    arguments = {name: _template(value, counter) for name, value in bind(node).items()}
     whole: tuple[Shape, ...] = ()
     if packet in _LITERAL:
         whole = whole_inputs or tuple(shape_of(o.meta["val"]) for o in operands_of(node))
-    key = (node.target, tuple(arguments.values()), inputs, outputs, ats, whole, len(generation))
+    key = (likeness(node), inputs, outputs, ats, whole, len(generation))
     found = _cache.get(key)
     if found is None:
+        counter = [0]
+        arguments = {name: _template(value, counter) for name, value in bind(node).items()}
         call = Call(packet, inputs, outputs, arguments, whole, ats, _affine(node))
         found = rule.function(call)
         if draws(node) and any(f.lowering is None for f in found.factors):
@@ -63,6 +63,39 @@ def recipe_for(
         factors = (_with_dims(f, inputs, outputs) for f in found.factors)
         _cache[key] = found = replace(found, factors=tuple(factors))
     return found
+
+
+def likeness(node: fx.Node) -> tuple[Any, ...]:
+    """What calls of an operator have in common that differ in nothing but the shapes and values of their operands.
+
+    >>> graph = fx.Graph()
+    >>> x = graph.placeholder("x")
+    >>> x.meta["val"] = torch.ones(2)
+    >>> one, other = (graph.call_function(torch.ops.aten.sum.dim_IntList, (x, [dim])) for dim in (0, -1))
+    >>> likeness(one) == likeness(one), likeness(one) == likeness(other)
+    (True, False)
+    """
+    args = tuple([_alike(value) for value in node.args])
+    if not node.kwargs:
+        return node.target, args
+    return node.target, args, tuple([(name, _alike(value)) for name, value in node.kwargs.items()])
+
+
+def _alike(value: Any) -> Any:
+    """A hashable picture of an argument, of tensors no more than the dtype; numbers of two types are two."""
+    kind = type(value)
+    if kind is fx.Node:
+        meta = value.meta.get("val")
+        if isinstance(meta, torch.Tensor):
+            return Operand(-1, meta.dtype)
+        if isinstance(meta, (list, tuple)):
+            return Operand(-1)
+        return getattr(getattr(meta, "node", None), "expr", meta)
+    if kind is int or value is None:
+        return value
+    if isinstance(value, (list, tuple)):
+        return tuple([_alike(item) for item in value])
+    return (kind, value) if kind in (bool, float, complex) else value
 
 
 def _with_dims(factor: Factor, inputs: Sequence[Shape], outputs: Sequence[Shape]) -> Factor:

@@ -211,10 +211,14 @@ def shape_of(value: Any) -> Shape:
     """The shape of a value of the graph, symbols as expressions."""
     if not isinstance(value, torch.Tensor):
         return ()
-    try:
-        return tuple(value.shape) if all(type(s) is int for s in value.shape) else tuple(map(to_dim, value.shape))
-    except AttributeError:
-        return tuple(value.shape)
+    shape = tuple(value.shape)
+    for size in shape:
+        if type(size) is not int:
+            try:
+                return tuple(map(to_dim, shape))
+            except AttributeError:
+                break
+    return shape
 
 
 def divides(size: Dim, parts: int) -> bool:

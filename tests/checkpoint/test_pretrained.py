@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 import fxshard
+from fxshard.checkpoint import pretrained
 from fxshard.errors import CheckpointError
 from tests.models.zoo import build, ids
 
@@ -49,6 +50,29 @@ def program_of(model: nn.Module) -> fxshard.ParallelModule:
 
 def equal(one: dict[str, Any], other: dict[str, Any]) -> bool:
     return one.keys() == other.keys() and all(torch.equal(value, other[name]) for name, value in one.items())
+
+
+def test_pieces_of_any_size_make_the_same_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = Net()
+    fxshard.save_pretrained(program_of(model), tmp_path)
+    for num_bytes in (1, 3 * 8 * 8, 7 * 8 * 8):  # a row, three, seven; or as many elements of a bias
+        monkeypatch.setattr(pretrained, "PIECE_BYTES", num_bytes)
+        program = program_of(Net(1))
+        fxshard.load_pretrained(program, tmp_path)
+        assert equal(program.full_state_dict(), model.state_dict())
+
+
+def test_a_file_that_changes_while_it_is_read_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fxshard.save_pretrained(program_of(Net()), tmp_path)
+    make_real = pretrained.make_real
+
+    def replaced(*args: Any) -> None:
+        make_real(*args)
+        fxshard.save_pretrained(program_of(Net(1)), tmp_path)
+
+    monkeypatch.setattr(pretrained, "make_real", replaced)
+    with pytest.raises(CheckpointError, match="was written to while it was read"):
+        fxshard.load_pretrained(program_of(Net(2)), tmp_path)
 
 
 def test_a_module_of_ones_own(tmp_path: Path) -> None:
