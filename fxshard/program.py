@@ -290,7 +290,7 @@ class ParallelModule(nn.Module):
             if compiled.draws:
                 share_random_state(self.mesh)
             leaves = [x.to(self._device) if isinstance(x, torch.Tensor) else x for x in leaves]
-            saving = self._regather.saving() if self._gathers(compiled) else nullcontext()
+            saving = self._regather.saving() if compiled.regathers and torch.is_grad_enabled() else nullcontext()
             with using(()), saving:  # the casts are in the code
                 out = self._functions[id(compiled)](self.rank_module(self.rank), *leaves)
             return compiled.captured.unflatten_outputs(out)
@@ -304,10 +304,6 @@ class ParallelModule(nn.Module):
             about = ", ".join(f"{name}: {text}" for name, text in sections["inputs"].items.items())
             meet(watch, sections, f"with {about}")
             self._checksums = {}
-
-    def _gathers(self, compiled: Compiled) -> bool:
-        """Whether weights are gathered that the backward pass will gather again."""
-        return self.options.regather and compiled.gathers and torch.is_grad_enabled()
 
     def _defer_gradients(self, compiled: Compiled) -> None:
         """Sums the gradients of whole weights in buckets from now on; collective."""

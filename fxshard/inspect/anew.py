@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -14,8 +15,7 @@ from fxshard.codegen.regions import Region, regions_of, walk
 from fxshard.passes.insert_collectives import CONVERSIONS
 from fxshard.passes.origins import checkpoint_of, module_of
 from fxshard.passes.pipeline import Compiled
-from fxshard.rules.lookup import WEIGHT_VIEWS
-from fxshard.rules.table import name_of
+from fxshard.runtime import collectives as run
 from fxshard.torch_internals import OpOverload
 
 
@@ -34,8 +34,12 @@ def _calls(graph: fx.Graph) -> list[Region]:
     return [region for region in walk(regions_of(graph)) if region.checkpoint]
 
 
-def communicated_again(compiled: Compiled, flows: Mapping[fx.Node, bool]) -> dict[fx.Node, list[fx.Node]]:
-    """The conversions that run again when the backward pass reaches a node.
+Call = tuple[fx.Node, list[fx.Node]]
+"""A call that is computed anew: the node at which it is asked for, and its nodes up to the last that runs again."""
+
+
+def computed_again(compiled: Compiled, flows: Mapping[fx.Node, bool]) -> list[Call]:
+    """The calls that the backward pass computes anew.
 
     What a call kept is asked for by the last of its operators that keep something for their gradient, and is computed
     anew up to there. Where the ranks' programs differ, that is the end of the call (``runtime/recompute.py``).
@@ -44,43 +48,54 @@ def communicated_again(compiled: Compiled, flows: Mapping[fx.Node, bool]) -> dic
         compiled: the program.
         flows: through which nodes a gradient flows.
     """
-    out: dict[fx.Node, list[fx.Node]] = {}
+    out = []
     for region in _calls(compiled.graph):
         nodes = list(nodes_of(region))
         last = len(nodes)
         while last and not (flows[nodes[last - 1]] and (compiled.is_uneven or _keeps(nodes[last - 1], flows))):
             last -= 1
         if last:
-            end = len(nodes) if compiled.is_uneven else last
-            out[nodes[last - 1]] = [n for n in nodes[:end] if n.target in CONVERSIONS]
+            out.append((nodes[last - 1], nodes if compiled.is_uneven else nodes[:last]))
     return out
 
 
-def times_kept(weight: fx.Node, flows: Mapping[fx.Node, bool]) -> int:
-    """For how many gradients autograd keeps the value of a weight, or a view of it."""
-    times = 0
+def times_kept(weight: fx.Node, flows: Mapping[fx.Node, bool], calls: Mapping[fx.Node, fx.Node]) -> int:
+    """How many times the memory of a weight is kept: by operators for their gradients, by calls that are computed anew.
+
+    Args:
+        weight: it, or a view of it.
+        flows: through which nodes a gradient flows.
+        calls: the nodes of calls that are computed anew -> which call.
+    """
+    times, entered = 0, set()
     for reader in weight.users:
-        if name_of(reader.target)[1] in WEIGHT_VIEWS - {"aten.to"}:
-            times += times_kept(reader, flows)
+        if reader in calls:  # of what is within the call nothing is kept, but what it is given
+            entered.update({calls[reader]} - {calls.get(weight)})
+        elif reader.target in (run.vary, run.vary_weight, operator.getitem):  # the same memory
+            times += times_kept(reader, flows, calls)
         elif reader.op == "call_function" and reader.target not in CONVERSIONS:
-            kept = _kept(reader, flows)
-            times += kept is None or weight in kept
-    return times
+            kept, is_view = _tried(reader, flows)
+            if flows[reader]:
+                times += 1 if kept is None else kept.count(weight)
+            times += times_kept(reader, flows, calls) if is_view else 0
+    return times + len(entered)
 
 
 def _keeps(node: fx.Node, flows: Mapping[fx.Node, bool]) -> bool:
     """Whether autograd keeps anything for the gradient of a call."""
-    return node.target not in CONVERSIONS and _kept(node, flows) != []
+    return node.target not in CONVERSIONS and _tried(node, flows)[0] != []
 
 
-def _kept(node: fx.Node, flows: Mapping[fx.Node, bool]) -> list[fx.Node | None] | None:
-    """What autograd keeps for the gradient of a call: operands, or None for another value. It is asked, by a call
-    without data; where that cannot be, nothing is known: None.
+def _tried(node: fx.Node, flows: Mapping[fx.Node, bool]) -> tuple[list[fx.Node | None] | None, bool]:
+    """What autograd keeps for the gradient of a call, operands, or None for another value; whether it views an operand.
+
+    It is asked, by a call without data; where that cannot be, nothing is known: None.
     """
     if not isinstance(node.target, OpOverload):
-        return None
+        return None, False
     kept: list[fx.Node | None] = []
     given: dict[int, fx.Node] = {}
+    dtypes: dict[int, torch.dtype] = {}
 
     def pack(x: torch.Tensor) -> None:
         kept.append(given.get(x.untyped_storage()._cdata))
@@ -89,24 +104,30 @@ def _kept(node: fx.Node, flows: Mapping[fx.Node, bool]) -> list[fx.Node | None] 
         made = fx.node.map_aggregate(operand.meta["val"], lambda value: _empty(value, flows.get(operand, False)))
         if isinstance(made, torch.Tensor):
             given[made.untyped_storage()._cdata] = operand
+            dtypes[made.untyped_storage()._cdata] = made.dtype
         return made
 
     try:
         with torch.enable_grad():
             args, kwargs = fx.map_arg((node.args, node.kwargs), empty)
             with saved_tensors_hooks(pack, lambda _: torch.zeros(())):
-                node.target(*args, **kwargs)
+                out = node.target(*args, **kwargs)
     except Exception:
-        return None
-    return kept
+        return None, False
+    made = [x for x in (out if isinstance(out, tuple | list) else [out]) if isinstance(x, torch.Tensor)]
+    return kept, any(dtypes.get(x.untyped_storage()._cdata) == x.dtype for x in made)
 
 
 def _empty(value: Any, flows: bool) -> Any:
     if not isinstance(value, torch.Tensor):
         return value if isinstance(value, int | float | bool) else getattr(value.node, "hint", value)
-    sizes = [size if isinstance(size, int) else int(size.node.hint or 1) for size in value.shape]
-    made = torch.empty(sizes, dtype=value.dtype, device="meta")
+    sizes, strides = ([_hint(size) for size in each] for each in (value.shape, value.stride()))
+    made = torch.empty_strided(sizes, strides, dtype=value.dtype, device="meta")
     return made.requires_grad_() if flows and (made.dtype.is_floating_point or made.dtype.is_complex) else made
+
+
+def _hint(size: Any) -> int:
+    return size if isinstance(size, int) else int(size.node.hint or 1)
 
 
 def notes_on(compiled: Compiled, flows: Mapping[fx.Node, bool]) -> Iterator[str]:

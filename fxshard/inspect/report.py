@@ -12,7 +12,7 @@ from torch import fx
 
 from fxshard.codegen.text import span
 from fxshard.codegen.types import describe_local, describe_type, describe_value
-from fxshard.inspect.anew import communicated_again, computes_anew, notes_on, times_kept
+from fxshard.inspect.anew import computed_again, computes_anew, notes_on, times_kept
 from fxshard.inspect.fallbacks import fallbacks_of
 from fxshard.inspect.reasons import home_of, op_name, reason, source_of_value, without_layers
 from fxshard.mesh import Mesh
@@ -84,7 +84,7 @@ def backward_kind(node: fx.Node) -> str | None:
 
 
 def needs_grad(compiled: Compiled) -> dict[fx.Node, bool]:
-    """Through which nodes a gradient really flows: from parameters that require one, and such inputs."""
+    """Through which nodes a gradient really flows: from the outputs to parameters that require one, and such inputs."""
     examples = dict(zip(compiled.captured.placeholders, compiled.captured.example_inputs, strict=True))
     out: dict[fx.Node, bool] = {}
     for node in compiled.graph.nodes:
@@ -96,11 +96,15 @@ def needs_grad(compiled: Compiled) -> dict[fx.Node, bool]:
         else:
             flows = node.target is not run.dropout_mask and not is_constant(node.target)
             out[node] = flows and any(out.get(n, False) for n in node.all_input_nodes) and _is_float(node)
+    reached = set(next(iter(reversed(compiled.graph.nodes))).all_input_nodes)
+    for node in reversed(compiled.graph.nodes):
+        out[node] = out[node] and node in reached
+        reached.update(node.all_input_nodes if out[node] else ())
     return out
 
 
 def _is_float(node: fx.Node) -> bool:
-    return any(map(is_float, values_of(node)))
+    return "val" not in node.meta or any(map(is_float, values_of(node)))  # of some lowered calls nobody noted the type
 
 
 def full_bytes(node: fx.Node, compiled: Compiled) -> int:
@@ -109,7 +113,12 @@ def full_bytes(node: fx.Node, compiled: Compiled) -> int:
 
 
 def _conversions(compiled: Compiled) -> Iterator[fx.Node]:
-    return (n for n in compiled.graph.nodes if n.target in CONVERSIONS - {run.concat} or n.target is ring_attention)
+    return filter(_communicates, compiled.graph.nodes)
+
+
+def _communicates(node: fx.Node) -> bool:
+    """Whether a node communicates, forward or backward."""
+    return node.target in CONVERSIONS - {run.concat} or node.target is ring_attention
 
 
 def collectives_of(compiled: Compiled) -> list[Collective]:
@@ -142,12 +151,12 @@ REGATHERED = "it was not kept whole for the gradient of what it is multiplied wi
 
 def _repeats(compiled: Compiled, flows: Mapping[fx.Node, bool]) -> dict[fx.Node, list[tuple[fx.Node, str]]]:
     """Which conversions of the forward pass run again where the backward pass reaches a node, and why."""
-    anew = communicated_again(compiled, flows)
-    out = {at: [(node, ANEW) for node in nodes] for at, nodes in anew.items()}
-    inside = {node for nodes in anew.values() for node in nodes}
-    for node in compiled.graph.nodes if compiled.options.regather else ():
-        if node.target is run.gather_weight and node not in inside:
-            out.setdefault(node, []).extend([(node, REGATHERED)] * times_kept(node, flows))
+    anew = computed_again(compiled, flows)
+    out = {at: [(node, ANEW) for node in nodes if _communicates(node)] for at, nodes in anew}
+    calls = {node: at for at, nodes in anew for node in nodes}
+    for node in compiled.graph.nodes if compiled.regathers else ():
+        if node.target is run.gather_weight:
+            out.setdefault(node, []).extend([(node, REGATHERED)] * times_kept(node, flows, calls))
     return out
 
 
@@ -159,10 +168,12 @@ def buckets_of(compiled: Compiled, flows: Mapping[fx.Node, bool]) -> dict[fx.Nod
     """The all-reduces of the gradients of whole weights, by the weight that makes each complete."""
     alike: dict[tuple[tuple[str, ...], torch.dtype], list[fx.Node]] = {}
     for node in reversed(compiled.graph.nodes):
-        if node.target is run.vary_weight and flows[node]:
+        if node.target is run.vary_weight and node.all_input_nodes[0].meta["requires_grad"]:
             alike.setdefault((tuple(map(str, node.args[1:])), values_of(node)[0].dtype), []).append(node)
     out: dict[fx.Node, list[Collective]] = {}
     for (axes, dtype), nodes in alike.items():
+        if not any(flows[node] for node in nodes):
+            continue
         wide = run.sum_dtype("all_reduce", dtype, compiled.options.reduce_dtype)
         sizes = [local_bytes(node, compiled.mesh) // dtype.itemsize for node in nodes]
         for start, end, members in cut_in_buckets(sizes, elements(compiled.options.bucket_bytes, wide)):

@@ -164,9 +164,20 @@ class Compiled:
         return tuple((str(node.all_input_nodes[0].target), tuple(map(str, node.args[1:]))) for node in nodes)
 
     @cached_property
-    def gathers(self) -> bool:
-        """Whether the program gathers weights for use."""
-        return any(node.target is gather_weight for node in self.graph.nodes)
+    def regathers(self) -> bool:
+        """Whether weights are gathered that the backward pass gathers again.
+
+        Not along an axis on which a rank has nothing of some call: it does not run it, keeps no weight for its
+        gradient, and would not take part.
+        """
+        over = {str(node.args[1]) for node in self.graph.nodes if node.target is gather_weight}
+        return self.options.regather and bool(over) and not any(self._is_idle(self.mesh.index(axis)) for axis in over)
+
+    def _is_idle(self, axis: int) -> bool:
+        """Whether a rank along the axis has nothing of some call."""
+        calls = (info_of(n).choices for n in self.stages["insert_collectives"].nodes if has_info(n))
+        split = (c for choices in calls for c in choices[axis : axis + 1] if c is not None and c.kind == "split")
+        return any(0 in cut_of(p).shares for c in split for p in (*c.inputs, *c.outputs) if p is not None)
 
     @cached_property
     def draws(self) -> bool:

@@ -76,7 +76,7 @@ def _split_streams(work: Work, axis: str, preset: str, instead: str = "nothing i
     for node in streams:
         shape = shapes_of(node)[0]
         if len(shape) >= 3:
-            work.offer("activations", f"%{node.name}", node, axis, Shard(SEQUENCE), preset)
+            work.offer(*work.named(node), node, axis, Shard(SEQUENCE), preset)
 
 
 def _context_parallel(work: Work, axis: str) -> None:
@@ -113,7 +113,7 @@ def _exchange(work: Work, axis: str, each: Attention, blocks: tuple[int, ...]) -
     places = [shard(dims[0] + HEADS, blocks, shares), *keys]
     for node, placement in zip((each.query, *each.shared), places, strict=True):
         if work.free(node, axis):
-            work.put("activations", f"%{node.name}", node, axis, placement, "context_parallel")
+            work.put(*work.named(node), node, axis, placement, "context_parallel")
     back = Shard(len(shapes_of(each.node)[0]) + POSITIONS)
     work.offer("activations", f"%{each.node.name}", each.node, axis, back, "context_parallel")
 

@@ -240,6 +240,12 @@ class Work:
             what = f"dim {placement.dim} (size {size}) does not divide by {ranks}"
             self.notes.append(f"{preset} leaves {name} whole on axis {axis!r}: {what}")
 
+    def named(self, node: fx.Node) -> tuple[str, str]:
+        """The part of a plan that can speak of a value, and its name there."""
+        known = {"placeholder": ("inputs", self.names.inputs), "get_attr": ("params", self.names.params)}
+        part, names = known.get(node.op, ("activations", {}))
+        return part, next((name for name, each in names.items() if each is node), f"%{node.name}")
+
     def match_blocks(self) -> None:
         """A packed weight that the user splits by its dim is split block by block, as its readers cut it."""
         if not any(is_parameter(n) and isinstance(p, Shard) for n, e in self.nodes.items() for p in e.values()):

@@ -56,11 +56,12 @@ class Regather:
 
     def __init__(self) -> None:
         self.alive: dict[int, _Gathered] = {}
+        self.is_saving = False
 
     def note(self, whole: torch.Tensor, part: torch.Tensor, again: Callable[[], torch.Tensor]) -> None:
-        """Remembers how ``whole`` came about."""
+        """Remembers how ``whole`` came about, until the end of ``saving``."""
         place = whole.untyped_storage().data_ptr()
-        if place:
+        if place and self.is_saving:
             self.alive[place] = _Gathered(weakref.ref(whole), part.detach(), part._version, again)
 
     @contextlib.contextmanager
@@ -82,9 +83,11 @@ class Regather:
             return saved.of.get().as_strided(saved.size, saved.stride, saved.offset)
 
         with torch.autograd.graph.saved_tensors_hooks(save, restore):
+            self.is_saving = True
             try:
                 yield
             finally:
+                self.is_saving = False
                 self.alive.clear()
 
 
