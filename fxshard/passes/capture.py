@@ -109,6 +109,8 @@ class Captured:
         leaves = list(leaves)
         for index, value in self.output_constants.items():
             leaves[index] = value
+        if self.out_spec.is_leaf():
+            return leaves[0]
         return pytree.tree_unflatten(leaves, self.out_spec)
 
 
