@@ -22,7 +22,7 @@ from fxshard.inspect.fingerprint import fingerprint
 from fxshard.inspect.report import Collective, collectives_of, explain, notes_of, table
 from fxshard.mesh import Mesh
 from fxshard.passes.annotate import placements
-from fxshard.passes.capture import capture, signature_key
+from fxshard.passes.capture import capture, number_constants, signature_key
 from fxshard.passes.fidelity import check_fidelity
 from fxshard.passes.known_calls import KnownCalls, describe
 from fxshard.passes.pipeline import STAGES, Compiled, Options, compile_graph
@@ -114,6 +114,8 @@ class ParallelModule(nn.Module):
             captured = capture(model, args, kwargs, dynamic_shapes=None if exact else self._dynamic_shapes)
             seconds = time.perf_counter() - start
             check_fidelity(model, captured, args, kwargs)
+            if self._captures:  # a rank's module holds the constants of all
+                number_constants(captured, len(self._captures), self._placements)
             compiled = compile_graph(captured, self._pinned(), model, seconds, self.options)
             self._captures[key] = self._latest = compiled
             self._known.clear()
