@@ -8,7 +8,7 @@ import time
 from collections.abc import Hashable, Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -22,8 +22,9 @@ from fxshard.inspect.fingerprint import fingerprint
 from fxshard.inspect.report import Collective, collectives_of, explain, notes_of, table
 from fxshard.mesh import Mesh
 from fxshard.passes.annotate import placements
-from fxshard.passes.capture import capture, signature_key
+from fxshard.passes.capture import capture, number_constants, signature_key
 from fxshard.passes.fidelity import check_fidelity
+from fxshard.passes.known_calls import KnownCalls, describe
 from fxshard.passes.pipeline import STAGES, Compiled, Options, compile_graph
 from fxshard.placement import Placements, join_all
 from fxshard.plan.plan import Plan
@@ -77,6 +78,7 @@ class ParallelModule(nn.Module):
         self._dynamic_shapes = dynamic_shapes
         self.options = options or Options()
         self._captures: dict[tuple[bool, Hashable], Compiled] = {}
+        self._known: KnownCalls[Compiled] = KnownCalls()
         self._latest: Compiled | None = None
         self._eager = False
         self._ranks: dict[int, RankModule] = {}
@@ -115,6 +117,8 @@ class ParallelModule(nn.Module):
             if self._original.has_values:
                 check_fidelity(model, captured, args, kwargs)
             settled = self._latest is not None
+            if settled:  # a rank's module holds the constants of all captures
+                number_constants(captured, len(self._captures), self._placements)
             compiled = compile_graph(captured, self._pinned(), model, seconds, self.options, settled)
             placed = self._placed(compiled)
             if settled and placed != self._placements:
@@ -124,6 +128,7 @@ class ParallelModule(nn.Module):
                     fix="this is a bug of fxshard: please report the model and the plan",
                 )
             self._captures[key] = self._latest = compiled
+            self._known.clear()
             if not settled:
                 self._placements = placed
                 self._settle(compiled)
@@ -263,6 +268,11 @@ class ParallelModule(nn.Module):
             InputError: when the inputs do not fit what was captured with example inputs.
         """
         now = (self.training, ambient())
+        key = describe(args, kwargs, now) if self._eager else None
+        if key is not None and (known := self._known.find(key, args, kwargs)):
+            if self._latest is not known[0]:
+                self._latest = known[0]
+            return known
         fitting = [
             c
             for (exact, _), c in self._captures.items()
@@ -275,25 +285,31 @@ class ParallelModule(nn.Module):
         leaves = compiled.captured.flatten_inputs(args, kwargs)
         if not compiled.fits(leaves):  # uneven parts are of static sizes
             compiled = self.capture(args, kwargs, exact=True)
+        if key is not None:
+            self._known.add(key, args, kwargs, compiled, compiled.captured)
         return compiled, leaves
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Runs this rank's part; collective. Give every rank the same whole inputs."""
         with calling():
             compiled, leaves = self.compile_call(args, kwargs)
-            if id(compiled) not in self._functions or self.options.compare == "every_call":
+            run = self._functions.get(id(compiled))
+            if run is None or self.options.compare == "every_call":
                 self._compare_ranks(compiled, leaves)
             compared()
-            if id(compiled) not in self._functions:
-                self._functions[id(compiled)] = self.function(compiled, self.rank, self.axes)
+            if run is None:
+                function, module = self.function(compiled, self.rank, self.axes), self.rank_module(self.rank)
+                run = self._functions[id(compiled)] = partial(function, module)
                 self._defer_gradients(compiled)
             if compiled.draws:
                 share_random_state(self.mesh)
             leaves = [x.to(self._device) if isinstance(x, torch.Tensor) else x for x in leaves]
-            saving = self._regather.saving() if compiled.regathers and torch.is_grad_enabled() else nullcontext()
+            regathers = compiled.regathers and torch.is_grad_enabled()
+            if not (regathers or ambient()):
+                return compiled.captured.unflatten_outputs(run(*leaves))
+            saving = self._regather.saving() if regathers else nullcontext()
             with using(()), saving:  # the casts are in the code
-                out = self._functions[id(compiled)](self.rank_module(self.rank), *leaves)
-            return compiled.captured.unflatten_outputs(out)
+                return compiled.captured.unflatten_outputs(run(*leaves))
 
     def _compare_ranks(self, compiled: Compiled, leaves: list[Any]) -> None:
         """Raises ``DistributedError`` where other ranks are about to run something else; collective."""

@@ -16,6 +16,7 @@ from torch._export.passes import replace_autocast_with_hop_pass, replace_set_gra
 from torch._functorch import predispatch
 from torch._ops import HigherOrderOperator, OperatorBase, OpOverload, OpOverloadPacket
 from torch._subclasses import FakeTensor
+from torch.autograd import forward_ad
 from torch.autograd.function import _SingleLevelFunction as SingleLevelFunction
 from torch.distributed import distributed_c10d
 from torch.export import _trace as exporter
@@ -60,11 +61,13 @@ __all__ = [
     "foreach_norm",
     "has_kernel",
     "hooks_of",
+    "is_recorded",
     "is_vmapped",
     "leave_vmaps",
     "preserve_node_meta",
     "make_wrapper",
     "pytree",
+    "record",
     "saving_hooks",
     "vmap_level",
     "will_accumulate",
@@ -108,6 +111,22 @@ def is_vmapped(value: object) -> bool:
     return isinstance(value, torch.Tensor) and bool(torch._C._functorch.is_batchedtensor(value))
 
 
+def is_recorded(x: torch.Tensor) -> bool:
+    """Whether what is done with ``x`` must be told to autograd: it needs a gradient, or a transform of ``torch.func``
+    or forward-mode differentiation is under way.
+    """
+    if x.requires_grad and torch.is_grad_enabled():
+        return True
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+
+
+def record(function: type[torch.autograd.Function], *args: Any) -> Any:
+    """``function.apply(*args)``, without what that does for transforms of ``torch.func`` where none is under way."""
+    if torch._C._are_functorch_transforms_active():
+        return function.apply(*args)
+    return super(torch.autograd.Function, function).apply(*args)  # type: ignore[misc]
+
+
 def vmap_level() -> int:
     """How many ``torch.vmap`` surround this place."""
     return torch._C._functorch.maybe_current_level() or 0
@@ -140,8 +159,8 @@ def will_accumulate(node: Any) -> bool:
 
 def hooks_of(tensor: torch.Tensor) -> list[Any]:
     """The hooks on a tensor's gradient."""
-    found = (tensor._backward_hooks, tensor._post_accumulate_grad_hooks)
-    return [hook for hooks in found for hook in (hooks or {}).values()]
+    before, after = tensor._backward_hooks, tensor._post_accumulate_grad_hooks
+    return [*(before.values() if before else ()), *(after.values() if after else ())]
 
 
 def saving_hooks() -> tuple[Callable[[Any], Any], Callable[[Any], Any]] | None:

@@ -310,3 +310,17 @@ def test_verify_compares_with_the_programs_own_weights() -> None:
         for rank in range(2):
             program.rank_module(rank).up.weight.mul_(3)
     assert fxshard.verify(program, X).ok
+
+
+class Sized(nn.Module):
+    """Makes a constant of a size of its input, which export lifts out of the code."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + torch.tensor([float(x.shape[0]), 1.0])
+
+
+def test_each_capture_has_constants_of_its_own() -> None:
+    model = Sized()
+    program = fxshard.parallelize(model, fxshard.data_parallel(1))
+    for size in (3, 5, 3, 4, 5):
+        assert torch.equal(program(torch.ones(size, 2)), model(torch.ones(size, 2)))

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from fxshard.passes.fold import PREFIX
 from fxshard.passes.insert_collectives import CONVERSIONS
 from fxshard.torch_internals import OpOverload
 
@@ -94,7 +95,8 @@ def hint(node: fx.Node) -> str:
     if node.op == "placeholder":
         return identifier(str(node.target))
     if node.op == "get_attr":
-        return identifier("_".join(str(node.target).split(".")[-2:]))
+        names = user_names(node) if str(node.target).startswith(PREFIX) else ()
+        return names[0] if len(names) == 1 else identifier("_".join(str(node.target).split(".")[-2:]))
     if node.target in CONVERSIONS and isinstance(node.args[0], fx.Node):
         return hint(node.args[0])
     names = user_names(node)

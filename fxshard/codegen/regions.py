@@ -25,6 +25,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import fx
 
+from fxshard.passes.fold import PREFIX
 from fxshard.passes.origins import checkpoint_of, clean_path
 
 Path: TypeAlias = tuple[str, ...]
@@ -286,9 +287,9 @@ def owner_of(name: str, reading: Sequence[Region]) -> Region:
 
 
 def is_constant(name: str) -> bool:
-    """Whether export made up the name, counting through the whole model: it says nothing about the layer."""
+    """Whether export or ``fold`` made up the name, for the whole model: it says nothing about the layer."""
     last = name.rpartition(".")[2]
-    return last.startswith(("lifted_tensor_", "_tensor_constant", "_lifted_tensor_constant"))
+    return last.startswith((PREFIX, "lifted_tensor_", "_tensor_constant", "_lifted_tensor_constant"))
 
 
 def is_empty(node: fx.Node) -> bool:

@@ -21,7 +21,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import inspect
-from collections.abc import Callable, Hashable, Iterator, Mapping
+from collections.abc import Callable, Container, Hashable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -45,9 +45,10 @@ from fxshard.passes.origins import module_of, source_of
 from fxshard.passes.trees import flatten, paths, reorder
 from fxshard.passes.vmaps import unmap
 from fxshard.runtime.autocast import State, ambient
+from fxshard.runtime.module import place
 from fxshard.torch_internals import is_vmapped, pytree
 
-__all__ = ["Captured", "capture", "signature_key"]
+__all__ = ["Captured", "capture", "number_constants", "signature_key"]
 
 # Only these reach a reader of the graph; export's own provenance records would double its size.
 _KEPT_META = ("val", "nn_module_stack", "stack_trace", "torch_fn", "custom")
@@ -109,6 +110,8 @@ class Captured:
         leaves = list(leaves)
         for index, value in self.output_constants.items():
             leaves[index] = value
+        if self.out_spec.is_leaf():
+            return leaves[0]
         return pytree.tree_unflatten(leaves, self.out_spec)
 
 
@@ -164,6 +167,22 @@ def capture(
         signature=signature,
         autocast=ambient(),
     )
+
+
+def number_constants(captured: Captured, number: int, names: Container[str]) -> None:
+    """Name the constants that export lifted out of the code after the capture, of several captures of one model.
+
+    Args:
+        captured: it is changed.
+        number: of the capture.
+        names: those of the model's own tensors, which stay.
+    """
+    root = captured.graph_module
+    for node in root.graph.find_nodes(op="get_attr"):
+        if node.target not in names:
+            value = _attribute(root, node.target)
+            node.target = f"{node.target}_{number}"
+            place(root, node.target, value, persistent=False)
 
 
 def signature_key(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Hashable:

@@ -18,6 +18,7 @@ from fxshard.mesh import Mesh
 from fxshard.passes.annotate import annotate
 from fxshard.passes.capture import Captured
 from fxshard.passes.check import check
+from fxshard.passes.fold import fold
 from fxshard.passes.functionalize import nested_graphs
 from fxshard.passes.insert_collectives import insert_collectives
 from fxshard.passes.localize import localize
@@ -250,7 +251,7 @@ def _compile(
     graph = stage("insert_collectives", insert_collectives, graph, mesh)
     stage("check", check, graph, mesh)
     graph = stage("localize", localize, graph, mesh, 0, options.independent)
-    stage("optimize", optimize, graph)
+    stage("optimize", lambda local: fold(optimize(local), root), graph)
     return Compiled(captured, resolved, mesh, root, stages, times, options)
 
 

@@ -39,9 +39,9 @@ class AloneGroup:
         self.deferred: dict[tuple[int, tuple[str, ...]], Callable[[torch.Tensor], torch.Tensor]] = {}
         self.regather: Regather | None = None
 
-    def run(self, name: str, backward: str, x: torch.Tensor) -> torch.Tensor:
+    def run(self, name: str, backward: str, x: torch.Tensor, inplace: bool = False, dim: int = 0) -> torch.Tensor:
         """See ``collectives.Group.run``."""
-        out: torch.Tensor = _Alone.apply(x, self, name, backward)  # type: ignore[no-untyped-call]
+        out: torch.Tensor = _Alone.apply(x, self, name, backward, dim)  # type: ignore[no-untyped-call]
         return out
 
     def joint(self, function: Joint, *inputs: torch.Tensor) -> torch.Tensor:
@@ -57,17 +57,17 @@ class AloneGroup:
     def _note(self, kind: str, num_bytes: int) -> None:
         self.moved.append(Moved(kind, self.axis, num_bytes))
 
-    def raw(self, name: str, x: torch.Tensor) -> torch.Tensor:
+    def raw(self, name: str, x: torch.Tensor, dim: int = 0) -> torch.Tensor:
         """The result of a collective to which all ranks brought what this one brings, but sums are its own."""
         if name == "own_part":
-            return x.chunk(self.size, 0)[self.index]
+            return x.chunk(self.size, dim)[self.index]
         if name == "identity":
             return x
         out = x
         if name == "all_gather":
-            out = torch.cat([x] * self.size)
+            out = torch.cat([x] * self.size, dim)
         elif name == "reduce_scatter":
-            out = x.chunk(self.size, 0)[self.index]
+            out = x.chunk(self.size, dim)[self.index]
         whole = out if name == "all_gather" else x
         self._note(name, whole.numel() * sum_dtype(name, x.dtype, self.reduce_dtype).itemsize)
         return out.clone()
@@ -75,14 +75,14 @@ class AloneGroup:
 
 class _Alone(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, group: AloneGroup, name: str, backward: str) -> torch.Tensor:
-        ctx.group, ctx.backward_name = group, backward
-        return x.view_as(x) if name == "identity" else group.raw(name, x)
+    def forward(ctx: Any, x: torch.Tensor, group: AloneGroup, name: str, backward: str, dim: int) -> torch.Tensor:
+        ctx.group, ctx.backward_name, ctx.dim = group, backward, dim
+        return x.view_as(x) if name == "identity" else group.raw(name, x, dim)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:
-        return ctx.group.raw(ctx.backward_name, grad), None, None, None
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        return ctx.group.raw(ctx.backward_name, grad, ctx.dim), None, None, None, None
 
 
 def alone_axes(mesh: Mesh, rank: int, reduce_dtype: torch.dtype | None, moved: list[Moved]) -> dict[str, Axis]:

@@ -25,6 +25,8 @@ def ambient() -> State:
     ...     ambient()
     (('cpu', torch.bfloat16),)
     """
+    if not any(map(torch.is_autocast_enabled, DEVICES)):
+        return ()
     return tuple((d, torch.get_autocast_dtype(d)) for d in DEVICES if torch.is_autocast_enabled(d))
 
 

@@ -26,7 +26,7 @@ from torch import nn
 from fxshard.errors import DistributedError
 from fxshard.runtime.collectives import Axis, ProcessAxisGroup, sum_dtype
 from fxshard.runtime.faults import guarded
-from fxshard.torch_internals import after_backward, backward_id, hooks_of, will_accumulate
+from fxshard.torch_internals import after_backward, backward_id, hooks_of, record, will_accumulate
 
 MIB = 2**20
 BUCKET_BYTES = 25 * MIB
@@ -109,11 +109,13 @@ class Buckets:
         self.weights = list(weights)
         self.synchronization = synchronization
         sizes = [w.numel() for w in weights]
-        self.offsets = [sum(sizes[:i]) for i in range(len(sizes))]
+        self.sizes, self.total = sizes, sum(sizes)
+        self.positions = {id(w): i for i, w in enumerate(weights)}
         dtype = weights[0].dtype
         self.wide = sum_dtype("all_reduce", dtype, group.reduce_dtype)
         self.cuts = cut_in_buckets(sizes, elements(bucket_bytes, self.wide))
         self.flat: torch.Tensor | None = None
+        self.slots: list[torch.Tensor] = []  # the gradients, as views of the flat tensor
         self.filled: set[int] = set()
         self.complete: dict[int, torch.Tensor] = {}
         self.now: _Pass | None = None
@@ -129,7 +131,7 @@ class Buckets:
     def add(self, index: int, grad: torch.Tensor) -> None:
         """Takes the gradient that the backward pass at hand gives for the weight ``index``."""
         now = self._begin()
-        slot = self._slot(index)
+        slot = self.slots[index]
         if index in now.arrived and any(index in cut[2] for cut in self.cuts[: now.launched]):
             now.late[index] = now.late[index] + grad if index in now.late else grad.clone()
             return
@@ -140,15 +142,16 @@ class Buckets:
             self.filled.add(index)
         now.arrived.add(index)
         while not self.synchronization.held and now.launched < len(self.cuts):
+            if len(now.arrived) < len(self.cuts[now.launched][2]):
+                break
             if not now.arrived.issuperset(self.cuts[now.launched][2]):
                 break
             self._launch(now)
 
     def is_watched(self, index: int) -> bool:
         """Whether the user's hooks wait for the gradient of a weight as the backward pass gives it."""
-        return any(
-            getattr(hook, "__func__", None) is not Buckets._other_gradient for hook in hooks_of(self.weights[index])
-        )
+        hooks = hooks_of(self.weights[index])
+        return any(getattr(hook, "__func__", None) is not Buckets._other_gradient for hook in hooks)
 
     def _begin(self) -> _Pass:
         """Prepares for a backward pass, when the first of its gradients comes."""
@@ -164,7 +167,7 @@ class Buckets:
         if not self.filled:
             self.flat = None
         if self.flat is None:
-            self.flat = self.weights[0].new_empty(sum(w.numel() for w in self.weights), requires_grad=False)
+            self._allocate()
         self.now = _Pass()
         after_backward(self._finish)
         return self.now
@@ -172,12 +175,13 @@ class Buckets:
     def _waits(self, index: int) -> bool:
         """Whether a gradient of ``no_sync`` is still the weight's: ``zero_grad`` may have dropped it."""
         grad = self.weights[index].grad
-        return grad is not None and self.flat is not None and grad.data_ptr() == self._slot(index).data_ptr()
+        return grad is not None and self.flat is not None and grad.data_ptr() == self.slots[index].data_ptr()
 
-    def _slot(self, index: int) -> torch.Tensor:
-        weight, offset = self.weights[index], self.offsets[index]
-        assert self.flat is not None
-        return self.flat[offset : offset + weight.numel()].view(weight.shape)
+    def _allocate(self) -> None:
+        with torch.no_grad():
+            self.flat = torch.empty(self.total, dtype=self.weights[0].dtype, device=self.weights[0].device)
+            parts = self.flat.split_with_sizes(self.sizes)
+            self.slots = [part.view(w.shape) for part, w in zip(parts, self.weights, strict=True)]
 
     def _launch(self, now: _Pass) -> None:
         assert self.flat is not None
@@ -207,25 +211,25 @@ class Buckets:
                 weight = self.weights[index]
                 if weight.grad is not None:
                     self.complete[index] = weight.grad
-                weight.grad = self._slot(index)
+                weight.grad = self.slots[index]
             return
         for index in set(range(len(self.weights))) - self.filled:
-            self._slot(index).zero_()
+            self.slots[index].zero_()
         while now.launched < len(self.cuts):
             self._launch(now)
         now.works += [self._sum(late) for late in now.late.values()]
         for wait in now.works:
             wait()
         for index in sorted(self.filled):
-            slot, weight = self._slot(index), self.weights[index]
+            slot, weight = self.slots[index], self.weights[index]
             if index in now.late:
                 slot.add_(now.late[index])
             weight.grad = slot if weight.grad is None else weight.grad.add_(slot)
-        self.filled, self.flat = set(), None
+        self.filled, self.flat, self.slots = set(), None, []
 
     def _other_gradient(self, weight: torch.Tensor) -> None:
         """A gradient came to a weight from elsewhere: it cannot be told from one that waits to be summed."""
-        index = next(i for i, w in enumerate(self.weights) if w is weight)
+        index = self.positions[id(weight)]
         if self.now is None and index in self.filled and self._waits(index):
             raise DistributedError(
                 "a weight whose gradient of no_sync waits to be summed got one that did not come through the program; "
@@ -263,7 +267,7 @@ def defer(
 
 
 def _deferred(buckets: Buckets, index: int, weight: torch.Tensor) -> torch.Tensor:
-    out: torch.Tensor = Deferred.apply(weight, buckets, index)  # type: ignore[no-untyped-call]
+    out: torch.Tensor = record(Deferred, weight, buckets, index)
     return out
 
 
@@ -277,11 +281,19 @@ class Deferred(torch.autograd.Function):
         return weight.view_as(weight)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, None, None]:
         """Nothing goes on to the weight yet, unless something else than ``.grad`` waits for its gradient."""
-        buckets: Buckets = ctx.buckets
-        if will_accumulate(ctx) and not buckets.is_watched(ctx.index):
-            buckets.add(ctx.index, grad)
-            return None, None, None
-        return buckets.group.raw("all_reduce", grad), None, None
+        if torch.is_grad_enabled():  # create_graph=True: what comes out cannot be differentiated once more
+            return _differentiable_once(ctx, grad)
+        return _take(ctx, grad)
+
+
+def _take(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, None, None]:
+    buckets: Buckets = ctx.buckets
+    if will_accumulate(ctx) and not buckets.is_watched(ctx.index):
+        buckets.add(ctx.index, grad)
+        return None, None, None
+    return buckets.group.raw("all_reduce", grad), None, None
+
+
+_differentiable_once = torch.autograd.function.once_differentiable(_take)

@@ -6,19 +6,20 @@ The forward type decides the backward one (``g`` is a gradient):
     vary(x, axis)               x                             all_reduce(g)        Megatron's f
     vary_weight(w, axis, ..)    w                             all_reduce(g)        in buckets: see ``runtime.buckets``
     all_reduce(x, axis)         sum over the ranks            g                    Megatron's g
-    all_gather(x, axis)         parts stacked along dim 0     this rank's part of g
-    all_gather(.., summed=True) parts stacked along dim 0     reduce_scatter(g)
+    all_gather(x, axis, dim=d)  parts joined along d          this rank's part of g
+    all_gather(.., summed=True) parts joined along d          reduce_scatter(g)
     reduce_scatter(x, axis, d)  this rank's part of the sum   all_gather(g)
     gather_weight(w, axis, ..)  the whole weight              as all_gather; the backward pass gathers it once more
     chunk(x, axis, d)           this rank's part              all_gather(g)
     all_to_all(x, axis, i, j)   parts along i -> parts of j   all_to_all(g, j, i)
 
 Sums are made in the dtype of what is summed, each addition rounded to it, or, where the program asks for it
-(``reduce_dtype``), in a wider one, and rounded once.
+(``reduce_dtype``), in a wider one, and rounded once. They are made in place where the compiler found that nothing else
+reads the summands (``inplace``).
 
-``concat`` turns parts stacked along dim 0 into the whole tensor where the split dim is another one, or has blocks.
 Where the ranks hold different sizes (``lengths``), parts are padded before a collective and cut after it, so that all
-ranks bring the same shape; the padding is zeros, and nothing reads it.
+ranks bring the same shape; the padding is zeros, and nothing reads it. Such parts, and those of several blocks, are
+stacked along dim 0 by ``all_gather``, and ``concat`` turns them into the whole tensor.
 
 An ``Axis`` is one mesh axis as one rank sees it. Its ``group`` does the work: a ``ProcessGroup`` of torch.distributed,
 or the lockstep group of ``fxshard.simulate``, whose ranks are threads of this process.
@@ -41,6 +42,7 @@ from fxshard.runtime.autocast import operator_named
 from fxshard.runtime.faults import guarded
 from fxshard.runtime.regather import Regather
 from fxshard.runtime.rounds import Arrival, Joint, OnRank, Rotation, turn
+from fxshard.torch_internals import is_recorded, record
 
 Blocks = tuple[int, ...]
 Lengths = tuple[int, ...]
@@ -57,8 +59,16 @@ class Group(Protocol):
     deferred: dict[tuple[int, tuple[str, ...]], Callable[[torch.Tensor], torch.Tensor]]
     regather: Regather | None
 
-    def run(self, name: str, backward: str, x: torch.Tensor) -> torch.Tensor:
-        """Runs the collective ``name``, whose gradient is the collective ``backward``."""
+    def run(self, name: str, backward: str, x: torch.Tensor, inplace: bool = False, dim: int = 0) -> torch.Tensor:
+        """Runs the collective ``name``, whose gradient is the collective ``backward``; an all-reduce perhaps in place.
+
+        Args:
+            name: the collective.
+            backward: that of the gradient.
+            x: what this rank brings.
+            inplace: nothing else reads the memory of ``x``, or, where the gradient is all-reduced, of that.
+            dim: along which the parts of all ranks lie in the whole, where one of the two joins or cuts them.
+        """
 
     def joint(self, function: Joint, *inputs: torch.Tensor) -> torch.Tensor:
         """Runs a function that the ranks compute together, each on inputs of its own."""
@@ -84,9 +94,15 @@ def sum_dtype(name: str, dtype: torch.dtype, asked: torch.dtype | None) -> torch
     return asked if sums and asked is not None and asked.itemsize > dtype.itemsize else dtype
 
 
-def vary(x: torch.Tensor, axis: Axis) -> torch.Tensor:
-    """Marks a replicated value whose readers differ by rank: its gradients are summed over the axis."""
-    return axis.group.run("identity", "all_reduce", x)
+def vary(x: torch.Tensor, axis: Axis, inplace: bool = False) -> torch.Tensor:
+    """Marks a replicated value whose readers differ by rank: its gradients are summed over the axis.
+
+    Args:
+        x: the value.
+        axis: the mesh axis.
+        inplace: nothing else reads the memory of the gradient.
+    """
+    return axis.group.run("identity", "all_reduce", x, inplace)
 
 
 def vary_weight(weight: torch.Tensor, *axes: Axis) -> torch.Tensor:
@@ -101,24 +117,30 @@ def vary_weight(weight: torch.Tensor, *axes: Axis) -> torch.Tensor:
     return weight
 
 
-def all_reduce(x: torch.Tensor, axis: Axis) -> torch.Tensor:
-    """The sum of ``x`` over the axis."""
-    return axis.group.run("all_reduce", "identity", x)
+def all_reduce(x: torch.Tensor, axis: Axis, inplace: bool = False) -> torch.Tensor:
+    """The sum of ``x`` over the axis.
+
+    Args:
+        x: this rank's summand.
+        axis: the mesh axis.
+        inplace: nothing else reads the memory of ``x``.
+    """
+    return axis.group.run("all_reduce", "identity", x, inplace)
 
 
 def all_gather(x: torch.Tensor, axis: Axis, summed: bool = False, dim: int = 0, lengths: Lengths = ()) -> torch.Tensor:
-    """The parts of all ranks stacked along dim 0: ``[d0, ...] -> [n * d0, ...]``.
+    """The parts of all ranks joined along ``dim``; those of different sizes stacked along dim 0, for ``concat``.
 
     Args:
         x: this rank's part.
         axis: the mesh axis.
         summed: the gradient differs by rank and must be summed (its backward is a reduce_scatter).
-        dim: the dim along which the parts differ in size.
-        lengths: their sizes; the parts are padded to the longest one, and ``concat`` drops that again.
+        dim: the dim along which the whole is cut.
+        lengths: the sizes of the parts along it; they are padded to the longest one, and ``concat`` drops that again.
     """
     if lengths:
-        x = _pad(x, dim, max(lengths))
-    return axis.group.run("all_gather", "reduce_scatter" if summed else "own_part", x)
+        x, dim = _pad(x, dim, max(lengths)), 0
+    return axis.group.run("all_gather", "reduce_scatter" if summed else "own_part", x, dim=dim)
 
 
 def by_rank(x: torch.Tensor, axis: Axis) -> torch.Tensor:
@@ -158,8 +180,10 @@ def gather_weight(
     """
 
     def gather() -> torch.Tensor:
-        parts = all_gather(weight, axis, summed, dim, lengths)
-        return parts if dim == 0 and blocks == (1,) and not lengths else concat(parts, axis, dim, blocks, lengths)
+        if blocks == (1,) and not lengths:
+            return all_gather(weight, axis, summed, dim)
+        parts = all_gather(weight, axis, summed, dim if lengths else 0, lengths)
+        return concat(parts, axis, dim, blocks, lengths)
 
     whole = gather()
     if axis.group.regather is not None and torch.is_grad_enabled():
@@ -188,9 +212,14 @@ def _parts(x: torch.Tensor, axis: Axis, dim: int, blocks: Blocks, lengths: Lengt
     return [torch.cat([block[i] for block in cut], dim) for i in range(axis.size)]
 
 
+def _is_even(x: torch.Tensor, axis: Axis, dim: int, blocks: Blocks, lengths: Lengths) -> bool:
+    """Whether the parts of a whole tensor along ``dim`` are of one size, and each is one piece."""
+    return blocks == (1,) and not lengths and x.shape[dim] % axis.size == 0
+
+
 def _stack_parts(x: torch.Tensor, axis: Axis, dim: int, blocks: Blocks, lengths: Lengths) -> torch.Tensor:
     """The inverse of ``concat``: the whole tensor -> the parts of all ranks, padded, stacked along dim 0."""
-    if dim == 0 and blocks == (1,) and not lengths and x.shape[0] % axis.size == 0:
+    if dim == 0 and _is_even(x, axis, dim, blocks, lengths):
         return x
     parts = _parts(x, axis, dim, blocks, lengths)
     return torch.cat([_pad(part, dim, max(lengths)) for part in parts] if lengths else parts, 0)
@@ -206,10 +235,13 @@ def chunk(x: torch.Tensor, axis: Axis, dim: int, blocks: Blocks = (1,), lengths:
         blocks: the relative sizes of the blocks that are each cut alike.
         lengths: what each rank gets, in rank order; empty where all get the same.
     """
+    is_even = _is_even(x, axis, dim, blocks, lengths)
     if x.requires_grad and torch.is_grad_enabled():
+        if is_even:
+            return axis.group.run("own_part", "all_gather", x, dim=dim)
         part = axis.group.run("own_part", "all_gather", _stack_parts(x, axis, dim, blocks, lengths))
         return part.narrow(dim, 0, lengths[axis.index]) if lengths else part
-    if blocks != (1,) or lengths or x.shape[dim] % axis.size:
+    if not is_even:
         return _parts(x, axis, dim, blocks, lengths)[axis.index].contiguous()
     length = x.shape[dim] // axis.size
     return x.narrow(dim, axis.index * length, length).contiguous()  # its readers may view it as they viewed the whole
@@ -217,6 +249,8 @@ def chunk(x: torch.Tensor, axis: Axis, dim: int, blocks: Blocks = (1,), lengths:
 
 def reduce_scatter(x: torch.Tensor, axis: Axis, dim: int, blocks: Blocks = (1,), lengths: Lengths = ()) -> torch.Tensor:
     """This rank's part, along ``dim``, of the sum of ``x`` over the axis; the arguments are those of ``chunk``."""
+    if _is_even(x, axis, dim, blocks, lengths):
+        return axis.group.run("reduce_scatter", "all_gather", x, dim=dim)
     part = axis.group.run("reduce_scatter", "all_gather", _stack_parts(x, axis, dim, blocks, lengths))
     return part.narrow(dim, 0, lengths[axis.index]) if lengths else part
 
@@ -268,10 +302,19 @@ class ProcessAxisGroup:
             )
         return group
 
-    def run(self, name: str, backward: str, x: torch.Tensor) -> torch.Tensor:
+    def run(self, name: str, backward: str, x: torch.Tensor, inplace: bool = False, dim: int = 0) -> torch.Tensor:
         """See ``Group.run``."""
-        out: torch.Tensor = _Collective.apply(x, self, name, backward)  # type: ignore[no-untyped-call]
+        if not is_recorded(x):
+            return x if name == "identity" else self.raw(name, x, inplace, dim)
+        if inplace and name == "all_reduce" and self._sums_in_place(x):
+            self.raw(name, x.detach(), inplace)  # behind autograd's back: the gradient of the sum is that of x
+            return x
+        out: torch.Tensor = record(_Collective, x, self, name, backward, inplace, dim)
         return out
+
+    def _sums_in_place(self, x: torch.Tensor) -> bool:
+        """Whether ``x`` can be overwritten with its sum, if it may be."""
+        return self.reduce_dtype is None and x.is_contiguous()
 
     def joint(self, function: Joint, *inputs: torch.Tensor) -> torch.Tensor:
         """See ``Group.joint``."""
@@ -287,61 +330,87 @@ class ProcessAxisGroup:
 
         return wait
 
-    def raw(self, name: str, x: torch.Tensor) -> torch.Tensor:
-        """Runs one collective without a gradient."""
+    def raw(self, name: str, x: torch.Tensor, inplace: bool = False, dim: int = 0) -> torch.Tensor:
+        """Runs one collective without a gradient; an all-reduce ``inplace``, where that can be."""
         if name in _LOCAL:
-            return _RAW[name](self, x)
+            return _RAW[name](self, x, dim)
         with guarded(self, name, x):
-            return _RAW[name](self, x.to(sum_dtype(name, x.dtype, self.reduce_dtype))).to(x.dtype)
+            if self.reduce_dtype is not None:
+                return _RAW[name](self, x.to(sum_dtype(name, x.dtype, self.reduce_dtype)), dim).to(x.dtype)
+            return _RAW["all_reduce_" if inplace and name == "all_reduce" and x.is_contiguous() else name](self, x, dim)
 
 
 class _Collective(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, group: ProcessAxisGroup, name: str, backward: str) -> torch.Tensor:
-        ctx.group, ctx.backward_name = group, backward
-        return x.view_as(x) if name == "identity" else group.raw(name, x)
+    def forward(
+        ctx: Any, x: torch.Tensor, group: ProcessAxisGroup, name: str, backward: str, inplace: bool, dim: int
+    ) -> torch.Tensor:
+        ctx.group, ctx.backward_name, ctx.inplace, ctx.dim = group, backward, inplace, dim
+        return x.view_as(x) if name == "identity" else group.raw(name, x, dim=dim)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:
-        return ctx.group.raw(ctx.backward_name, grad), None, None, None
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        if torch.is_grad_enabled():  # create_graph=True: what comes out cannot be differentiated once more
+            return _differentiable_once(ctx, grad)
+        return ctx.group.raw(ctx.backward_name, grad, ctx.inplace, ctx.dim), None, None, None, None, None
 
 
-def _identity(group: ProcessAxisGroup, x: torch.Tensor) -> torch.Tensor:
+@torch.autograd.function.once_differentiable
+def _differentiable_once(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+    return ctx.group.raw(ctx.backward_name, grad, dim=ctx.dim), None, None, None, None, None
+
+
+def _identity(group: ProcessAxisGroup, x: torch.Tensor, dim: int) -> torch.Tensor:
     return x
 
 
-def _all_reduce(group: ProcessAxisGroup, x: torch.Tensor) -> torch.Tensor:
-    out = x.clone(memory_format=torch.contiguous_format)
-    dist.all_reduce(out, group=group.group)
-    return out
+def _all_reduce_(group: ProcessAxisGroup, x: torch.Tensor, dim: int) -> torch.Tensor:
+    dist.all_reduce(x, group=group.group)
+    return x
 
 
-def _all_gather(group: ProcessAxisGroup, x: torch.Tensor) -> torch.Tensor:
+def _all_reduce(group: ProcessAxisGroup, x: torch.Tensor, dim: int) -> torch.Tensor:
+    return _all_reduce_(group, x.clone(memory_format=torch.contiguous_format), dim)
+
+
+def _all_gather(group: ProcessAxisGroup, x: torch.Tensor, dim: int) -> torch.Tensor:
     out = x.new_empty((group.size * x.shape[0], *x.shape[1:]))
     dist.all_gather_single(out, x.contiguous(), group=group.group)
-    return out
+    return joined(out, group.size, dim)
 
 
-def _reduce_scatter(group: ProcessAxisGroup, x: torch.Tensor) -> torch.Tensor:
+def _reduce_scatter(group: ProcessAxisGroup, x: torch.Tensor, dim: int) -> torch.Tensor:
+    x = stacked(x, group.size, dim)
     out = x.new_empty((x.shape[0] // group.size, *x.shape[1:]))
     dist.reduce_scatter_single(out, x.contiguous(), group=group.group)
     return out
 
 
-def _all_to_all(group: ProcessAxisGroup, x: torch.Tensor) -> torch.Tensor:
+def _all_to_all(group: ProcessAxisGroup, x: torch.Tensor, dim: int) -> torch.Tensor:
     out = torch.empty_like(x, memory_format=torch.contiguous_format)
     dist.all_to_all_single(out, x.contiguous(), group=group.group)
     return out
 
 
-def _own_part(group: ProcessAxisGroup, x: torch.Tensor) -> torch.Tensor:
-    return x.chunk(group.size, 0)[group.index]
+def _own_part(group: ProcessAxisGroup, x: torch.Tensor, dim: int) -> torch.Tensor:
+    part = x.chunk(group.size, dim)[group.index]
+    return part.contiguous() if dim else part  # its readers may view it as they viewed the whole
 
 
-_RAW: dict[str, Callable[[ProcessAxisGroup, torch.Tensor], torch.Tensor]] = {
+def joined(x: torch.Tensor, size: int, dim: int) -> torch.Tensor:
+    """``size`` parts stacked along dim 0, joined along ``dim``."""
+    return torch.cat(x.chunk(size), dim) if dim else x
+
+
+def stacked(x: torch.Tensor, size: int, dim: int) -> torch.Tensor:
+    """The inverse of ``joined``."""
+    return torch.cat(x.chunk(size, dim)) if dim else x
+
+
+_RAW: dict[str, Callable[[ProcessAxisGroup, torch.Tensor, int], torch.Tensor]] = {
     "identity": _identity,
     "all_reduce": _all_reduce,
+    "all_reduce_": _all_reduce_,
     "all_gather": _all_gather,
     "reduce_scatter": _reduce_scatter,
     "all_to_all": _all_to_all,

@@ -16,7 +16,7 @@ import torch
 
 from fxshard.errors import FxshardError
 from fxshard.mesh import Mesh
-from fxshard.runtime.collectives import Axis, sum_dtype
+from fxshard.runtime.collectives import Axis, joined, stacked, sum_dtype
 from fxshard.runtime.recompute import keeping_all
 from fxshard.runtime.regather import Regather
 from fxshard.runtime.rounds import InLockstep, Joint
@@ -129,11 +129,15 @@ class LockstepAxisGroup:
         self.deferred: dict[tuple[int, tuple[str, ...]], Callable[[torch.Tensor], torch.Tensor]] = {}
         self.regather: Regather | None = None
 
-    def run(self, name: str, backward: str, x: torch.Tensor) -> torch.Tensor:
-        """See ``collectives.Group.run``."""
+    def run(self, name: str, backward: str, x: torch.Tensor, inplace: bool = False, dim: int = 0) -> torch.Tensor:
+        """See ``collectives.Group.run``; nothing is in place."""
         if name in ("identity", "own_part") and backward not in ("all_reduce", "all_gather"):
             raise FxshardError(f"{name} with gradient {backward} is not a conversion")
-        return self.group.exchange(self.rank, name, backward, x)
+        size = len(self.group.ranks)
+        if name in ("own_part", "reduce_scatter"):
+            x = stacked(x, size, dim)
+        out = self.group.exchange(self.rank, name, backward, x)
+        return joined(out, size, dim) if name == "all_gather" else out
 
     def joint(self, function: Joint, *inputs: torch.Tensor) -> torch.Tensor:
         """See ``collectives.Group.joint``."""

@@ -23,7 +23,7 @@ def gather_whole(part: torch.Tensor, placed: Placements, mesh: Mesh, axes: Mappi
             if cut_of(placement).shares:
                 length = torch.tensor([part.shape[dim]], device=part.device)
                 lengths = tuple(axis.group.run("all_gather", "own_part", length).tolist())
-            stacked = all_gather(part, axis, False, dim, lengths)
+            stacked = all_gather(part, axis, False, dim if lengths else 0, lengths)
             part = concat(stacked, axis, dim, cut_of(placement).blocks, lengths)
     return part
 

@@ -106,13 +106,13 @@ class Mlp:
         self.down = m.down
 
     def __call__(self, x):
-        x = vary(x, tp)  # f64[4, 6, 8]  tp: Varying
+        x = vary(x, tp, inplace=True)  # f64[4, 6, 8]  tp: Varying
         # test_emit.py:{line}: hidden = F.relu(self.up(x))
         hidden = F.linear(x, self.up.weight, self.up.bias)  # f64[4, 6, 8]  tp: Shard(2)
         hidden = hidden.relu()  # f64[4, 6, 8]  tp: Shard(2)
         # test_emit.py:{line + 1}: return self.down(hidden)
         down = F.linear(hidden, self.down.weight)  # f64[4, 6, 8]  tp: Partial(sum)
-        down = all_reduce(down, tp)  # f64[4, 6, 8]
+        down = all_reduce(down, tp, inplace=True)  # f64[4, 6, 8]
         down = down + self.down.bias  # f64[4, 6, 8]
         return (down,)
 
@@ -280,7 +280,7 @@ def test_a_traceback_shows_the_generated_line() -> None:
     function = program.function(program.compiled, 0, {})  # without its axes
     with pytest.raises(NameError) as error:
         function(program.rank_module(0), torch.randn(4, 8))
-    assert str(error.traceback[-1].statement).strip().startswith("x = vary(x, tp)")
+    assert str(error.traceback[-1].statement).strip().startswith("x = vary(x, tp,")
 
 
 # --- text ------------------------------------------------------------------------------------------------------------

@@ -192,12 +192,13 @@ def verify_and_refuse() -> None:
     for output in simulated:
         torch.testing.assert_close(output.logits, real.logits, rtol=0, atol=1e-6)
 
-    kept = collectives._RAW["all_reduce"]
-    collectives._RAW["all_reduce"] = lambda group, x: 2 * kept(group, x)
+    kept = dict(collectives._RAW)
+    for name in ("all_reduce", "all_reduce_"):
+        collectives._RAW[name] = lambda group, x, dim, right=kept[name]: 2 * right(group, x, dim)
     try:
         report = fxshard.verify(program, **inputs)
     finally:
-        collectives._RAW["all_reduce"] = kept
+        collectives._RAW.update(kept)
     assert not report.ok
     assert report.first_divergence
 

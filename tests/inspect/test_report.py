@@ -121,9 +121,9 @@ def test_the_records_are_what_runs(plan: str, monkeypatch: pytest.MonkeyPatch) -
     issued: list[str] = []
     run = LockstepAxisGroup.run
 
-    def recorded(self: LockstepAxisGroup, name: str, backward: str, x: torch.Tensor) -> torch.Tensor:
+    def recorded(self: LockstepAxisGroup, name: str, backward: str, x: torch.Tensor, *more: Any, **how: Any) -> Any:
         issued.extend([name] if threading.current_thread() is first[0] else [])
-        return run(self, name, backward, x)
+        return run(self, name, backward, x, *more, **how)
 
     program = fxshard.parallelize(Lm(), PLANS[plan], (IDS,))
     function, first = program.function, []

@@ -1,0 +1,37 @@
+"""See ``benchmarks``."""
+
+from __future__ import annotations
+
+import argparse
+from itertools import product
+from pathlib import Path
+
+from benchmarks import dispatch, steps
+from benchmarks.cases import Case
+
+
+def main() -> None:
+    """Reads the command line."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
+    commands = parser.add_subparsers(dest="command", required=True)
+    measured = argparse.ArgumentParser(add_help=False)
+    measured.add_argument("--models", nargs="+", default=["mlp", "swiglu", "block", "llama"])
+    measured.add_argument("--dims", nargs="+", type=int, default=[64, 512])
+    measured.add_argument("--ways", nargs="+", default=["tp", "sp", "dp", "zero"])
+    measured.add_argument("--passes", nargs="+", default=["forward", "backward"])
+    measured.add_argument("--seconds", type=float, default=6.0, help="how long a case is timed")
+    whole = commands.add_parser("steps", parents=[measured], help="step times, ratios, collectives and bytes")
+    whole.add_argument("--out", type=Path, help="also write the rows here, as JSON")
+    commands.add_parser("dispatch", parents=[measured], help="what steps cost beside their communication")
+    given = parser.parse_args()
+    every = product(given.dims, given.models, given.ways, given.passes)
+    cases = [Case(model, dim, way, p == "backward") for dim, model, way, p in every]
+    cases = [c for c in cases if c.train or c.way in ("tp", "sp")]
+    if given.command == "steps":
+        steps.measure(cases, given.seconds, given.out)
+    else:
+        dispatch.measure([c for c in cases if c.way in ("tp", "sp")], given.seconds)
+
+
+if __name__ == "__main__":
+    main()
