@@ -54,7 +54,7 @@ def parallelize(
         bucket_bytes: the gradients of weights that every rank holds whole are summed over the ranks in buckets of so
             many bytes, while the backward pass goes on. 0 sums each by itself.
         regather: weights that are stored in parts and gathered for use (``zero``) are not kept for the backward pass,
-            which gathers them once more: less memory, more traffic. Where a rank has nothing of a batch they are kept.
+            which gathers them once more: less memory, more traffic. Where a rank has no rows of a batch they are kept.
         checkpoint: names or globs of modules, such as ``"model.layers.*"``, whose calls keep nothing for the backward
             pass but their inputs, and are computed anew in it. Of modules inside one another the outermost is taken.
             Calls of ``torch.utils.checkpoint`` in the model are kept without being named.

@@ -135,3 +135,12 @@ def test_weights_are_gathered_again_where_every_rank_computes() -> None:
     assert not fxshard.parallelize(model, zero(4), (x,)).compiled.regathers
     assert fxshard.parallelize(model, zero(3), (x,)).compiled.regathers
     assert fxshard.parallelize(model, preset("tp4_zero2"), (x[:2],)).compiled.regathers
+
+
+def test_the_last_backward_pass_sums_all_that_waits() -> None:
+    launch(2, combinations.accumulation_over_several_sums)
+
+
+@pytest.mark.slow
+def test_the_last_backward_pass_sums_all_that_waits_on_other_axes() -> None:
+    launch(4, combinations.accumulation_over_several_axes)

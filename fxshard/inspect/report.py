@@ -35,8 +35,8 @@ class Collective:
         kind: all_reduce, all_gather, reduce_scatter, all_to_all, or rotate.
         axis: the mesh axis; ``dp+cp`` where it goes over two at once.
         phase: forward or backward.
-        num_bytes: the payload: the bytes of one rank's full-size tensor along the axis; of a rotation, what a rank
-            passes on to the next one.
+        num_bytes: the payload: the bytes of one rank's full-size tensor along the axis, without the padding of parts
+            that differ in size; of a rotation, what a rank passes on to the next one.
         module: the module whose value is communicated.
         source: the line of the user's source.
         reason: why it is there, in a sentence.

@@ -64,9 +64,15 @@ def elements(bucket_bytes: int, dtype: torch.dtype) -> int:
 
 @dataclass
 class Synchronization:
-    """Whether the gradients of a program are summed after each backward pass: not within ``no_sync``."""
+    """Whether the gradients of a program are summed after each backward pass: not within ``no_sync``.
+
+    Attributes:
+        held: they wait.
+        members: what sums them: those of one dtype over the same axes each.
+    """
 
     held: bool = False
+    members: list[Buckets] = field(default_factory=list)
 
     @contextlib.contextmanager
     def hold(self) -> Iterator[None]:
@@ -120,6 +126,7 @@ class Buckets:
         self.complete: dict[int, torch.Tensor] = {}
         self.now: _Pass | None = None
         self.task = -1
+        synchronization.members.append(self)
         for weight in weights:
             weight.register_post_accumulate_grad_hook(self._other_gradient)
 
@@ -170,6 +177,9 @@ class Buckets:
             self._allocate()
         self.now = _Pass()
         after_backward(self._finish)
+        for other in self.synchronization.members if not self.synchronization.held else ():
+            if other.unsummed:  # this pass need not bring a gradient to any of them
+                other._begin()
         return self.now
 
     def _waits(self, index: int) -> bool:
@@ -232,8 +242,8 @@ class Buckets:
         index = self.positions[id(weight)]
         if self.now is None and index in self.filled and self._waits(index):
             raise DistributedError(
-                "a weight whose gradient of no_sync waits to be summed got one that did not come through the program; "
-                "every rank has all of that one, and it would be summed with the other",
+                "a weight whose gradient of no_sync waits to be summed got one not summed with it, from outside "
+                "the program or from a call that sums over other axes",
                 fix="leave no_sync first: run a backward pass outside of it, or drop the gradients with zero_grad",
             )
 

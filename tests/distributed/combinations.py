@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
+import pytest
 import torch
 from torch import nn
 
 import fxshard
-from tests.distributed.gradients import counted
+from fxshard.errors import DistributedError
+from tests.distributed.gradients import assert_grads, counted
 from tests.helpers import weighted_loss
 from tests.presets import preset
 
@@ -36,6 +39,49 @@ def as_many_collectives_as_it_says(cases: list[Case]) -> None:
         assert calls == said, f"{case}: {calls - said}; {said - calls}"
 
 
+class TwoHeads(nn.Module):
+    """The second head is of another dtype."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.trunk, self.first, self.second = nn.Linear(8, 8).double(), nn.Linear(8, 4).double(), nn.Linear(8, 4)
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        hidden = self.trunk(x).tanh()
+        return self.first(hidden), self.second(hidden.float())
+
+
+def accumulation_over_several_sums() -> None:
+    """The last backward pass sums all that waits: of dtypes, and of axes, to which it brings nothing itself."""
+    model, x = TwoHeads(), torch.randn(4, 8, dtype=torch.float64)
+    program = fxshard.parallelize(copy.deepcopy(model), preset("dp2"), (x,))
+    for head in (1, 0):
+        model(x)[head].sum().backward()
+    program(x)
+    with program.no_sync():
+        program(x)[1].sum().backward()
+    assert program.unsummed
+    program(x)[0].sum().backward()
+    assert_grads(program, model)
+
+
+def accumulation_over_several_axes() -> None:
+    """A call whose dims of size 1 are not split sums over fewer axes than the others."""
+    for lengths in ((8, 1), (1, 8), (8, 8, 1)):
+        model, x = nn.Sequential(nn.Embedding(16, 8), nn.Linear(8, 4)), torch.arange(32).view(4, 8) % 16
+        program = fxshard.parallelize(copy.deepcopy(model), preset("dp2_cp2"))
+        for at, length in enumerate(lengths):
+            model(x[:, :length]).square().sum().backward()
+            with program.no_sync() if at < len(lengths) - 1 else contextlib.nullcontext():
+                program(x[:, :length]).square().sum().backward()
+        assert_grads(program, model)
+    program.zero_grad()
+    with program.no_sync():
+        program(x).sum().backward()
+        with pytest.raises(DistributedError, match="from a call that sums over other axes"):
+            program(x[:, :1]).sum().backward()
+
+
 def trains_as_one_device(cases: list[Case]) -> None:
     """Outputs and gradients of two steps, the second one in two parts."""
     for case in cases:
@@ -45,6 +91,4 @@ def trains_as_one_device(cases: list[Case]) -> None:
                 trained.zero_grad(set_to_none=True)
                 sum(weighted_loss(trained(*args)) for _ in range(parts)).backward()
         torch.testing.assert_close(program(*args), model(*args))
-        grads = program.full_grads()
-        for name, parameter in model.named_parameters():
-            torch.testing.assert_close(grads[name], parameter.grad, msg=lambda text, name=name: f"{name}: {text}")
+        assert_grads(program, model)
