@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 import fxshard
 from fxshard import Plan, Shard, zero
+from fxshard.errors import PlanError
 from tests.distributed import combinations
 from tests.distributed.ranks import launch
 from tests.helpers import assert_equivalent
@@ -80,6 +81,31 @@ def test_what_a_later_capture_reads_lies_as_it_lies() -> None:
     for attends in (False, True):
         for out in fxshard.simulate(program, x, attends).outputs:
             torch.testing.assert_close(out, model(x, attends), rtol=1e-12, atol=1e-12)
+
+
+class Changes(nn.Module):
+    """With labels it returns a loss, too; in evaluation its dropout is nowhere."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.drop, self.head = nn.Dropout(0.5), nn.Linear(12, 8)
+
+    def forward(self, x: torch.Tensor, labels: torch.Tensor | None = None) -> tuple[torch.Tensor, ...]:
+        out = self.head(self.drop(x))
+        return (out,) if labels is None else (out, F.cross_entropy(out, labels, reduction="none"))
+
+
+def test_what_a_plan_names_need_not_be_in_later_captures() -> None:
+    model, x, labels = Changes().to(DOUBLE), torch.randn(4, 12, dtype=DOUBLE), torch.tensor([0, 1, 2, 3])
+    rows = {"dp": Shard(0)}
+    plan = Plan({"dp": 2}, inputs={"x": rows, "labels": rows}, activations={"drop": rows}, outputs={"1": rows})
+    program = fxshard.parallelize(model, plan)
+    assert [loss.shape for _, loss in fxshard.simulate(program, x, labels).outputs] == [(2,), (2,)]
+    program.eval()
+    for (out,) in fxshard.simulate(program, x).outputs:
+        torch.testing.assert_close(out, model(x)[0], rtol=1e-12, atol=1e-12)
+    with pytest.raises(PlanError, match="3 entries of the plan cannot be applied"):
+        fxshard.parallelize(model.eval(), plan, (x,))
 
 
 class Views(nn.Module):
