@@ -220,7 +220,8 @@ class _Untouched:
         with torch.no_grad():
             for saved in self.buffers:
                 for buffer, value in saved:
-                    buffer.copy_(value)
+                    if not torch.equal(buffer, value):  # constants never change, and may be expanded
+                        buffer.copy_(value)
 
 
 class _Recorder(fx.Interpreter):

@@ -25,7 +25,12 @@ from fxshard.passes.normalize import is_effect
 from fxshard.passes.typing import copy_graph, is_float
 from fxshard.runtime.collectives import chunk
 from fxshard.runtime.module import place
-from fxshard.torch_internals import OpOverload
+from fxshard.torch_internals import OpOverload, has_kernel
+
+aten = torch.ops.aten
+
+COPIES = {aten.scaled_dot_product_attention.default, aten.linear.default, aten.matmul.default}
+"""Operators made of others that give new tensors."""
 
 LIMIT_BYTES = 2**20
 """The largest constant that is kept."""
@@ -40,7 +45,7 @@ def fold(graph: fx.Graph, root: torch.nn.Module) -> fx.Graph:
     kept = [node for node in values if node.op == "call_function" and _is_worth(node, values)]
     if not kept:
         return graph
-    names = {node.name: values[node] for node in kept}
+    names = {node.name: values[node].clone(memory_format=torch.contiguous_format) for node in kept}
     graph = copy_graph(graph)
     for node in list(graph.nodes):
         if node.name in names:
@@ -108,7 +113,10 @@ def _may_view(node: fx.Node) -> bool:
 
 
 def _copies(node: fx.Node) -> bool:
+    """Whether an operator surely gives new tensors. Of one that is made of others its schema says nothing."""
     target = node.target
-    if target is torch.ops.aten.to.dtype:
+    if target is aten.to.dtype:
         return bool(node.meta["val"].dtype != node.all_input_nodes[0].meta["val"].dtype)
-    return isinstance(target, OpOverload) and not any(r.alias_info is not None for r in target._schema.returns)
+    if not isinstance(target, OpOverload) or any(r.alias_info is not None for r in target._schema.returns):
+        return False
+    return target in COPIES or not has_kernel(target.name(), "CompositeImplicitAutograd")

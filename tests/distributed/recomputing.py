@@ -33,10 +33,10 @@ def communicated() -> Iterator[Log]:
     log: Log = []
 
     @functools.wraps(own)
-    def raw(self: ProcessAxisGroup, name: str, x: torch.Tensor) -> torch.Tensor:
+    def raw(self: ProcessAxisGroup, name: str, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         if name not in ("identity", "own_part"):
             log.append((name, tuple(dist.get_process_group_ranks(self.group))))
-        return own(self, name, x)
+        return own(self, name, x, *args, **kwargs)
 
     def summed(self: Buckets, part: torch.Tensor) -> Callable[[], None]:
         log.append(("all_reduce", tuple(dist.get_process_group_ranks(self.group.group))))

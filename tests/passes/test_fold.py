@@ -55,6 +55,7 @@ class Small(nn.Module):
         (lambda x: x * torch.arange(8), True),
         (lambda x: (x * torch.arange(8), torch.arange(8)), True),  # one of the two
         (lambda x: (x, torch.arange(8)), False),  # the caller may write to it
+        (lambda x: (x, torch.broadcast_tensors(torch.arange(8), x)[0]), False),  # its schema does not say so
         (lambda x: x * torch.randint(9, (8,)), False),
         (lambda x: x * torch.linspace(0, 1, 8), False),
         (lambda x: x.sum() * torch.ones(2000, 1000, dtype=torch.int64), False),
