@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from hypothesis import strategies as st
 from torch import nn
 
-from fxshard import Plan, Replicate, Shard, data_parallel, sequence_parallel, tensor_parallel, zero
+from fxshard import Plan, Replicate, Shard, context_parallel, data_parallel, sequence_parallel, tensor_parallel, zero
 from fxshard.placement import BlockShard, chunk_shares, cut_of
 
 Draw = Callable[[st.SearchStrategy[Any]], Any]
@@ -643,7 +643,7 @@ def _plan(
     plan = Plan(mesh)
     if kind != "entries":
         for axis in axes:
-            preset = b.choose((tensor_parallel, data_parallel, sequence_parallel, zero))
+            preset = b.choose((tensor_parallel, data_parallel, sequence_parallel, zero, context_parallel))
             plan = plan | preset(mesh[axis], axis)
             presets.append(f"{preset.__name__}({mesh[axis]}, {axis!r})")
     if kind == "preset":

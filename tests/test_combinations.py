@@ -12,6 +12,8 @@ from torch.nn import functional as F
 
 import fxshard
 from fxshard import Plan, Shard, zero
+from fxshard.errors import PlanError
+from fxshard.placement import BlockShard
 from tests.distributed import combinations
 from tests.distributed.ranks import launch
 from tests.helpers import assert_equivalent
@@ -82,6 +84,31 @@ def test_what_a_later_capture_reads_lies_as_it_lies() -> None:
             torch.testing.assert_close(out, model(x, attends), rtol=1e-12, atol=1e-12)
 
 
+class Changes(nn.Module):
+    """With labels it returns a loss, too; in evaluation its dropout is nowhere."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.drop, self.head = nn.Dropout(0.5), nn.Linear(12, 8)
+
+    def forward(self, x: torch.Tensor, labels: torch.Tensor | None = None) -> tuple[torch.Tensor, ...]:
+        out = self.head(self.drop(x))
+        return (out,) if labels is None else (out, F.cross_entropy(out, labels, reduction="none"))
+
+
+def test_what_a_plan_names_need_not_be_in_later_captures() -> None:
+    model, x, labels = Changes().to(DOUBLE), torch.randn(4, 12, dtype=DOUBLE), torch.tensor([0, 1, 2, 3])
+    rows = {"dp": Shard(0)}
+    plan = Plan({"dp": 2}, inputs={"x": rows, "labels": rows}, activations={"drop": rows}, outputs={"1": rows})
+    program = fxshard.parallelize(model, plan)
+    assert [loss.shape for _, loss in fxshard.simulate(program, x, labels).outputs] == [(2,), (2,)]
+    program.eval()
+    for (out,) in fxshard.simulate(program, x).outputs:
+        torch.testing.assert_close(out, model(x)[0], rtol=1e-12, atol=1e-12)
+    with pytest.raises(PlanError, match="3 entries of the plan cannot be applied"):
+        fxshard.parallelize(model.eval(), plan, (x,))
+
+
 class Views(nn.Module):
     """Weights that are read through views, twice, as scalars, and where no gradient comes."""
 
@@ -144,3 +171,33 @@ def test_the_last_backward_pass_sums_all_that_waits() -> None:
 @pytest.mark.slow
 def test_the_last_backward_pass_sums_all_that_waits_on_other_axes() -> None:
     launch(4, combinations.accumulation_over_several_axes)
+
+
+class Residual(nn.Module):
+    """A product that is added to what it is made of."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(8, 12), nn.Linear(12, 8)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        out: torch.Tensor = x + self.down(F.gelu(self.up(x)))
+        return out.relu()
+
+
+EIGHT = {"a": 2, "b": 2, "c": 2}
+
+
+def test_an_outer_axis_in_blocks_around_two_that_cut_within() -> None:
+    """The blocks are fine enough for either of the inner axes, not for both."""
+    inputs = {"x": {"a": BlockShard(2, (1, 1))}}
+    plan = Plan(EIGHT, inputs=inputs, params={"down.weight": {"b": Shard(0), "c": Shard(0)}})
+    x = torch.randn(4, 4, 8, dtype=DOUBLE).requires_grad_()
+    assert_equivalent(Residual().to(DOUBLE), plan, (x,))
+
+
+def test_blocks_of_nothing() -> None:
+    """On an outer axis a rank holds nothing; an inner one cuts that in blocks, unevenly."""
+    placed = {"a": BlockShard(0, shares=(1, 0)), "b": BlockShard(0, (1, 1), (1, 0))}
+    x = torch.randn(4, 8, dtype=DOUBLE).requires_grad_()
+    assert_equivalent(Residual().to(DOUBLE), Plan({"a": 2, "b": 2}, inputs={"x": placed}), (x,))

@@ -144,6 +144,23 @@ def check_dynamic(example: Example) -> None:
                 assert_close(actual[k], part, f"output {k} of rank {rank} at batch {len(inputs[0])}")
 
 
+def check_again(example: Example) -> None:
+    """The plan is read back as the same program, and a second capture takes the weights to lie as the first."""
+    model, x, ids = example.model.train(), example.x.detach(), example.ids
+    program = parallelize(example, (x, ids))
+    again = fxshard.parallelize(model, fxshard.Plan.from_json(program.plan.to_json()), (x, ids))
+    ranks = range(program.mesh.world_size)
+    assert [again.code(rank) for rank in ranks] == [program.code(rank) for rank in ranks]
+    program.eval()
+    with torch.no_grad():
+        expected = model.eval()(x, ids)
+        assume(all(t.isfinite().all() and t.abs().max() < 1e6 for t in expected))
+        for rank, outputs in enumerate(fxshard.simulate(program, x, ids).outputs):
+            for k, whole in enumerate(expected):
+                part = part_of(whole, example.output_splits[k], program.mesh, rank)
+                assert_close(outputs[k], part, f"output {k} of rank {rank}")
+
+
 @settings(max_examples=40)
 @given(examples(max_steps=6))
 def test_random_models_under_random_plans(example: Example) -> None:
@@ -155,6 +172,19 @@ def test_random_models_under_random_plans(example: Example) -> None:
 @given(examples(max_steps=10))
 def test_many_random_models_under_random_plans(example: Example) -> None:
     check(example)
+
+
+@settings(max_examples=20)
+@given(examples(max_steps=5))
+def test_random_plans_are_read_back(example: Example) -> None:
+    check_again(example)
+
+
+@pytest.mark.slow
+@settings(max_examples=200)
+@given(examples(max_steps=8))
+def test_many_random_plans_are_read_back(example: Example) -> None:
+    check_again(example)
 
 
 @settings(max_examples=15)

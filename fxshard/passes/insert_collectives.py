@@ -112,13 +112,13 @@ def _to_redo(source: Placements, target: Placements, sizes: Sequence[int]) -> se
     changing = [a for a in range(len(source)) if not same(source[a], target[a])]
     for a in changing:
         cuts = [p for p in (source[a], target[a]) if is_shard(p)]
-        for b in range(len(source)):
-            others = {p.dim for p in (source[b], target[b]) if is_shard(p)}
-            clash = [p for p in cuts if p.dim in others]
-            if b == a or not clash or not (b > a or b in changing):
-                continue
-            if b in changing or any(cut_within(p, [(source[b], sizes[b])]) is None for p in clash):
+        for b in changing:
+            if b != a and {p.dim for p in cuts} & {p.dim for p in (source[b], target[b]) if is_shard(p)}:
                 redo |= {a, b}
+        inner = [b for b in range(a + 1, len(source)) if b not in changing]
+        for p in cuts:
+            if cut_within(p, [(source[b], sizes[b]) for b in inner]) is None:
+                redo |= {a, *(b for b in inner if source[b].is_shard(p.dim))}
     return redo
 
 

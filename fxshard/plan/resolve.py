@@ -59,7 +59,7 @@ def resolve(plan: Plan, graph: fx.Graph, names: Names, settled: bool = False) ->
     mesh: Mesh = plan.mesh
     if mesh is None:
         raise MeshError("the plan has no mesh", fix="pass mesh={'tp': 2} to parallelize, or Plan(mesh=...)")
-    work = Work(mesh, names, Graph.of(graph), plan.ring)
+    work = Work(mesh, names, Graph.of(graph), plan.ring, settled)
     for part in ("params", "inputs", "activations"):
         for glob, entry in getattr(plan, part).items():
             work.apply(part, glob, entry)

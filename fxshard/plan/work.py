@@ -57,6 +57,7 @@ class Work:
         names: what a plan can name.
         facts: the graph.
         ring: the axes along which attention passes keys and values round.
+        settled: an earlier capture has applied the plan: what it names need not be in this one.
         found: what tensor parallelism splits, by the size of an axis.
         nodes: what was said of the graph's nodes.
         explicit: the same in the words of a plan.
@@ -71,6 +72,7 @@ class Work:
     names: Names
     facts: Graph
     ring: tuple[str, ...] = ()
+    settled: bool = False
     found: dict[int, Split] = field(default_factory=dict)
     nodes: dict[fx.Node, dict[str, Placement]] = field(default_factory=dict)
     explicit: dict[str, dict[str, dict[str, Placement]]] = field(
@@ -136,7 +138,9 @@ class Work:
         if not found and part == "params":  # a dict plan may name modules: what they return
             found = [n for n in self.names.modules if fnmatch.fnmatchcase(n, glob)]
             known |= {n: self.names.modules[n] for n in found}
-        if not found:
+        if not found and self.settled:
+            self.notes.append(f"{part} {glob!r} matches nothing in this capture")
+        elif not found:
             near = difflib.get_close_matches(glob, list(known), 3, 0.4)
             what = {"params": "parameter, buffer or module", "inputs": "input", "activations": "module"}[part]
             fix = f"the nearest names are {', '.join(map(repr, near))}" if near else f"names are {_few(known)}"
@@ -281,7 +285,7 @@ class Work:
                 if not self.has_axis(axis, "outputs"):
                     continue
                 matched = [i for i in range(len(out)) if fnmatch.fnmatchcase(str(i), glob)]
-                if not matched:
+                if not matched and not self.settled:
                     self.problems.append(
                         PlanError(
                             f"outputs {glob!r} matches none of the {len(out)} outputs", fix="use '0', '1', or '*'"

@@ -193,7 +193,7 @@ def gather_weight(
 
 def _parts(x: torch.Tensor, axis: Axis, dim: int, blocks: Blocks, lengths: Lengths) -> list[torch.Tensor]:
     """What each rank gets of a whole tensor along ``dim``."""
-    if blocks == (1,) and lengths:
+    if lengths and (blocks == (1,) or x.shape[dim] == 0):
         return list(x.split(list(lengths), dim))
     unit = x.shape[dim] // sum(blocks)
     shares = lengths or (1,) * axis.size
