@@ -12,9 +12,12 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from fxshard.codegen.anew import nodes_of
 from fxshard.codegen.regions import Region, regions_of, walk
+from fxshard.mesh import Mesh
 from fxshard.passes.insert_collectives import CONVERSIONS
 from fxshard.passes.origins import checkpoint_of, module_of
 from fxshard.passes.pipeline import Compiled
+from fxshard.passes.typing import has_info, info_of, is_float
+from fxshard.placement import Placements, local_shape
 from fxshard.runtime import collectives as run
 from fxshard.torch_internals import OpOverload
 
@@ -48,23 +51,24 @@ def computed_again(compiled: Compiled, flows: Mapping[fx.Node, bool]) -> list[Ca
         compiled: the program.
         flows: through which nodes a gradient flows.
     """
-    out = []
+    out, mesh = [], compiled.mesh
     for region in _calls(compiled.graph):
         nodes = list(nodes_of(region))
         last = len(nodes)
-        while last and not (flows[nodes[last - 1]] and (compiled.is_uneven or _keeps(nodes[last - 1], flows))):
+        while last and not (flows[nodes[last - 1]] and (compiled.is_uneven or _keeps(nodes[last - 1], flows, mesh))):
             last -= 1
         if last:
             out.append((nodes[last - 1], nodes if compiled.is_uneven else nodes[:last]))
     return out
 
 
-def times_kept(weight: fx.Node, flows: Mapping[fx.Node, bool], calls: Mapping[fx.Node, fx.Node]) -> int:
+def times_kept(weight: fx.Node, flows: Mapping[fx.Node, bool], calls: Mapping[fx.Node, fx.Node], mesh: Mesh) -> int:
     """How many times the memory of a weight is kept: by operators for their gradients, by calls that are computed anew.
 
     Args:
         weight: it, or a view of it.
         flows: through which nodes a gradient flows.
+        mesh: over which the weight is split.
         calls: the nodes of calls that are computed anew -> which call.
     """
     times, entered = 0, set()
@@ -72,21 +76,21 @@ def times_kept(weight: fx.Node, flows: Mapping[fx.Node, bool], calls: Mapping[fx
         if reader in calls:  # of what is within the call nothing is kept, but what it is given
             entered.update({calls[reader]} - {calls.get(weight)})
         elif reader.target in (run.vary, run.vary_weight, operator.getitem):  # the same memory
-            times += times_kept(reader, flows, calls)
+            times += times_kept(reader, flows, calls, mesh)
         elif reader.op == "call_function" and reader.target not in CONVERSIONS:
-            kept, is_view = _tried(reader, flows)
+            kept, is_view = _tried(reader, flows, mesh)
             if flows[reader]:
                 times += 1 if kept is None else kept.count(weight)
-            times += times_kept(reader, flows, calls) if is_view else 0
+            times += times_kept(reader, flows, calls, mesh) if is_view else 0
     return times + len(entered)
 
 
-def _keeps(node: fx.Node, flows: Mapping[fx.Node, bool]) -> bool:
+def _keeps(node: fx.Node, flows: Mapping[fx.Node, bool], mesh: Mesh) -> bool:
     """Whether autograd keeps anything for the gradient of a call."""
-    return node.target not in CONVERSIONS and _tried(node, flows)[0] != []
+    return node.target not in CONVERSIONS and _tried(node, flows, mesh)[0] != []
 
 
-def _tried(node: fx.Node, flows: Mapping[fx.Node, bool]) -> tuple[list[fx.Node | None] | None, bool]:
+def _tried(node: fx.Node, flows: Mapping[fx.Node, bool], mesh: Mesh) -> tuple[list[fx.Node | None] | None, bool]:
     """What autograd keeps for the gradient of a call, operands, or None for another value; whether it views an operand.
 
     It is asked, by a call without data; where that cannot be, nothing is known: None.
@@ -101,7 +105,10 @@ def _tried(node: fx.Node, flows: Mapping[fx.Node, bool]) -> tuple[list[fx.Node |
         kept.append(given.get(x.untyped_storage()._cdata))
 
     def empty(operand: fx.Node) -> Any:
-        made = fx.node.map_aggregate(operand.meta["val"], lambda value: _empty(value, flows.get(operand, False)))
+        placed = iter(info_of(operand).outputs if has_info(operand) else ())
+        made = fx.node.map_aggregate(
+            operand.meta["val"], lambda value: _empty(value, next(placed, ()), mesh, flows.get(operand, False))
+        )
         if isinstance(made, torch.Tensor):
             given[made.untyped_storage()._cdata] = operand
             dtypes[made.untyped_storage()._cdata] = made.dtype
@@ -118,12 +125,16 @@ def _tried(node: fx.Node, flows: Mapping[fx.Node, bool]) -> tuple[list[fx.Node |
     return kept, any(dtypes.get(x.untyped_storage()._cdata) == x.dtype for x in made)
 
 
-def _empty(value: Any, flows: bool) -> Any:
+def _empty(value: Any, placed: Placements, mesh: Mesh, flows: bool) -> Any:
+    """What a rank holds of a value, without data, and with its dims in the same order in memory."""
     if not isinstance(value, torch.Tensor):
         return value if isinstance(value, int | float | bool) else getattr(value.node, "hint", value)
-    sizes, strides = ([_hint(size) for size in each] for each in (value.shape, value.stride()))
-    made = torch.empty_strided(sizes, strides, dtype=value.dtype, device="meta")
-    return made.requires_grad_() if flows and (made.dtype.is_floating_point or made.dtype.is_complex) else made
+    sizes = [_hint(size) for size in (local_shape(value.shape, placed, mesh.sizes) if placed else value.shape)]
+    strides = [_hint(stride) for stride in value.stride()]
+    order = sorted(range(len(sizes)), key=lambda dim: -strides[dim])
+    made = torch.empty([sizes[dim] for dim in order], dtype=value.dtype, device="meta")
+    made = made.permute([order.index(dim) for dim in range(len(sizes))])
+    return made.requires_grad_() if flows and is_float(value) else made
 
 
 def _hint(size: Any) -> int:
@@ -134,7 +145,7 @@ def notes_on(compiled: Compiled, flows: Mapping[fx.Node, bool]) -> Iterator[str]
     """What stands apart from its checkpointed call, and so keeps what it computes."""
     inside = {node for region in _calls(compiled.graph) for node in nodes_of(region)}
     apart = [n for n in compiled.graph.nodes if _is_marked(n) and flows[n] and n not in inside]
-    apart = [n for n in apart if n.target not in CONVERSIONS and _keeps(n, flows)]
+    apart = [n for n in apart if _keeps(n, flows, compiled.mesh)]
     if apart:
         where = f"{apart[0].name} in {module_of(apart[0]) or 'the model'}"
         yield f"{len(apart)} operators run apart from the rest of their checkpointed calls, first {where}, and are kept"

@@ -156,7 +156,7 @@ def _repeats(compiled: Compiled, flows: Mapping[fx.Node, bool]) -> dict[fx.Node,
     calls = {node: at for at, nodes in anew for node in nodes}
     for node in compiled.graph.nodes if compiled.regathers else ():
         if node.target is run.gather_weight:
-            out.setdefault(node, []).extend([(node, REGATHERED)] * times_kept(node, flows, calls))
+            out.setdefault(node, []).extend([(node, REGATHERED)] * times_kept(node, flows, calls, compiled.mesh))
     return out
 
 

@@ -181,4 +181,5 @@ def _folded(x: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
     """The heads that share one head of ``like``, as further rows of that head."""
     if x.dim() < 3 or x.shape[-3] == like.shape[-3]:
         return x
-    return x.reshape(*x.shape[:-3], like.shape[-3], -1, x.shape[-1])
+    rows = x.shape[-3] // like.shape[-3] * x.shape[-2]
+    return x.reshape(*x.shape[:-3], like.shape[-3], rows, x.shape[-1])
