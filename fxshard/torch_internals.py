@@ -6,7 +6,8 @@ names further modules of torch as text, to tell their warnings and frames from t
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from torch._subclasses import FakeTensor
 from torch.autograd import forward_ad
 from torch.autograd.function import _SingleLevelFunction as SingleLevelFunction
 from torch.distributed import distributed_c10d
+from torch.distributions import Distribution
 from torch.export import _trace as exporter
 from torch.fx._lazy_graph_module import _LazyGraphModule as LazyGraphModule
 from torch.fx.traceback import annotate, preserve_node_meta
@@ -69,6 +71,7 @@ __all__ = [
     "pytree",
     "record",
     "saving_hooks",
+    "trusted_distributions",
     "vmap_level",
     "will_accumulate",
 ]
@@ -167,6 +170,17 @@ def saving_hooks() -> tuple[Callable[[Any], Any], Callable[[Any], Any]] | None:
     """The hooks through which autograd saves tensors here: those of the innermost ``saved_tensors_hooks``."""
     hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
     return None if hooks is None else (hooks[0], hooks[1])
+
+
+@contextlib.contextmanager
+def trusted_distributions() -> Iterator[None]:
+    """``torch.distributions`` take their parameters unasked; torch has a setter for this, but nothing to read it by."""
+    before = Distribution._validate_args
+    Distribution.set_default_validate_args(False)
+    try:
+        yield
+    finally:
+        Distribution.set_default_validate_args(before)
 
 
 def foreach_norm(tensors: Sequence[torch.Tensor], order: float, dtype: torch.dtype | None) -> list[torch.Tensor]:

@@ -22,7 +22,7 @@ from fxshard.passes.checkpoints import marked, run_checkpointed
 from fxshard.passes.functions import call_whole
 from fxshard.passes.origins import TORCH_DIR
 from fxshard.passes.trees import flatten
-from fxshard.torch_internals import REGION_PASSES, SingleLevelFunction, exporter, pytree
+from fxshard.torch_internals import REGION_PASSES, SingleLevelFunction, exporter, pytree, trusted_distributions
 
 __all__ = ["Outputs", "export", "fits_graph", "has_meta", "quiet"]
 
@@ -90,6 +90,7 @@ def export(model: nn.Module, tree: Any, shapes: Any, outputs: Outputs) -> torch.
             _whole_functions(model),
             marked(),
             _flat_regions(),
+            trusted_distributions(),  # which would decide by values whether to raise
             torch.inference_mode(False),
             torch.enable_grad(),
         ):

@@ -449,6 +449,24 @@ def test_global_state_is_put_back_and_the_users_warnings_pass() -> None:
     assert run(captured, torch.randn(2, 4)).requires_grad
 
 
+class Noisy(nn.Module):
+    """What is drawn is asked for its parameters' values, unless nobody validates them."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        noise = torch.distributions.Normal(x.new_zeros(()), x.new_ones(())).sample(x.shape)
+        return x + noise.exp()
+
+
+def test_distributions_validate_again_after_the_capture() -> None:
+    captured, x = capture(Noisy(), (torch.randn(2, 4),)), torch.randn(2, 4)
+    torch.manual_seed(1)
+    expected = Noisy()(x)
+    torch.manual_seed(1)
+    torch.testing.assert_close(run(captured, x), expected)
+    with pytest.raises(ValueError, match="scale"):
+        torch.distributions.Normal(torch.zeros(()), -torch.ones(()))
+
+
 def test_llama_with_its_cache() -> None:
     transformers = pytest.importorskip("transformers")
     sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}

@@ -465,7 +465,7 @@ ZOO: dict[str, Entry] = {entry.name: entry for entry in (
         AltCLIPModel BlipForConditionalGeneration BlipModel BridgeTowerModel ChineseCLIPModel CLIPModel CLIPSegModel
         FlavaModel GitForCausalLM MetaClip2Model SiglipModel
     """),
-    *entries("multimodal", text_and_picture, "GroupViTModel", refused_in_training=GUARD),
+    *entries("multimodal", text_and_picture, "GroupViTModel"),
     *entries("multimodal", text_and_picture, "ViltModel", refused=GUARD),
     *entries("multimodal", prompt(16), "LlavaForConditionalGeneration VipLlavaForConditionalGeneration"),
     *entries("multimodal", prompt(4), """
