@@ -25,6 +25,7 @@ from torch.utils import _pytree as pytree
 from torch.utils import checkpoint as CHECKPOINT_MODULE
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._sympy.functions import FloorDiv
+from torch.utils._sympy.printers import PythonPrinter
 
 __all__ = [
     "AgreeingGradScaler",
@@ -62,6 +63,7 @@ __all__ = [
     "leave_vmaps",
     "preserve_node_meta",
     "make_wrapper",
+    "print_python",
     "pytree",
     "saving_hooks",
     "vmap_level",
@@ -84,6 +86,11 @@ REGION_PASSES = (
 """The passes of export that make regions of the marks: modules, and the names of their functions."""
 make_wrapper = torch.Tensor._make_wrapper_subclass
 """Makes a tensor subclass that has a shape and no memory."""
+
+
+def print_python(expression: Any) -> str:
+    """An expression or a condition of dynamic sizes as Python."""
+    return str(PythonPrinter().doprint(expression))
 
 
 def has_kernel(operator: str, key: str) -> bool:

@@ -39,7 +39,7 @@ import torch.distributed as dist
 from fxshard.errors import DistributedError, DivisibilityError
 from fxshard.runtime.autocast import operator_named
 from fxshard.runtime.faults import guarded
-from fxshard.runtime.regather import Regather
+from fxshard.runtime.regather import Gathering
 from fxshard.runtime.rounds import Arrival, Joint, OnRank, Rotation, turn
 
 Blocks = tuple[int, ...]
@@ -55,7 +55,7 @@ class Group(Protocol):
     """
 
     deferred: dict[tuple[int, tuple[str, ...]], Callable[[torch.Tensor], torch.Tensor]]
-    regather: Regather | None
+    regather: Gathering | None
 
     def run(self, name: str, backward: str, x: torch.Tensor) -> torch.Tensor:
         """Runs the collective ``name``, whose gradient is the collective ``backward``."""
@@ -161,10 +161,9 @@ def gather_weight(
         parts = all_gather(weight, axis, summed, dim, lengths)
         return parts if dim == 0 and blocks == (1,) and not lengths else concat(parts, axis, dim, blocks, lengths)
 
-    whole = gather()
-    if axis.group.regather is not None and torch.is_grad_enabled():
-        axis.group.regather.note(whole, weight, torch.no_grad()(gather))
-    return whole
+    if axis.group.regather is None or not torch.is_grad_enabled():
+        return gather()
+    return axis.group.regather.gather(gather, weight)
 
 
 def _parts(x: torch.Tensor, axis: Axis, dim: int, blocks: Blocks, lengths: Lengths) -> list[torch.Tensor]:
@@ -256,7 +255,7 @@ class ProcessAxisGroup:
         self.ranks = tuple(dist.get_process_group_ranks(group))
         self.reduce_dtype = reduce_dtype
         self.deferred: dict[tuple[int, tuple[str, ...]], Callable[[torch.Tensor], torch.Tensor]] = {}
-        self.regather: Regather | None = None
+        self.regather: Gathering | None = None
 
     @property
     def group(self) -> dist.ProcessGroup:

@@ -11,7 +11,7 @@ import contextlib
 import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
@@ -51,17 +51,27 @@ class _View:
     offset: int
 
 
+class Gathering(Protocol):
+    """Gathers weights which are not to be kept for the backward pass."""
+
+    def gather(self, gather: Callable[[], torch.Tensor], part: torch.Tensor) -> torch.Tensor:
+        """What ``gather()`` returns, the whole weight of which this rank holds ``part``."""
+
+
 class Regather:
     """The gathered weights of one program that are alive, by their memory."""
 
     def __init__(self) -> None:
         self.alive: dict[int, _Gathered] = {}
 
-    def note(self, whole: torch.Tensor, part: torch.Tensor, again: Callable[[], torch.Tensor]) -> None:
-        """Remembers how ``whole`` came about."""
+    def gather(self, gather: Callable[[], torch.Tensor], part: torch.Tensor) -> torch.Tensor:
+        """The whole weight of which this rank holds ``part``; remembers how it came about."""
+        whole = gather()
         place = whole.untyped_storage().data_ptr()
         if place:
+            again = torch.no_grad()(gather)
             self.alive[place] = _Gathered(weakref.ref(whole), part.detach(), part._version, again)
+        return whole
 
     @contextlib.contextmanager
     def saving(self) -> Iterator[None]:

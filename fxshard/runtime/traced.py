@@ -1,0 +1,105 @@
+"""The collectives of a rank under ``torch.compile`` and ``torch.export``: operators that these know.
+
+``runtime.collectives`` gives a rank's code its axes over process groups, which communicate by calls that a tracer cannot
+see into. Here the same code gets axes whose groups issue the functional collectives of torch (``_c10d_functional``), so
+that the whole forward and backward pass is one graph each, and the passes of inductor see the communication.
+
+The gradient of torch's own ``all_reduce`` is another ``all_reduce``: right where a sum is not yet the value that all
+ranks go on with alike, and too large by the number of ranks where it is. Gradients here are those of the types, by the
+same pairs of names as everywhere in fxshard (``Group.run``).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch.utils.checkpoint import checkpoint
+
+from fxshard.errors import DistributedError
+from fxshard.runtime.collectives import ProcessAxisGroup, sum_dtype
+from fxshard.runtime.regather import Gathering
+from fxshard.runtime.rounds import Joint
+
+functional = torch.ops._c10d_functional
+
+
+class TracedGroup:
+    """A process group of torch.distributed along one mesh axis, by its name: see ``collectives.Group``.
+
+    Args:
+        group: the group as it communicates without a tracer.
+    """
+
+    def __init__(self, group: ProcessAxisGroup) -> None:
+        self.name = group.group.group_name
+        self.size, self.index = group.size, group.index
+        self.reduce_dtype = group.reduce_dtype
+        self.deferred: dict[Any, Any] = {}
+        self.regather: Gathering | None = None if group.regather is None else _GatheredAnew()
+
+    def run(self, name: str, backward: str, x: torch.Tensor) -> torch.Tensor:
+        """See ``Group.run``."""
+        out: torch.Tensor = _Traced.apply(x, self, name, backward)  # type: ignore[no-untyped-call]
+        return out
+
+    def joint(self, function: Joint, *inputs: torch.Tensor) -> torch.Tensor:
+        """There is none: see ``compiling.obstacle``."""
+        raise DistributedError("what the ranks compute together while tensors go round cannot be compiled")
+
+    def raw(self, name: str, x: torch.Tensor) -> torch.Tensor:
+        """Runs one collective without a gradient."""
+        if name == "identity":
+            return x.view_as(x)
+        if name == "own_part":
+            return x.chunk(self.size, 0)[self.index].contiguous()
+        wide = sum_dtype(name, x.dtype, self.reduce_dtype)
+        return functional.wait_tensor(_ISSUE[name](self, x.to(wide).contiguous())).to(x.dtype)
+
+
+class _GatheredAnew:
+    """Gathers weights in calls that are computed anew in the backward pass: so the partitioner does not save them."""
+
+    def gather(self, gather: Callable[[], torch.Tensor], part: torch.Tensor) -> torch.Tensor:
+        """See ``regather.Gathering``."""
+        whole: torch.Tensor = checkpoint(gather, use_reentrant=False)
+        return whole
+
+
+class _Traced(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, group: TracedGroup, name: str, backward: str) -> torch.Tensor:
+        ctx.group, ctx.backward_name = group, backward
+        return group.raw(name, x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:
+        return ctx.group.raw(ctx.backward_name, grad), None, None, None
+
+
+_ISSUE: dict[str, Callable[[TracedGroup, torch.Tensor], torch.Tensor]] = {
+    "all_reduce": lambda group, x: functional.all_reduce(x, "sum", group.name),
+    "all_gather": lambda group, x: functional.all_gather_into_tensor(x, group.size, group.name),
+    "reduce_scatter": lambda group, x: functional.reduce_scatter_tensor(x, "sum", group.size, group.name),
+    "all_to_all": lambda group, x: functional.all_to_all_single(
+        x, [x.shape[0] // group.size] * group.size, [x.shape[0] // group.size] * group.size, group.name
+    ),
+}
+
+
+class VaryTogether(torch.autograd.Function):
+    """Weights that every rank holds whole, as their readers see them: their gradients are summed by one all-reduce."""
+
+    @staticmethod
+    def forward(ctx: Any, group: TracedGroup, *weights: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """The weights themselves."""
+        ctx.group = group
+        return tuple(weight.view_as(weight) for weight in weights)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        """The sums of the gradients over the ranks."""
+        flat = torch.cat([grad.reshape(-1) for grad in grads])
+        parts = ctx.group.raw("all_reduce", flat).split([grad.numel() for grad in grads])
+        return (None, *(part.view(grad.shape) for part, grad in zip(parts, grads, strict=True)))
