@@ -1,12 +1,12 @@
 """The collectives of a rank under ``torch.compile`` and ``torch.export``: operators that these know.
 
-``runtime.collectives`` gives a rank's code its axes over process groups, which communicate by calls that a tracer cannot
-see into. Here the same code gets axes whose groups issue the functional collectives of torch (``_c10d_functional``), so
-that the whole forward and backward pass is one graph each, and the passes of inductor see the communication.
+``runtime.collectives`` gives a rank's code its axes over process groups, whose calls a tracer cannot see into. Here the
+same code gets axes whose groups issue the functional collectives of torch (``_c10d_functional``). So the forward and
+the backward pass are one graph each, and the passes of inductor see what is communicated.
 
-The gradient of torch's own ``all_reduce`` is another ``all_reduce``: right where a sum is not yet the value that all
-ranks go on with alike, and too large by the number of ranks where it is. Gradients here are those of the types, by the
-same pairs of names as everywhere in fxshard (``Group.run``).
+The gradient that torch gives ``all_reduce`` is another ``all_reduce``: too large by the number of ranks, where all of
+them go on alike from the sum. Gradients here are those that the types imply, by the same pairs of names as in
+``runtime.collectives``.
 """
 
 from __future__ import annotations
@@ -55,7 +55,8 @@ class TracedGroup:
         if name == "own_part":
             return x.chunk(self.size, 0)[self.index].contiguous()
         wide = sum_dtype(name, x.dtype, self.reduce_dtype)
-        return functional.wait_tensor(_ISSUE[name](self, x.to(wide).contiguous())).to(x.dtype)
+        out: torch.Tensor = functional.wait_tensor(_ISSUE[name](self, x.to(wide).contiguous())).to(x.dtype)
+        return out
 
 
 class _GatheredAnew:
