@@ -1,8 +1,8 @@
 """A call of a captured model, held against the capture in plain numbers: what ``calls`` does, for a tracer to follow.
 
 ``torch.compile`` traces through this. So no signature binds here, and there is no algebra: sizes are compared with
-numbers or with each other, and what else must hold of dynamic sizes is one Python expression. Where they are dynamic for
-the tracer too, each comparison becomes a guard of what it compiles.
+numbers or with each other, and what else must hold of dynamic sizes is one Python expression. Where sizes are dynamic
+for the tracer too, each comparison becomes a guard of what it compiles.
 """
 
 from __future__ import annotations
