@@ -48,7 +48,7 @@ def checkpoint(function: Callable[..., Any], *args: Any, draws: bool = False, to
     >>> x.grad
     tensor([1., 1.])
     """
-    if not torch.is_grad_enabled():
+    if not torch.is_grad_enabled() or torch.compiler.is_exporting():
         return function(*args)
     if torch.compiler.is_compiling():  # the ranks run the same statements there, and draw nothing
         return checkpoint_whole(function, *args, use_reentrant=False)

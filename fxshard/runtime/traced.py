@@ -64,6 +64,8 @@ class _GatheredAnew:
 
     def gather(self, gather: Callable[[], torch.Tensor], part: torch.Tensor) -> torch.Tensor:
         """See ``regather.Gathering``."""
+        if torch.compiler.is_exporting():  # there is no backward pass
+            return gather()
         whole: torch.Tensor = checkpoint(gather, use_reentrant=False)
         return whole
 
