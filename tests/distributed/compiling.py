@@ -19,6 +19,7 @@ from torch.export import Dim
 
 import fxshard
 from fxshard.errors import CaptureError, InputError
+from tests.distributed.ranks import Statistics
 from tests.helpers import Result as Found
 from tests.helpers import problems_of, run_original, tensors_of, weighted_loss
 from tests.models.zoo import build, dynamic, ids, sized
@@ -348,3 +349,22 @@ def packaged(cases: list[tuple[str, str]]) -> None:
             outputs = dict(tensors_of(torch._inductor.aoti_load_package(path)(**inputs)))
         for path, want in tensors_of(model(**inputs)):
             torch.testing.assert_close(outputs[path], want, rtol=1e-4, atol=1e-5)
+
+
+def buffers(backend: str) -> None:
+    """The running statistics of a batch norm over a split batch: buffers that change in the graph."""
+    model, x = Statistics(), torch.randn(8, 8, generator=torch.Generator().manual_seed(1))
+    program = fxshard.parallelize(model, fxshard.data_parallel(2), (x,))
+    compiled = torch.compile(program, backend=backend, fullgraph=True)
+    for _ in range(3):
+        expected, found = model(x), compiled(x)
+        for made, want in zip(found, expected, strict=True):
+            torch.testing.assert_close(made, want, rtol=1e-4, atol=1e-4)
+        for trained, outputs in ((model, expected), (program, found)):
+            trained.zero_grad(set_to_none=True)
+            weighted_loss(outputs).backward()
+    grads = program.full_grads()
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(grads[name], parameter.grad, rtol=1e-3, atol=1e-4)
+    for name, want in model.named_buffers():
+        torch.testing.assert_close(program.full_state_dict()[name], want, rtol=1e-5, atol=1e-6)

@@ -27,6 +27,10 @@ def test_dynamic_sizes_share_a_graph() -> None:
     launch(2, compiling.many_sizes, [("block", "dp2"), ("block", "tp2")], TRACED)
 
 
+def test_buffers_change_as_the_model_says() -> None:
+    launch(2, compiling.buffers, TRACED)
+
+
 def test_programs_within_compiled_code() -> None:
     launch(2, compiling.inside_of_other_code, TRACED)
 
