@@ -16,6 +16,7 @@ import torch.distributed as dist
 from torch import fx, nn
 
 from fxshard.codegen.emit import emit
+from fxshard.compiling import Entry, traced_call
 from fxshard.errors import CheckpointError, DistributedError, FxshardError, SoundnessError
 from fxshard.inspect.fallbacks import Fallback, fallbacks_of
 from fxshard.inspect.fingerprint import fingerprint
@@ -87,6 +88,7 @@ class ParallelModule(nn.Module):
         self._checksums: dict[str, int] = {}
         self._axes: dict[str, Axis] | None = None
         self._joint: dict[tuple[str, ...], ProcessAxisGroup] = {}
+        self._entries: list[Entry] = []
         self._buckets: list[Buckets] = []
         self._synchronization = Synchronization()
         self._regather = Regather()
@@ -291,6 +293,10 @@ class ParallelModule(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Runs this rank's part; collective. Give every rank the same whole inputs."""
+        return traced_call(self, args, kwargs) if torch.compiler.is_compiling() else self.run(args, kwargs)
+
+    def run(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+        """``forward``, eagerly."""
         with calling():
             compiled, leaves = self.compile_call(args, kwargs)
             run = self._functions.get(id(compiled))
@@ -311,7 +317,7 @@ class ParallelModule(nn.Module):
             with using(()), saving:  # the casts are in the code
                 return compiled.captured.unflatten_outputs(run(*leaves))
 
-    def _compare_ranks(self, compiled: Compiled, leaves: list[Any]) -> None:
+    def _compare_ranks(self, compiled: Compiled, leaves: list[Any] | None) -> None:
         """Raises ``DistributedError`` where other ranks are about to run something else; collective."""
         check_world(self.mesh)
         watch = current()
@@ -328,10 +334,15 @@ class ParallelModule(nn.Module):
         module = self.rank_module(self.rank)
         weights = [(find(module, name), names) for name, names in compiled.varied_weights]
         for _, names in weights:
-            if names not in self._joint:
-                self._joint[names] = joint_group(self.mesh, names, self.axes)
+            self.joint(names)
         size = self.options.bucket_bytes
         self._buckets += defer(weights, self._joint, self.axes, size, self._synchronization)
+
+    def joint(self, names: tuple[str, ...]) -> ProcessAxisGroup:
+        """The ranks along these axes together; collective where they are new."""
+        if names not in self._joint:
+            self._joint[names] = joint_group(self.mesh, names, self.axes)
+        return self._joint[names]
 
     def no_sync(self) -> AbstractContextManager[None]:
         """Within it, gradients of weights that every rank holds whole are not summed over the ranks.
@@ -466,6 +477,7 @@ class ParallelModule(nn.Module):
         if part is not None and self._device.type == "meta" != part.device.type:
             self._device = part.device
             self._functions.clear()
+            self._entries.clear()
             for compiled in self._captures.values():
                 for module in self._ranks.values():
                     for name in compiled.attributes:

@@ -27,8 +27,9 @@ from torch.fx.traceback import annotate, preserve_node_meta
 from torch.nn.modules.module import _IncompatibleKeys as IncompatibleKeys
 from torch.utils import _pytree as pytree
 from torch.utils import checkpoint as CHECKPOINT_MODULE
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._sympy.functions import FloorDiv
+from torch.utils._sympy.printers import PythonPrinter
 
 __all__ = [
     "AgreeingGradScaler",
@@ -68,6 +69,8 @@ __all__ = [
     "leave_vmaps",
     "preserve_node_meta",
     "make_wrapper",
+    "no_modes",
+    "print_python",
     "pytree",
     "record",
     "saving_hooks",
@@ -90,8 +93,15 @@ REGION_PASSES = (
     (replace_autocast_with_hop_pass, "replace_autocast_with_hop_pass"),
 )
 """The passes of export that make regions of the marks: modules, and the names of their functions."""
+no_modes = _disable_current_modes
+"""A context in which tensors are real, though a tracer is at work."""
 make_wrapper = torch.Tensor._make_wrapper_subclass
 """Makes a tensor subclass that has a shape and no memory."""
+
+
+def print_python(expression: Any) -> str:
+    """An expression or a condition of dynamic sizes as Python."""
+    return str(PythonPrinter().doprint(expression))
 
 
 def has_kernel(operator: str, key: str) -> bool:

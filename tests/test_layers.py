@@ -25,7 +25,7 @@ LAYERS: list[set[str]] = [
     {"plan"},
     {"passes", "search"},
     {"codegen", "inspect"},
-    {"program"},
+    {"program", "compiling"},
     {"counting", "gradients", "simulate", "verify", "checkpoint"},
     {"api", "cli"},
     {"", "__main__"},

@@ -32,14 +32,14 @@ NOTE = "the ranks were given models with different weights: {count} tensors diff
 
 
 def fingerprint(
-    compiled: Compiled, model: nn.Module, leaves: list[Any], checksums: Mapping[str, int]
+    compiled: Compiled, model: nn.Module, leaves: list[Any] | None, checksums: Mapping[str, int]
 ) -> dict[str, Section]:
     """The sections, in the order in which they are compared: causes before what follows from them.
 
     Args:
         compiled: what this rank is about to run.
         model: the user's.
-        leaves: the inputs.
+        leaves: the inputs; None where they are not known yet.
         checksums: of the whole weights, while they are those that the model came with; else empty.
     """
     sections = {
@@ -58,7 +58,7 @@ def fingerprint(
         ),
         "weights": Section({n: f"{c:016x}" for n, c in checksums.items()}, "has", SEED, NOTE),
     }
-    if compiled.options.compare != "metadata":
+    if leaves is not None and compiled.options.compare != "metadata":
         sections["values"] = Section(_values(compiled, leaves), "was given", SAME_INPUTS + ROWS)
     return sections
 
@@ -90,7 +90,9 @@ def _mode(compiled: Compiled, model: nn.Module) -> dict[str, str]:
     return {"training": str(model.training), "autocast": autocast, "gradients": str(torch.is_grad_enabled()), **modules}
 
 
-def _inputs(compiled: Compiled, leaves: list[Any]) -> dict[str, str]:
+def _inputs(compiled: Compiled, leaves: list[Any] | None) -> dict[str, str]:
+    if leaves is None:
+        return {info.path: str(info) for info in compiled.captured.example_inputs}
     out = {}
     for info, leaf in zip(compiled.captured.example_inputs, leaves, strict=True):
         if isinstance(leaf, torch.Tensor):

@@ -120,7 +120,7 @@ class Compiled:
         return tuple(str(n.target) for n in self.graph.find_nodes(op="get_attr"))
 
     @cached_property
-    def _multiples(self) -> dict[Any, int]:
+    def multiples(self) -> dict[Any, int]:
         """The dynamic sizes that the program cuts, and what must divide each of them."""
         out: dict[Any, int] = {}
         for node in self.stages["insert_collectives"].nodes:
@@ -145,12 +145,12 @@ class Compiled:
 
     def fits(self, leaves: list[Any]) -> bool:
         """Whether the dynamic sizes of a call's inputs divide as the program cuts them."""
-        if not self._multiples:
+        if not self.multiples:
             return True
         sizes = {symbol: leaves[position].shape[dim] for symbol, (position, dim) in self._symbols.items()}
         key = tuple(sizes.values())
         if key not in self._fitting:
-            found = ((expr.subs(sizes), parts) for expr, parts in self._multiples.items())
+            found = ((expr.subs(sizes), parts) for expr, parts in self.multiples.items())
             self._fitting[key] = all(not size.is_number or int(size) % parts == 0 for size, parts in found)
         return self._fitting[key]
 

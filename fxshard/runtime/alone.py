@@ -12,7 +12,7 @@ import torch
 
 from fxshard.mesh import Mesh
 from fxshard.runtime.collectives import Axis, sum_dtype
-from fxshard.runtime.regather import Regather
+from fxshard.runtime.regather import Gathering
 from fxshard.runtime.rounds import Arrival, Joint, OnRank, Rotation
 
 
@@ -37,7 +37,7 @@ class AloneGroup:
         self.axis, self.size, self.index, self.reduce_dtype = axis, size, index, dtype
         self.moved = moved
         self.deferred: dict[tuple[int, tuple[str, ...]], Callable[[torch.Tensor], torch.Tensor]] = {}
-        self.regather: Regather | None = None
+        self.regather: Gathering | None = None
 
     def run(self, name: str, backward: str, x: torch.Tensor, inplace: bool = False, dim: int = 0) -> torch.Tensor:
         """See ``collectives.Group.run``."""

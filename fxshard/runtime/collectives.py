@@ -40,7 +40,7 @@ import torch.distributed as dist
 from fxshard.errors import DistributedError, DivisibilityError
 from fxshard.runtime.autocast import operator_named
 from fxshard.runtime.faults import guarded
-from fxshard.runtime.regather import Regather
+from fxshard.runtime.regather import Gathering
 from fxshard.runtime.rounds import Arrival, Joint, OnRank, Rotation, turn
 from fxshard.torch_internals import is_recorded, record
 
@@ -57,7 +57,7 @@ class Group(Protocol):
     """
 
     deferred: dict[tuple[int, tuple[str, ...]], Callable[[torch.Tensor], torch.Tensor]]
-    regather: Regather | None
+    regather: Gathering | None
 
     def run(self, name: str, backward: str, x: torch.Tensor, inplace: bool = False, dim: int = 0) -> torch.Tensor:
         """Runs the collective ``name``, whose gradient is the collective ``backward``; an all-reduce perhaps in place.
@@ -185,10 +185,9 @@ def gather_weight(
         parts = all_gather(weight, axis, summed, dim if lengths else 0, lengths)
         return concat(parts, axis, dim, blocks, lengths)
 
-    whole = gather()
-    if axis.group.regather is not None and torch.is_grad_enabled():
-        axis.group.regather.note(whole, weight, torch.no_grad()(gather))
-    return whole
+    if axis.group.regather is None or not torch.is_grad_enabled():
+        return gather()
+    return axis.group.regather.gather(gather, weight)
 
 
 def _parts(x: torch.Tensor, axis: Axis, dim: int, blocks: Blocks, lengths: Lengths) -> list[torch.Tensor]:
@@ -290,7 +289,7 @@ class ProcessAxisGroup:
         self.ranks = tuple(dist.get_process_group_ranks(group))
         self.reduce_dtype = reduce_dtype
         self.deferred: dict[tuple[int, tuple[str, ...]], Callable[[torch.Tensor], torch.Tensor]] = {}
-        self.regather: Regather | None = None
+        self.regather: Gathering | None = None
 
     @property
     def group(self) -> dist.ProcessGroup:

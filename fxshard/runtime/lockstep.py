@@ -18,7 +18,7 @@ from fxshard.errors import FxshardError
 from fxshard.mesh import Mesh
 from fxshard.runtime.collectives import Axis, joined, stacked, sum_dtype
 from fxshard.runtime.recompute import keeping_all
-from fxshard.runtime.regather import Regather
+from fxshard.runtime.regather import Gathering
 from fxshard.runtime.rounds import InLockstep, Joint
 
 
@@ -127,7 +127,7 @@ class LockstepAxisGroup:
     def __init__(self, group: LockstepGroup, rank: int) -> None:
         self.group, self.rank = group, rank
         self.deferred: dict[tuple[int, tuple[str, ...]], Callable[[torch.Tensor], torch.Tensor]] = {}
-        self.regather: Regather | None = None
+        self.regather: Gathering | None = None
 
     def run(self, name: str, backward: str, x: torch.Tensor, inplace: bool = False, dim: int = 0) -> torch.Tensor:
         """See ``collectives.Group.run``; nothing is in place."""

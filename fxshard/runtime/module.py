@@ -99,10 +99,7 @@ def load(source: str, axes: Mapping[str, Axis], device: torch.device, filename: 
     Returns:
         ``forward(module, *inputs)``, where ``module`` holds the local weights.
     """
-    linecache.cache[filename] = (len(source), None, source.splitlines(True), filename)
-    namespace: dict[str, Any] = {**axes, "axes": axes, "device": device}
-    exec(_compiled(source, filename), namespace)
-    build = namespace["build"]
+    build = load_builder(source, axes, device, filename)
     built: list[Any] = [None, None]
 
     def forward(module: nn.Module, *inputs: Any) -> tuple[Any, ...]:
@@ -112,6 +109,17 @@ def load(source: str, axes: Mapping[str, Axis], device: torch.device, filename: 
         return outputs
 
     return forward
+
+
+def load_builder(
+    source: str, axes: Mapping[str, Axis], device: torch.device, filename: str
+) -> Callable[[nn.Module], Callable[..., tuple[Any, ...]]]:
+    """Runs generated source: its ``build``, which makes the model over a module that holds the local weights."""
+    linecache.cache[filename] = (len(source), None, source.splitlines(True), filename)
+    namespace: dict[str, Any] = {**axes, "axes": axes, "device": device}
+    exec(_compiled(source, filename), namespace)
+    build: Callable[[nn.Module], Callable[..., tuple[Any, ...]]] = namespace["build"]
+    return build
 
 
 @lru_cache(maxsize=64)

@@ -48,7 +48,11 @@ def checkpoint(function: Callable[..., Any], *args: Any, draws: bool = False, to
     >>> x.grad
     tensor([1., 1.])
     """
-    if not torch.is_grad_enabled() or getattr(_state, "keeps", False):
+    if not torch.is_grad_enabled() or torch.compiler.is_exporting():
+        return function(*args)
+    if torch.compiler.is_compiling():  # the ranks run the same statements there, and draw nothing
+        return checkpoint_whole(function, *args, use_reentrant=False)
+    if getattr(_state, "keeps", False):
         return function(*args)
     run = functools.partial(_asking_first, function) if together else function
     return checkpoint_whole(run, *args, use_reentrant=False, preserve_rng_state=draws)

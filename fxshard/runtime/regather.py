@@ -11,7 +11,7 @@ import contextlib
 import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
@@ -51,6 +51,13 @@ class _View:
     offset: int
 
 
+class Gathering(Protocol):
+    """Gathers weights which are not to be kept for the backward pass."""
+
+    def gather(self, gather: Callable[[], torch.Tensor], part: torch.Tensor) -> torch.Tensor:
+        """What ``gather()`` returns, the whole weight of which this rank holds ``part``."""
+
+
 class Regather:
     """The gathered weights of one program that are alive, by their memory."""
 
@@ -58,11 +65,14 @@ class Regather:
         self.alive: dict[int, _Gathered] = {}
         self.is_saving = False
 
-    def note(self, whole: torch.Tensor, part: torch.Tensor, again: Callable[[], torch.Tensor]) -> None:
-        """Remembers how ``whole`` came about, until the end of ``saving``."""
+    def gather(self, gather: Callable[[], torch.Tensor], part: torch.Tensor) -> torch.Tensor:
+        """The whole weight of which this rank holds ``part``; until ``saving`` ends it is known how it came about."""
+        whole = gather()
         place = whole.untyped_storage().data_ptr()
         if place and self.is_saving:
+            again = torch.no_grad()(gather)
             self.alive[place] = _Gathered(weakref.ref(whole), part.detach(), part._version, again)
+        return whole
 
     @contextlib.contextmanager
     def saving(self) -> Iterator[None]:
