@@ -6,7 +6,7 @@ import argparse
 from itertools import product
 from pathlib import Path
 
-from benchmarks import dispatch, steps
+from benchmarks import dispatch, steps, table
 from benchmarks.cases import Case
 
 
@@ -22,10 +22,17 @@ def main() -> None:
     measured.add_argument("--seconds", type=float, default=6.0, help="how long a case is timed")
     whole = commands.add_parser("steps", parents=[measured], help="step times, ratios, collectives and bytes")
     whole.add_argument("--out", type=Path, help="also write the rows here, as JSON")
+    whole.add_argument("--compiled", action="store_true", help="fxshard under torch.compile, beside it as it is")
     commands.add_parser("dispatch", parents=[measured], help="what steps cost beside their communication")
+    tabled = commands.add_parser("table", help="what steps --out wrote, as the table of docs/performance.md")
+    tabled.add_argument("files", nargs="+", type=Path)
     given = parser.parse_args()
+    if given.command == "table":
+        table.show(given.files)
+        return
     every = product(given.dims, given.models, given.ways, given.passes)
-    cases = [Case(model, dim, way, p == "backward") for dim, model, way, p in every]
+    compiled = given.command == "steps" and given.compiled
+    cases = [Case(model, dim, way, p == "backward", compiled) for dim, model, way, p in every]
     cases = [c for c in cases if c.train or c.way in ("tp", "sp")]
     if given.command == "steps":
         steps.measure(cases, given.seconds, given.out)

@@ -49,8 +49,12 @@ class Candidate:
     finish: Callable[[], None] = lambda: None
 
 
-def candidates(name: str, dim: int, way: str, train: bool) -> list[Candidate]:
-    """All ways to run a model in parallel, fxshard's first."""
+def candidates(name: str, dim: int, way: str, train: bool, compiled: bool = False) -> list[Candidate]:
+    """All ways to run a model in parallel, fxshard's first; with ``compiled`` it under torch.compile, and as it is."""
+    if compiled:
+        torch.compiler.reset()
+        made = [generated(name, dim, way, train, torch.compile), generated(name, dim, way, train)]
+        return [*made, by_hand(name, dim, way)] if way in ("tp", "sp") else made
     if way in ("tp", "sp"):
         made = [generated(name, dim, way, train), by_hand(name, dim, way), dtensor(name, dim, way)]
         return [*made, transformers(name, dim)] if way == "tp" else made
@@ -74,11 +78,13 @@ def original(name: str, dim: int) -> Candidate:
     return from_module("one device", model, lambda x: logits(model(x)))
 
 
-def generated(name: str, dim: int, way: str, train: bool) -> Candidate:
-    """What fxshard makes of it."""
+def generated(name: str, dim: int, way: str, train: bool, wrap: Any = None) -> Candidate:
+    """What fxshard makes of it; ``wrap`` is torch.compile or nothing."""
     model, _ = build(name, dim)
     program = fxshard.parallelize(model, PRESETS[way], (example(name, dim, way, train),))
-    return Candidate("fxshard", lambda x: logits(program(x)), list(program.parameters()), program.full_grads)
+    run = wrap(program, fullgraph=True) if wrap else program
+    title = "fxshard, compiled" if wrap else "fxshard"
+    return Candidate(title, lambda x: logits(run(x)), list(program.parameters()), program.full_grads)
 
 
 def by_hand(name: str, dim: int, way: str) -> Candidate:

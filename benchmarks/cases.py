@@ -22,9 +22,11 @@ class Case:
     dim: int
     way: str
     train: bool
+    compiled: bool = False
 
     def __str__(self) -> str:
-        return f"{self.model} {self.dim} {self.way} {'forward + backward' if self.train else 'forward'}"
+        text = f"{self.model} {self.dim} {self.way} {'forward + backward' if self.train else 'forward'}"
+        return f"{text}, compiled" if self.compiled else text
 
 
 @dataclass(frozen=True)
@@ -47,7 +49,7 @@ class Found:
 def run(case: Case, budget_s: float) -> list[Found]:
     """Checks, counts and times all candidates of a case; collective."""
     x = example(case.model, case.dim, case.way, case.train)
-    made = candidates(case.model, case.dim, case.way, case.train)
+    made = candidates(case.model, case.dim, case.way, case.train, case.compiled)
     expected = _results(original(case.model, case.dim), case, x, whole=True)
     steps, found = [], []
     for each in made:

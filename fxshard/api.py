@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -34,6 +36,7 @@ def parallelize(
     regather: bool = True,
     checkpoint: str | Sequence[str] = (),
     compare: str = "first_call",
+    cache: str | os.PathLike[str] | None = None,
 ) -> ParallelModule:
     """Compiles an unmodified model for a mesh.
 
@@ -62,6 +65,9 @@ def parallelize(
             that differs is an error. ``"first_call"``: before the first call of each capture. ``"every_call"``: also
             before all others, to find a rank that is given other inputs later. ``"metadata"``: as ``"first_call"``,
             but not the values of the inputs: for ranks that load only the rows that their part of the plan reads.
+        cache: a folder in which captures are kept, so that the next start need not capture again; by default that of
+            the environment variable FXSHARD_CACHE, if it is set. A capture is taken from there only if nothing changed
+            that it depends on; captures with ``dynamic_shapes`` are not kept. Who may write there may run code here.
 
     Returns:
         A module that is called like the model, with the same whole inputs on every rank.
@@ -99,7 +105,8 @@ def parallelize(
         raise PlanError(f"compare is {compare!r}", fix="give 'first_call', 'every_call' or 'metadata'")
     asked_anew = (checkpoint,) if isinstance(checkpoint, str) else tuple(checkpoint)
     options = Options(reduce_dtype, randomness == "independent", bucket_bytes, regather, asked_anew, compare)
-    program = ParallelModule(model, asked, device_mesh, dynamic_shapes, options)
+    folder = cache if cache is not None else os.environ.get("FXSHARD_CACHE")
+    program = ParallelModule(model, asked, device_mesh, dynamic_shapes, options, Path(folder) if folder else None)
     if args or kwargs:
         program.capture(tuple(args), kwargs)
         program._eager = True

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import logging
 import os
-import time
 from collections.abc import Hashable, Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from functools import cached_property, partial
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import fx, nn
 
+from fxshard.cache import cached
 from fxshard.codegen.emit import emit
 from fxshard.compiling import Entry, traced_call
 from fxshard.errors import CheckpointError, DistributedError, FxshardError, SoundnessError
@@ -23,7 +24,7 @@ from fxshard.inspect.fingerprint import fingerprint
 from fxshard.inspect.report import Collective, collectives_of, explain, notes_of, table
 from fxshard.mesh import Mesh
 from fxshard.passes.annotate import placements
-from fxshard.passes.capture import capture, number_constants, signature_key
+from fxshard.passes.capture import Captured, capture, number_constants, signature_key
 from fxshard.passes.fidelity import check_fidelity
 from fxshard.passes.known_calls import KnownCalls, describe
 from fxshard.passes.pipeline import STAGES, Compiled, Options, compile_graph
@@ -69,6 +70,7 @@ class ParallelModule(nn.Module):
         device_mesh: Any,
         dynamic_shapes: Any,
         options: Options | None = None,
+        cache: Path | None = None,
     ) -> None:
         super().__init__()
         self._asked = plan
@@ -77,6 +79,7 @@ class ParallelModule(nn.Module):
         self._original = Original(model)
         self._device_mesh = device_mesh
         self._dynamic_shapes = dynamic_shapes
+        self._cache = cache
         self.options = options or Options()
         self._captures: dict[tuple[bool, Hashable], Compiled] = {}
         self._known: KnownCalls[Compiled] = KnownCalls()
@@ -113,11 +116,15 @@ class ParallelModule(nn.Module):
             model.train(self.training)
         key = exact, signature_key(model, args, kwargs)
         if key not in self._captures:
-            start = time.perf_counter()
-            captured = capture(model, args, kwargs, dynamic_shapes=None if exact else self._dynamic_shapes)
-            seconds = time.perf_counter() - start
-            if self._original.has_values:
-                check_fidelity(model, captured, args, kwargs)
+            shapes = None if exact else self._dynamic_shapes
+
+            def check(made: Captured) -> None:
+                if self._original.has_values:
+                    check_fidelity(model, made, args, kwargs)
+
+            kept = self._cache if shapes is None else None
+            make = partial(capture, model, args, kwargs, dynamic_shapes=shapes)
+            captured, seconds = cached(kept, model, args, kwargs, make, check)
             settled = self._latest is not None
             if settled:  # a rank's module holds the constants of all captures
                 number_constants(captured, len(self._captures), self._placements)

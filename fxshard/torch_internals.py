@@ -16,7 +16,7 @@ from torch._C._distributed_c10d import PrefixStore, Store
 from torch._export.passes import replace_autocast_with_hop_pass, replace_set_grad_with_hop_pass
 from torch._functorch import predispatch
 from torch._ops import HigherOrderOperator, OperatorBase, OpOverload, OpOverloadPacket
-from torch._subclasses import FakeTensor
+from torch._subclasses import FakeTensor, FakeTensorMode
 from torch.autograd import forward_ad
 from torch.autograd.function import _SingleLevelFunction as SingleLevelFunction
 from torch.distributed import distributed_c10d
@@ -43,6 +43,7 @@ __all__ = [
     "REGION_PASSES",
     "SET_GRAD",
     "FakeTensor",
+    "FakeTensorMode",
     "FloorDiv",
     "Graph",
     "HigherOrderOperator",

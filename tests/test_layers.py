@@ -24,7 +24,7 @@ LAYERS: list[set[str]] = [
     {"rules"},
     {"plan"},
     {"passes", "search"},
-    {"codegen", "inspect"},
+    {"cache", "codegen", "inspect"},
     {"program", "compiling"},
     {"counting", "gradients", "simulate", "verify", "checkpoint"},
     {"api", "cli"},

@@ -180,7 +180,7 @@ def number_constants(captured: Captured, number: int, names: Container[str]) -> 
     root = captured.graph_module
     for node in root.graph.find_nodes(op="get_attr"):
         if node.target not in names:
-            value = _attribute(root, node.target)
+            value = attribute(root, node.target)
             node.target = f"{node.target}_{number}"
             place(root, node.target, value, persistent=False)
 
@@ -215,7 +215,7 @@ def _flat_graph(
     with quiet():
         lifted = program.module(check_guards=False)
     assert isinstance(lifted, fx.GraphModule)
-    names, aliases = _canonical_names(model)
+    names, aliases = tensors_of(model)
     graph = lifted.graph
     graph.set_codegen(CodeGen())
     with quiet():
@@ -230,7 +230,7 @@ def _flat_graph(
                 graph.erase_node(node)
                 continue
             first[target] = node
-            attributes[target] = names[target] if target in names else _attribute(lifted, node.target)
+            attributes[target] = names[target] if target in names else attribute(lifted, node.target)
             node.target = target
         elif node.op == "output":
             node.args = (outputs.merge(node.args[0]),)
@@ -246,13 +246,17 @@ def _flat_graph(
     placeholders = graph.find_nodes(op="placeholder")
     for node in reversed(placeholders):
         next(iter(graph.nodes)).prepend(node)
-    graph_module = fx.GraphModule(attributes, graph, class_name=type(model).__name__)
-    _mark_non_persistent(graph_module, _non_persistent(model))
-    graph_module.train(model.training)
-    return graph_module, tuple(node.name for node in placeholders), aliases
+    return root_over(model, attributes, graph), tuple(node.name for node in placeholders), aliases
 
 
-def _canonical_names(model: nn.Module) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+def root_over(model: nn.Module, attributes: dict[str, Any], graph: fx.Graph) -> fx.GraphModule:
+    """A captured graph as a module: ``attributes`` are what it reads, under the names that it reads them by."""
+    root = fx.GraphModule(attributes, graph, class_name=type(model).__name__)
+    _mark_non_persistent(root, _non_persistent(model))
+    return root.train(model.training)
+
+
+def tensors_of(model: nn.Module) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
     """Return the tensors by their first name, and every other name with the first it stands for."""
     first: dict[int, str] = {}
     names: dict[str, torch.Tensor] = {}
@@ -270,7 +274,8 @@ def _canonical_names(model: nn.Module) -> tuple[dict[str, torch.Tensor], dict[st
     return names, aliases
 
 
-def _attribute(root: nn.Module, target: str) -> Any:
+def attribute(root: nn.Module, target: str) -> Any:
+    """What a module holds under a path."""
     return functools.reduce(getattr, target.split("."), root)
 
 

@@ -14,7 +14,7 @@ import torch
 
 from fxshard.torch_internals import pytree
 
-__all__ = ["flatten", "paths", "reorder"]
+__all__ = ["flatten", "paths", "reorder", "teach"]
 
 
 def flatten(tree: Any) -> tuple[list[Any], pytree.TreeSpec]:
@@ -23,6 +23,14 @@ def flatten(tree: Any) -> tuple[list[Any], pytree.TreeSpec]:
     while any(_register(type(leaf)) for leaf in leaves):
         leaves, spec = pytree.tree_flatten(tree)
     return leaves, spec
+
+
+def teach(spec: pytree.TreeSpec) -> None:
+    """Teach pytree the types of a tree that another process flattened."""
+    if not spec.is_leaf():
+        _register(spec.type)
+        for child in spec.children():
+            teach(child)
 
 
 def reorder(tree: Any, spec: pytree.TreeSpec) -> Any:
