@@ -28,6 +28,7 @@ from fxshard.passes.capture import Captured, capture, number_constants, signatur
 from fxshard.passes.fidelity import check_fidelity
 from fxshard.passes.known_calls import KnownCalls, describe
 from fxshard.passes.pipeline import STAGES, Compiled, Options, compile_graph
+from fxshard.passes.weights import dim_of
 from fxshard.placement import Placements, join_all
 from fxshard.plan.plan import Plan
 from fxshard.runtime.autocast import ambient, using
@@ -39,6 +40,7 @@ from fxshard.runtime.meeting import meet
 from fxshard.runtime.module import RankModule, find, load, local_part, place, share
 from fxshard.runtime.optimizer_state import load_optimizer_state_dict, sharded_optimizer_state_dict
 from fxshard.runtime.original import Original
+from fxshard.runtime.packs import Pack
 from fxshard.runtime.process import check_world, checksum, joint_group, process_axes, share_random_state
 from fxshard.runtime.regather import Regather
 from fxshard.runtime.together import is_spread
@@ -92,6 +94,7 @@ class ParallelModule(nn.Module):
         self._axes: dict[str, Axis] | None = None
         self._joint: dict[tuple[str, ...], ProcessAxisGroup] = {}
         self._entries: list[Entry] = []
+        self._packed: dict[int, dict[str, dict[int, Any]]] = {}
         self._buckets: list[Buckets] = []
         self._synchronization = Synchronization()
         self._regather = Regather()
@@ -314,9 +317,12 @@ class ParallelModule(nn.Module):
                 function, module = self.function(compiled, self.rank, self.axes), self.rank_module(self.rank)
                 run = self._functions[id(compiled)] = partial(function, module)
                 self._defer_gradients(compiled)
+                self._pack_weights(compiled)
             if compiled.draws:
                 share_random_state(self.mesh)
             leaves = [x.to(self._device) if isinstance(x, torch.Tensor) else x for x in leaves]
+            for axis, packed in self._packed[id(compiled)].items():
+                self.axes[axis].group.packed = packed
             regathers = compiled.regathers and torch.is_grad_enabled()
             if not (regathers or ambient()):
                 return compiled.captured.unflatten_outputs(run(*leaves))
@@ -344,6 +350,17 @@ class ParallelModule(nn.Module):
             self.joint(names)
         size = self.options.bucket_bytes
         self._buckets += defer(weights, self._joint, self.axes, size, self._synchronization)
+
+    def _pack_weights(self, compiled: Compiled) -> None:
+        """Gathers small weights together whenever this capture is called."""
+        found: dict[str, dict[int, Any]] = {axis: {} for axis in compiled.gathered_over}
+        for each in compiled.packs:
+            weights = [find(self.rank_module(self.rank), str(node.all_input_nodes[0].target)) for node in each.nodes]
+            axis, dims = str(each.nodes[0].args[1]), [dim_of(node) for node in each.nodes]
+            summed = bool(each.nodes[0].kwargs.get("summed"))
+            pack = Pack(self.axes[axis], weights, dims, summed, each.lane)
+            found[axis].update((id(weight), pack.take) for weight in weights)
+        self._packed[id(compiled)] = found
 
     def joint(self, names: tuple[str, ...]) -> ProcessAxisGroup:
         """The ranks along these axes together; collective where they are new."""

@@ -420,3 +420,31 @@ def test_globs_that_match_nothing_are_refused() -> None:
     assert "'layers.*'" in str(caught.value)
     with pytest.raises(PlanError, match=r"2 entries of checkpoint cannot be applied:\n1\. .*'a' matches no"):
         fxshard.parallelize(model, tensor_parallel(2), (X.float(),), checkpoint=["a", "layers.0", "layers"])
+
+
+class Folds(nn.Module):
+    """A layer whose last operator is a view with sizes in it, which are local where its rows are split."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = Folded()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        out: torch.Tensor = self.layer(x)
+        return out
+
+
+class Folded(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(8, 16), nn.Linear(16, 8)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.addmm(self.down.bias, self.up(x).relu().view(-1, 16), self.down.weight.T).view(x.shape)
+
+
+def test_what_a_call_asks_for_last_is_found_where_its_rows_are_split() -> None:
+    """The sum behind the last matrix is not computed anew: nothing needs it, and the call stops before."""
+    plan = fxshard.data_parallel(2) | fxshard.tensor_parallel(2)
+    program = fxshard.parallelize(Folds(), plan, (torch.randn(4, 6, 8),), checkpoint="layer")
+    assert [c.reason for c in program.collectives() if c.again] == []

@@ -62,27 +62,33 @@ def computed_again(compiled: Compiled, flows: Mapping[fx.Node, bool]) -> list[Ca
     return out
 
 
-def times_kept(weight: fx.Node, flows: Mapping[fx.Node, bool], calls: Mapping[fx.Node, fx.Node], mesh: Mesh) -> int:
-    """How many times the memory of a weight is kept: by operators for their gradients, by calls that are computed anew.
+def kept_by(
+    weight: fx.Node, flows: Mapping[fx.Node, bool], calls: Mapping[fx.Node, fx.Node], mesh: Mesh
+) -> list[fx.Node]:
+    """What keeps the memory of a weight: operators, for their gradients, and calls that are computed anew.
 
     Args:
         weight: it, or a view of it.
         flows: through which nodes a gradient flows.
-        mesh: over which the weight is split.
         calls: the nodes of calls that are computed anew -> which call.
+        mesh: over which the weight is split.
+
+    Returns:
+        A node for each time that the backward pass asks for it, a call's being the one at which the call is asked for.
     """
-    times, entered = 0, set()
+    out: list[fx.Node] = []
+    entered: set[fx.Node] = set()
     for reader in weight.users:
         if reader in calls:  # of what is within the call nothing is kept, but what it is given
             entered.update({calls[reader]} - {calls.get(weight)})
         elif reader.target in (run.vary, run.vary_weight, operator.getitem):  # the same memory
-            times += times_kept(reader, flows, calls, mesh)
+            out += kept_by(reader, flows, calls, mesh)
         elif reader.op == "call_function" and reader.target not in CONVERSIONS:
             kept, is_view = _tried(reader, flows, mesh)
             if flows[reader]:
-                times += 1 if kept is None else kept.count(weight)
-            times += times_kept(reader, flows, calls, mesh) if is_view else 0
-    return times + len(entered)
+                out += [reader] * (1 if kept is None else kept.count(weight))
+            out += kept_by(reader, flows, calls, mesh) if is_view else []
+    return [*out, *entered]
 
 
 def _keeps(node: fx.Node, flows: Mapping[fx.Node, bool], mesh: Mesh) -> bool:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import groupby
 
 import torch
 from tabulate import tabulate
@@ -12,7 +13,7 @@ from torch import fx
 
 from fxshard.codegen.text import span
 from fxshard.codegen.types import describe_local, describe_type, describe_value
-from fxshard.inspect.anew import computed_again, computes_anew, notes_on, times_kept
+from fxshard.inspect.anew import computed_again, computes_anew, kept_by, notes_on
 from fxshard.inspect.fallbacks import fallbacks_of
 from fxshard.inspect.reasons import home_of, op_name, reason, source_of_value, without_layers
 from fxshard.mesh import Mesh
@@ -20,6 +21,7 @@ from fxshard.passes.insert_collectives import CONVERSIONS
 from fxshard.passes.origins import module_of, source_of
 from fxshard.passes.pipeline import Compiled
 from fxshard.passes.typing import has_info, info_of, is_float, local_bytes, values_of
+from fxshard.passes.weights import Packed
 from fxshard.placement import Placement, Varying, cut_of, is_partial, is_shard
 from fxshard.rules.lookup import is_constant
 from fxshard.runtime import collectives as run
@@ -127,8 +129,11 @@ def collectives_of(compiled: Compiled) -> list[Collective]:
     again = _repeats(compiled, flows)
     nodes = dict.fromkeys(_conversions(compiled))
     forward: dict[fx.Node, list[Collective]] = {}
+    packs = {node: pack.nodes for pack in compiled.packs for node in pack.nodes}
     for node in nodes:
         mine = [_record(node, FORWARD[node.target], "forward", compiled)] if node.target in FORWARD else []
+        if node in packs:
+            mine = [_packed(mine[0], packs[node], compiled)] if node is packs[node][0] else []
         forward[node] = mine + _rotations(node, "forward", compiled)
     out = [record for records in forward.values() for record in records]
     buckets = buckets_of(compiled, flows)
@@ -140,6 +145,9 @@ def collectives_of(compiled: Compiled) -> list[Collective]:
         kind = backward_kind(node)
         if node.target is run.vary_weight:
             out += buckets.get(node, [])
+        elif node in packs:
+            if kind is not None and node is packs[node][0] and any(flows[each] for each in packs[node]):
+                out.append(_packed(_record(node, kind, "backward", compiled), packs[node], compiled))
         elif kind is not None and flows[node]:
             out.append(_record(node, kind, "backward", compiled))
     return out
@@ -154,9 +162,20 @@ def _repeats(compiled: Compiled, flows: Mapping[fx.Node, bool]) -> dict[fx.Node,
     anew = computed_again(compiled, flows)
     out = {at: [(node, ANEW) for node in nodes if _communicates(node)] for at, nodes in anew}
     calls = {node: at for at, nodes in anew for node in nodes}
+    places = {node: place for place, node in enumerate(compiled.graph.nodes)}
+    packs = {node: pack for pack in compiled.packs for node in pack.nodes}
+    asked: dict[int, list[tuple[int, Packed]]] = {}  # of each lane: where in the program, for which pack
     for node in compiled.graph.nodes if compiled.regathers else ():
         if node.target is run.gather_weight:
-            out.setdefault(node, []).extend([(node, REGATHERED)] * times_kept(node, flows, calls, compiled.mesh))
+            keepers = kept_by(node, flows, calls, compiled.mesh)
+            if node in packs:
+                asked.setdefault(packs[node].lane, []).extend((places[keeper], packs[node]) for keeper in keepers)
+            else:
+                out.setdefault(node, []).extend([(node, REGATHERED)] * len(keepers))
+    for times in asked.values():
+        turns = groupby(sorted(times, key=lambda each: -each[0]), lambda each: each[1])
+        for pack, _ in turns:
+            out.setdefault(pack.nodes[-1], []).append((pack.nodes[0], REGATHERED))
     return out
 
 
@@ -183,6 +202,17 @@ def buckets_of(compiled: Compiled, flows: Mapping[fx.Node, bool]) -> dict[fx.Nod
             size = (end - start) * wide.itemsize
             out.setdefault(last, []).append(replace(bucket, axis="+".join(axes), num_bytes=size, value=value))
     return out
+
+
+def _packed(one: Collective, nodes: Sequence[fx.Node], compiled: Compiled) -> Collective:
+    """The collective of all the weights that are gathered together, from that of the first."""
+    names = [str(source_of_value(node).target) for node in (nodes[0], nodes[-1])]
+    reason = f"{one.reason}; so are {len(nodes)} small weights, from {names[0]} to {names[1]}"
+    dtype = values_of(nodes[0])[0].dtype
+    itemsize = one.num_bytes // (full_bytes(nodes[0], compiled) // dtype.itemsize)
+    elements_of_all = sum(full_bytes(node, compiled) for node in nodes) // dtype.itemsize
+    value = describe_type(dtype, (elements_of_all,))
+    return replace(one, source="", reason=reason, num_bytes=elements_of_all * itemsize, value=value)
 
 
 def _bucket(first: fx.Node, last: fx.Node, count: int, compiled: Compiled) -> Collective:
@@ -256,6 +286,7 @@ def table(compiled: Compiled) -> str:
     """The program as a table, an operator a line, with what it communicates in the forward and the backward pass."""
     flows = needs_grad(compiled)
     again = Counter(node for nodes in _repeats(compiled, flows).values() for node, _ in nodes)
+    packed = {node for pack in compiled.packs for node in pack.nodes}
     rows = []
     used: set[str] = set()
     for node in compiled.graph.nodes:
@@ -267,6 +298,8 @@ def table(compiled: Compiled) -> str:
             forward = FORWARD.get(node.target, "")
             back = (backward_kind(node) or "") if flows[node] else ""
             together = back and node.target is run.vary_weight and compiled.options.bucket_bytes
+            if node in packed:
+                forward, back = f"{forward}, packed", f"{back}, packed" if back else ""
             repeated = [f"{forward} again"] * again[node] if forward else []
             back = ", ".join(filter(None, [*repeated, "in a bucket" if together else back]))
         num_bytes = f"{full_bytes(node, compiled):,}" if forward or back else ""

@@ -28,6 +28,7 @@ from fxshard.passes.origins import module_of
 from fxshard.passes.propagate import propagate
 from fxshard.passes.recompute import recompute
 from fxshard.passes.typing import has_info, info_of, values_of
+from fxshard.passes.weights import Packed, packs_of
 from fxshard.placement import Placements, cut_of, is_uneven
 from fxshard.plan.plan import Plan
 from fxshard.plan.resolve import Resolved, resolve
@@ -37,6 +38,7 @@ from fxshard.rules.recipe import shape_of
 from fxshard.runtime.buckets import BUCKET_BYTES
 from fxshard.runtime.collectives import draw_apart, dropout_mask, gather_weight, vary_weight
 from fxshard.runtime.module import find
+from fxshard.runtime.packs import PACK_BYTES
 
 STAGES = ("capture", "normalize", "annotate", "propagate", "insert_collectives", "localize", "optimize")
 
@@ -165,14 +167,25 @@ class Compiled:
         return tuple((str(node.all_input_nodes[0].target), tuple(map(str, node.args[1:]))) for node in nodes)
 
     @cached_property
+    def packs(self) -> tuple[Packed, ...]:
+        """The small weights that are gathered together; none where the ranks' programs differ."""
+        limit = min(PACK_BYTES, self.options.bucket_bytes)
+        return () if self.is_uneven else packs_of(self.graph, self.mesh, limit)
+
+    @cached_property
     def regathers(self) -> bool:
         """Whether weights are gathered that the backward pass gathers again.
 
         Not along an axis on which a rank has nothing of some call: it does not run it, keeps no weight for its
         gradient, and would not take part.
         """
-        over = {str(node.args[1]) for node in self.graph.nodes if node.target is gather_weight}
+        over = self.gathered_over
         return self.options.regather and bool(over) and not any(self._is_idle(self.mesh.index(axis)) for axis in over)
+
+    @cached_property
+    def gathered_over(self) -> tuple[str, ...]:
+        """The mesh axes over which weights are gathered for use."""
+        return tuple(dict.fromkeys(str(node.args[1]) for node in self.graph.nodes if node.target is gather_weight))
 
     def _is_idle(self, axis: int) -> bool:
         """Whether a rank along the axis has nothing of some call."""

@@ -15,11 +15,27 @@ In: a local graph.   Out: an equal one.
 
 from __future__ import annotations
 
+from collections.abc import Hashable
+from dataclasses import dataclass
+
 import torch
 from torch import fx
 
-from fxshard.passes.typing import info_of, set_info
+from fxshard.mesh import Mesh
+from fxshard.passes.origins import checkpoint_of
+from fxshard.passes.typing import info_of, local_bytes, set_info, values_of
 from fxshard.runtime import collectives as run
+
+aten = torch.ops.aten
+
+UNKEPT: dict[object, int] = {
+    aten.embedding.default: 0,
+    aten.linear.default: 2,
+    aten.addmm.default: 0,
+    aten.conv2d.default: 2,
+    aten.layer_norm.default: 3,
+}
+"""Operators that do not need this operand for their gradient."""
 
 
 def convert_weights(graph: fx.Graph) -> None:
@@ -76,3 +92,60 @@ def _gather(graph: fx.Graph, node: fx.Node) -> None:
     graph.erase_node(last)
     if stacked:
         graph.erase_node(node)
+
+
+@dataclass(frozen=True)
+class Packed:
+    """Weights that are gathered together: their ``gather_weight`` nodes, and which packs they take turns with."""
+
+    nodes: tuple[fx.Node, ...]
+    lane: int
+
+
+def packs_of(graph: fx.Graph, mesh: Mesh, limit: int) -> tuple[Packed, ...]:
+    """Which weights ``runtime.packs`` gathers together: small ones that are gathered one after the other.
+
+    Those of a pack have one dtype; all of them require a gradient, or none; all are gathered again for the gradients of
+    what reads them, or none; and they are read in the same checkpointed call.
+
+    Args:
+        graph: the final one.
+        mesh: the mesh.
+        limit: the most bytes of a pack.
+    """
+    gathers = [node for node in graph.nodes if node.target is run.gather_weight]
+    times: dict[tuple[object, object], int] = {}
+    for node in gathers:
+        times[node.args[:2]] = times.get(node.args[:2], 0) + 1
+    lanes: dict[Hashable, int] = {}
+    packs: list[tuple[list[fx.Node], int]] = []
+    filled: dict[int, tuple[list[fx.Node], int]] = {}
+    for node in gathers:
+        weight, axis = node.args
+        assert isinstance(weight, fx.Node)
+        size = local_bytes(node, mesh)
+        odd = weight.op != "get_attr" or {"blocks", "lengths"} & node.kwargs.keys() or times[node.args] > 1
+        if odd or not 0 < size <= limit:
+            continue
+        marks = [key for key in node.meta.get("nn_module_stack") or () if checkpoint_of(key) is not None]
+        kept = any(UNKEPT.get(user.target, -1) != _place(node, user) for user in node.users)
+        kind = axis, values_of(node)[0].dtype, bool(node.kwargs.get("summed")), weight.meta.get("requires_grad")
+        lane = lanes.setdefault((*kind, kept, *marks), len(lanes))
+        nodes, total = filled.get(lane, ([], limit))
+        if total + size > limit:
+            nodes, total = [], 0
+            packs.append((nodes, lane))
+        nodes.append(node)
+        filled[lane] = nodes, total + size
+    return tuple(Packed(tuple(nodes), lane) for nodes, lane in packs if len(nodes) > 1)
+
+
+def dim_of(gather: fx.Node) -> int:
+    """Along which dim the weight of a ``gather_weight`` node is cut."""
+    dim = gather.kwargs.get("dim", 0)
+    assert isinstance(dim, int)
+    return dim
+
+
+def _place(operand: fx.Node, reader: fx.Node) -> int:
+    return next((i for i, each in enumerate(reader.args) if each is operand), -2)

@@ -5,7 +5,7 @@ On the meta device that costs neither memory nor time, so what a rank does can b
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -38,6 +38,7 @@ class AloneGroup:
         self.moved = moved
         self.deferred: dict[tuple[int, tuple[str, ...]], Callable[[torch.Tensor], torch.Tensor]] = {}
         self.regather: Gathering | None = None
+        self.packed: Mapping[int, Callable[[torch.Tensor], torch.Tensor]] = {}
 
     def run(self, name: str, backward: str, x: torch.Tensor, inplace: bool = False, dim: int = 0) -> torch.Tensor:
         """See ``collectives.Group.run``."""

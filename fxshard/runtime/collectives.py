@@ -30,7 +30,7 @@ Reference: Megatron-LM (Shoeybi et al., 2019), section 3; Korthikanti et al., 20
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -54,10 +54,12 @@ class Group(Protocol):
     Attributes:
         deferred: (identity of a weight, axes) -> what ``vary_weight`` does with it, if its gradient goes to a bucket.
         regather: what keeps account of gathered weights, if the backward pass gathers them again.
+        packed: identity of a weight -> how it is gathered, if it is together with others.
     """
 
     deferred: dict[tuple[int, tuple[str, ...]], Callable[[torch.Tensor], torch.Tensor]]
     regather: Gathering | None
+    packed: Mapping[int, Callable[[torch.Tensor], torch.Tensor]]
 
     def run(self, name: str, backward: str, x: torch.Tensor, inplace: bool = False, dim: int = 0) -> torch.Tensor:
         """Runs the collective ``name``, whose gradient is the collective ``backward``; an all-reduce perhaps in place.
@@ -177,7 +179,11 @@ def gather_weight(
     """A whole weight from its parts, for use here: ``all_gather`` and ``concat``.
 
     Where the program runs with ``regather``, the whole is not kept for the backward pass, which gathers it once more.
+    Small weights are gathered together: see ``runtime.packs``.
     """
+    packed = axis.group.packed.get(id(weight)) if axis.group.packed else None
+    if packed is not None:
+        return packed(weight)
 
     def gather() -> torch.Tensor:
         if blocks == (1,) and not lengths:
@@ -290,6 +296,7 @@ class ProcessAxisGroup:
         self.reduce_dtype = reduce_dtype
         self.deferred: dict[tuple[int, tuple[str, ...]], Callable[[torch.Tensor], torch.Tensor]] = {}
         self.regather: Gathering | None = None
+        self.packed: Mapping[int, Callable[[torch.Tensor], torch.Tensor]] = {}
 
     @property
     def group(self) -> dist.ProcessGroup:

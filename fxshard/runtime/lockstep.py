@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -128,6 +128,7 @@ class LockstepAxisGroup:
         self.group, self.rank = group, rank
         self.deferred: dict[tuple[int, tuple[str, ...]], Callable[[torch.Tensor], torch.Tensor]] = {}
         self.regather: Gathering | None = None
+        self.packed: Mapping[int, Callable[[torch.Tensor], torch.Tensor]] = {}
 
     def run(self, name: str, backward: str, x: torch.Tensor, inplace: bool = False, dim: int = 0) -> torch.Tensor:
         """See ``collectives.Group.run``; nothing is in place."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -51,6 +51,14 @@ class _View:
     offset: int
 
 
+@dataclass(frozen=True, eq=False)
+class Together:
+    """What one call gathered together: ``gather()`` gathers all of it again, whatever other lanes do meanwhile."""
+
+    gather: Callable[[], Sequence[torch.Tensor]]
+    lane: int
+
+
 class Gathering(Protocol):
     """Gathers weights which are not to be kept for the backward pass."""
 
@@ -64,15 +72,27 @@ class Regather:
     def __init__(self) -> None:
         self.alive: dict[int, _Gathered] = {}
         self.is_saving = False
+        self.last: dict[int, tuple[Together, Sequence[torch.Tensor]]] = {}
 
     def gather(self, gather: Callable[[], torch.Tensor], part: torch.Tensor) -> torch.Tensor:
         """The whole weight of which this rank holds ``part``; until ``saving`` ends it is known how it came about."""
         whole = gather()
+        self.note(whole, part, torch.no_grad()(gather))
+        return whole
+
+    def note(self, whole: torch.Tensor, part: torch.Tensor, again: Callable[[], torch.Tensor]) -> None:
+        """``again()`` gives ``whole`` once more; kept in mind until ``saving`` ends."""
         place = whole.untyped_storage().data_ptr()
         if place and self.is_saving:
-            again = torch.no_grad()(gather)
             self.alive[place] = _Gathered(weakref.ref(whole), part.detach(), part._version, again)
-        return whole
+
+    def from_last(self, together: Together, index: int) -> torch.Tensor:
+        """One of several weights that are gathered together: they are kept until others of the lane are asked for."""
+        last, wholes = self.last.get(together.lane, (None, ()))
+        if last is not together:
+            wholes = together.gather()
+            self.last[together.lane] = together, wholes
+        return wholes[index]
 
     @contextlib.contextmanager
     def saving(self) -> Iterator[None]:
@@ -94,6 +114,7 @@ class Regather:
 
         with torch.autograd.graph.saved_tensors_hooks(save, restore):
             self.is_saving = True
+            self.last.clear()
             try:
                 yield
             finally:

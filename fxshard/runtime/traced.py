@@ -11,7 +11,7 @@ them go on alike from the sum. Gradients here are those that the types imply, by
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -37,6 +37,7 @@ class TracedGroup:
         self.size, self.index = group.size, group.index
         self.reduce_dtype = group.reduce_dtype
         self.deferred: dict[Any, Any] = {}
+        self.packed: Mapping[int, Callable[[torch.Tensor], torch.Tensor]] = {}  # the compiler may pack
         self.regather: Gathering | None = None if group.regather is None else _GatheredAnew()
 
     def run(self, name: str, backward: str, x: torch.Tensor, inplace: bool = False, dim: int = 0) -> torch.Tensor:
