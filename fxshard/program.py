@@ -40,7 +40,7 @@ from fxshard.runtime.meeting import meet
 from fxshard.runtime.module import RankModule, find, load, local_part, place, share
 from fxshard.runtime.optimizer_state import load_optimizer_state_dict, sharded_optimizer_state_dict
 from fxshard.runtime.original import Original
-from fxshard.runtime.packs import Pack
+from fxshard.runtime.packs import Ahead, Pack
 from fxshard.runtime.process import check_world, checksum, joint_group, process_axes, share_random_state
 from fxshard.runtime.regather import Regather
 from fxshard.runtime.together import is_spread
@@ -95,6 +95,7 @@ class ParallelModule(nn.Module):
         self._joint: dict[tuple[str, ...], ProcessAxisGroup] = {}
         self._entries: list[Entry] = []
         self._packed: dict[int, dict[str, dict[int, Any]]] = {}
+        self._ahead = Ahead()
         self._buckets: list[Buckets] = []
         self._synchronization = Synchronization()
         self._regather = Regather()
@@ -321,6 +322,7 @@ class ParallelModule(nn.Module):
             if compiled.draws:
                 share_random_state(self.mesh)
             leaves = [x.to(self._device) if isinstance(x, torch.Tensor) else x for x in leaves]
+            self._ahead.drop()
             for axis, packed in self._packed[id(compiled)].items():
                 self.axes[axis].group.packed = packed
             regathers = compiled.regathers and torch.is_grad_enabled()
@@ -354,12 +356,17 @@ class ParallelModule(nn.Module):
     def _pack_weights(self, compiled: Compiled) -> None:
         """Gathers small weights together whenever this capture is called."""
         found: dict[str, dict[int, Any]] = {axis: {} for axis in compiled.gathered_over}
+        before: dict[str, Pack] = {}
         for each in compiled.packs:
             weights = [find(self.rank_module(self.rank), str(node.all_input_nodes[0].target)) for node in each.nodes]
             axis, dims = str(each.nodes[0].args[1]), [dim_of(node) for node in each.nodes]
             summed = bool(each.nodes[0].kwargs.get("summed"))
-            pack = Pack(self.axes[axis], weights, dims, summed, each.lane)
+            pack = Pack(self.axes[axis], weights, dims, summed, each.lane, self._ahead)
             found[axis].update((id(weight), pack.take) for weight in weights)
+            if each.ahead:
+                if axis in before:
+                    before[axis].next = pack
+                before[axis] = pack
         self._packed[id(compiled)] = found
 
     def joint(self, names: tuple[str, ...]) -> ProcessAxisGroup:

@@ -162,9 +162,9 @@ def backward_id() -> int:
     return int(torch._C._current_graph_task_id())
 
 
-def will_accumulate(node: Any) -> bool:
-    """Whether the backward pass at hand adds to ``.grad`` of a function's first input; ``autograd.grad`` does not."""
-    accumulate = node.next_functions[0][0]
+def will_accumulate(node: Any, index: int = 0) -> bool:
+    """Whether the backward pass at hand adds to ``.grad`` of a function's tensor input; ``autograd.grad`` does not."""
+    accumulate = node.next_functions[index][0]
     try:
         return accumulate is not None and bool(torch._C._will_engine_execute_node(accumulate))
     except RuntimeError:  # "a leaf node was passed ... but we are currently running autograd.grad()"

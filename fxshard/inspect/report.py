@@ -168,7 +168,7 @@ def _repeats(compiled: Compiled, flows: Mapping[fx.Node, bool]) -> dict[fx.Node,
     for node in compiled.graph.nodes if compiled.regathers else ():
         if node.target is run.gather_weight:
             keepers = kept_by(node, flows, calls, compiled.mesh)
-            if node in packs:
+            if node in packs and len(packs[node].nodes) > 1:
                 asked.setdefault(packs[node].lane, []).extend((places[keeper], packs[node]) for keeper in keepers)
             else:
                 out.setdefault(node, []).extend([(node, REGATHERED)] * len(keepers))
@@ -206,6 +206,8 @@ def buckets_of(compiled: Compiled, flows: Mapping[fx.Node, bool]) -> dict[fx.Nod
 
 def _packed(one: Collective, nodes: Sequence[fx.Node], compiled: Compiled) -> Collective:
     """The collective of all the weights that are gathered together, from that of the first."""
+    if len(nodes) == 1:
+        return one
     names = [str(source_of_value(node).target) for node in (nodes[0], nodes[-1])]
     reason = f"{one.reason}; so are {len(nodes)} small weights, from {names[0]} to {names[1]}"
     dtype = values_of(nodes[0])[0].dtype
@@ -286,7 +288,7 @@ def table(compiled: Compiled) -> str:
     """The program as a table, an operator a line, with what it communicates in the forward and the backward pass."""
     flows = needs_grad(compiled)
     again = Counter(node for nodes in _repeats(compiled, flows).values() for node, _ in nodes)
-    packed = {node for pack in compiled.packs for node in pack.nodes}
+    packed = {node for pack in compiled.packs for node in pack.nodes if len(pack.nodes) > 1}
     rows = []
     used: set[str] = set()
     for node in compiled.graph.nodes:

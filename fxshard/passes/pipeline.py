@@ -168,9 +168,9 @@ class Compiled:
 
     @cached_property
     def packs(self) -> tuple[Packed, ...]:
-        """The small weights that are gathered together; none where the ranks' programs differ."""
-        limit = min(PACK_BYTES, self.options.bucket_bytes)
-        return () if self.is_uneven else packs_of(self.graph, self.mesh, limit)
+        """The weights that are gathered at once, and ahead; none where the ranks' programs differ."""
+        large = self.options.bucket_bytes
+        return () if self.is_uneven else packs_of(self.graph, self.mesh, min(PACK_BYTES, large), large)
 
     @cached_property
     def regathers(self) -> bool:

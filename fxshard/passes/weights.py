@@ -36,6 +36,8 @@ UNKEPT: dict[object, int] = {
     aten.layer_norm.default: 3,
 }
 """Operators that do not need this operand for their gradient."""
+RIDES = 2**15
+"""A weight of so few bytes goes with those that are gathered again, though nothing asks for it again."""
 
 
 def convert_weights(graph: fx.Graph) -> None:
@@ -96,48 +98,57 @@ def _gather(graph: fx.Graph, node: fx.Node) -> None:
 
 @dataclass(frozen=True)
 class Packed:
-    """Weights that are gathered together: their ``gather_weight`` nodes, and which packs they take turns with."""
+    """Weights that are gathered at once.
+
+    Attributes:
+        nodes: their ``gather_weight`` nodes.
+        lane: which packs they take turns with.
+        ahead: they may be gathered while the pack before them is computed with.
+    """
 
     nodes: tuple[fx.Node, ...]
     lane: int
+    ahead: bool
 
 
-def packs_of(graph: fx.Graph, mesh: Mesh, limit: int) -> tuple[Packed, ...]:
-    """Which weights ``runtime.packs`` gathers together: small ones that are gathered one after the other.
+def packs_of(graph: fx.Graph, mesh: Mesh, small: int, large: int) -> tuple[Packed, ...]:
+    """What ``runtime.packs`` gathers at once, and ahead, in the order of the program.
 
-    Those of a pack have one dtype; all of them require a gradient, or none; all are gathered again for the gradients of
-    what reads them, or none; and they are read in the same checkpointed call.
+    Small weights that are gathered one after the other are gathered together. Those of a pack have one dtype; all of
+    them require a gradient, or none; all are gathered again for the gradients of what reads them, or none; and they are
+    read in the same checkpointed call. Within such calls nothing is gathered ahead: they may stop before they end.
 
     Args:
         graph: the final one.
         mesh: the mesh.
-        limit: the most bytes of a pack.
+        small: the most bytes of a pack of several.
+        large: the most bytes of a weight that is gathered ahead.
     """
     gathers = [node for node in graph.nodes if node.target is run.gather_weight]
     times: dict[tuple[object, object], int] = {}
     for node in gathers:
         times[node.args[:2]] = times.get(node.args[:2], 0) + 1
     lanes: dict[Hashable, int] = {}
-    packs: list[tuple[list[fx.Node], int]] = []
+    packs: list[tuple[list[fx.Node], int, bool]] = []
     filled: dict[int, tuple[list[fx.Node], int]] = {}
     for node in gathers:
         weight, axis = node.args
         assert isinstance(weight, fx.Node)
         size = local_bytes(node, mesh)
         odd = weight.op != "get_attr" or {"blocks", "lengths"} & node.kwargs.keys() or times[node.args] > 1
-        if odd or not 0 < size <= limit:
+        if odd or not 0 < size <= large:
             continue
         marks = [key for key in node.meta.get("nn_module_stack") or () if checkpoint_of(key) is not None]
-        kept = any(UNKEPT.get(user.target, -1) != _place(node, user) for user in node.users)
+        kept = size <= RIDES or any(UNKEPT.get(user.target, -1) != _place(node, user) for user in node.users)
         kind = axis, values_of(node)[0].dtype, bool(node.kwargs.get("summed")), weight.meta.get("requires_grad")
         lane = lanes.setdefault((*kind, kept, *marks), len(lanes))
-        nodes, total = filled.get(lane, ([], limit))
-        if total + size > limit:
+        nodes, total = filled.get(lane, ([], small))
+        if total + size > small:
             nodes, total = [], 0
-            packs.append((nodes, lane))
+            packs.append((nodes, lane, not marks))
         nodes.append(node)
         filled[lane] = nodes, total + size
-    return tuple(Packed(tuple(nodes), lane) for nodes, lane in packs if len(nodes) > 1)
+    return tuple(Packed(tuple(nodes), lane, ahead) for nodes, lane, ahead in packs)
 
 
 def dim_of(gather: fx.Node) -> int:

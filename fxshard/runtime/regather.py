@@ -30,6 +30,7 @@ class _Gathered:
     part: torch.Tensor
     version: int
     again: Callable[[], torch.Tensor]
+    together: Together | None = None
 
     def get(self) -> torch.Tensor:
         """The whole weight."""
@@ -53,10 +54,19 @@ class _View:
 
 @dataclass(frozen=True, eq=False)
 class Together:
-    """What one call gathered together: ``gather()`` gathers all of it again, whatever other lanes do meanwhile."""
+    """What one call gathered at once.
+
+    Attributes:
+        gather: gathers all of it again.
+        begin: begins to do so.
+        lane: what takes turns; None where there is nothing to keep for others.
+        saved: of that call, what of the like autograd saved, in order: the backward pass asks in the opposite order.
+    """
 
     gather: Callable[[], Sequence[torch.Tensor]]
-    lane: int
+    begin: Callable[[], None]
+    lane: int | None
+    saved: list[Together]
 
 
 class Gathering(Protocol):
@@ -72,6 +82,7 @@ class Regather:
     def __init__(self) -> None:
         self.alive: dict[int, _Gathered] = {}
         self.is_saving = False
+        self.saved: list[Together] = []
         self.last: dict[int, tuple[Together, Sequence[torch.Tensor]]] = {}
 
     def gather(self, gather: Callable[[], torch.Tensor], part: torch.Tensor) -> torch.Tensor:
@@ -80,18 +91,27 @@ class Regather:
         self.note(whole, part, torch.no_grad()(gather))
         return whole
 
-    def note(self, whole: torch.Tensor, part: torch.Tensor, again: Callable[[], torch.Tensor]) -> None:
+    def note(
+        self,
+        whole: torch.Tensor,
+        part: torch.Tensor,
+        again: Callable[[], torch.Tensor],
+        together: Together | None = None,
+    ) -> None:
         """``again()`` gives ``whole`` once more; kept in mind until ``saving`` ends."""
         place = whole.untyped_storage().data_ptr()
         if place and self.is_saving:
-            self.alive[place] = _Gathered(weakref.ref(whole), part.detach(), part._version, again)
+            self.alive[place] = _Gathered(weakref.ref(whole), part.detach(), part._version, again, together)
 
     def from_last(self, together: Together, index: int) -> torch.Tensor:
         """One of several weights that are gathered together: they are kept until others of the lane are asked for."""
-        last, wholes = self.last.get(together.lane, (None, ()))
+        last, wholes = self.last.get(together.lane, (None, ())) if together.lane is not None else (None, ())
         if last is not together:
+            together.begin()
+            _begin_before(together)
             wholes = together.gather()
-            self.last[together.lane] = together, wholes
+            if together.lane is not None:
+                self.last[together.lane] = together, wholes
         return wholes[index]
 
     @contextlib.contextmanager
@@ -104,6 +124,8 @@ class Regather:
             whole = found.whole() if found is not None else None
             if found is None or whole is None or whole.dtype != x.dtype:
                 return pack(x)
+            if found.together is not None and self.saved[-1:] != [found.together]:
+                self.saved.append(found.together)
             return _View(found, x.shape, x.stride(), int(x.storage_offset()))
 
         def restore(saved: Any) -> torch.Tensor:
@@ -114,12 +136,23 @@ class Regather:
 
         with torch.autograd.graph.saved_tensors_hooks(save, restore):
             self.is_saving = True
+            self.saved = []
             self.last.clear()
             try:
                 yield
             finally:
                 self.is_saving = False
                 self.alive.clear()
+
+
+def _begin_before(together: Together) -> None:
+    """Begins to gather what the backward pass asks for next."""
+    saved = together.saved
+    if together in saved:
+        while saved.pop() is not together:
+            pass
+        if saved:
+            saved[-1].begin()
 
 
 def _itself(x: Any) -> Any:
