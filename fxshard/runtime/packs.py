@@ -93,18 +93,19 @@ class Pack:
     def scatter(self, grads: Sequence[torch.Tensor]) -> Callable[[], list[torch.Tensor]]:
         """Begins to sum gradients; what it returns waits for this rank's parts."""
         with torch.no_grad():
-            flat = torch.cat([self._cut(grad, i) for i, grad in enumerate(grads)], 1).view(-1)
+            parts = [self._cut(grad, i) for i, grad in enumerate(grads)]
+            flat = (torch.cat(parts, 1) if len(parts) > 1 else parts[0]).view(-1)
             if self.summed:
                 wait = self.group.begin("reduce_scatter", flat)
             else:
                 wait = partial(self.group.raw, "own_part", flat)
 
-        def parts() -> list[torch.Tensor]:
+        def mine() -> list[torch.Tensor]:
             with torch.no_grad():
-                mine = wait().split(self.sizes)
-                return [part.view(weight.shape) for part, weight in zip(mine, self.weights, strict=True)]
+                summed = wait().split(self.sizes)
+                return [part.view(weight.shape) for part, weight in zip(summed, self.weights, strict=True)]
 
-        return parts
+        return mine
 
     def _joined(self, piece: torch.Tensor, index: int) -> torch.Tensor:
         """``[ranks, elements of a part]`` -> the whole."""

@@ -128,10 +128,16 @@ def whatever_happens(bucket_bytes: int) -> None:
         module.train()
         train(module, 16)
 
+    def stops_early(module: nn.Module) -> None:
+        torch.autograd.grad(loss(module(ids(17))), [dict(module.named_parameters())["layers.3.weight"]])
+        for parameter in module.parameters():
+            parameter.data.mul_(0.9)
+        train(module, 18)
+
     model, program = pair(bucket_bytes)
     for run in (
         lambda m: train(m, 2), halves, one_half, twice, two_calls, failing, lambda m: within(m, False),
-        lambda m: within(m, True), evaluated,
+        lambda m: within(m, True), evaluated, stops_early,
     ):  # fmt: skip
         both(model, program, run)
         for trained in (model, program):

@@ -8,12 +8,12 @@ from tests.distributed import packing
 from tests.distributed.ranks import launch
 
 
-@pytest.mark.parametrize("bucket_bytes", [2**20, 300, 0])
+@pytest.mark.parametrize("bucket_bytes", [2**20, 1200, 600, 0])
 def test_what_was_gathered_ahead_is_what_is_there_now(bucket_bytes: int) -> None:
     launch(2, packing.whatever_happens, bucket_bytes)
 
 
-@pytest.mark.parametrize("bucket_bytes", [2**20, 300, 0])
+@pytest.mark.parametrize("bucket_bytes", [2**20, 1200, 600, 0])
 def test_gradients_that_go_elsewhere(bucket_bytes: int) -> None:
     launch(2, packing.gradients_go_elsewhere, bucket_bytes)
 
