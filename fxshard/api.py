@@ -55,7 +55,8 @@ def parallelize(
             whole mask for that, and attention with dropout is written out. ``"independent"``: each rank draws for its
             own part, and attention stays fused; what is replicated is dropped alike on all ranks.
         bucket_bytes: the gradients of weights that every rank holds whole are summed over the ranks in buckets of so
-            many bytes, while the backward pass goes on. 0 sums each by itself.
+            many bytes, while the backward pass goes on. 0 sums each by itself. Weights of at most so many bytes that
+            are stored in parts (``zero``) are gathered ahead, small ones together; with 0 each when it is asked for.
         regather: weights that are stored in parts and gathered for use (``zero``) are not kept for the backward pass,
             which gathers them once more: less memory, more traffic. Where a rank has no rows of a batch they are kept.
         checkpoint: names or globs of modules, such as ``"model.layers.*"``, whose calls keep nothing for the backward
