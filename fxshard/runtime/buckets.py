@@ -16,7 +16,6 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any
 
 import torch
@@ -135,22 +134,21 @@ class Buckets:
         """Whether gradients of ``no_sync`` wait for their sums."""
         return self.now is None and any(self._waits(i) for i in self.filled)
 
-    def add(self, index: int, grad: torch.Tensor) -> None:
-        """Takes the gradient that the backward pass at hand gives for the weight ``index``."""
+    def add(self, grads: Sequence[tuple[int, torch.Tensor]]) -> None:
+        """Takes gradients that the backward pass at hand gives, each with the number of its weight."""
         now = self._begin()
-        slot = self.slots[index]
-        if index in now.arrived and any(index in cut[2] for cut in self.cuts[: now.launched]):
-            now.late[index] = now.late[index] + grad if index in now.late else grad.clone()
-            return
-        if index in self.filled:
-            slot.add_(grad)
-        else:
-            slot.copy_(grad)
-            self.filled.add(index)
-        now.arrived.add(index)
+        launched = {index for cut in self.cuts[: now.launched] for index in cut[2]} & now.arrived
+        for index, grad in grads:
+            slot = self.slots[index]
+            if index in launched:
+                now.late[index] = now.late[index] + grad if index in now.late else grad.clone()
+            elif index in self.filled:
+                slot.add_(grad)
+            else:
+                slot.copy_(grad)
+                self.filled.add(index)
+            now.arrived.add(index)
         while not self.synchronization.held and now.launched < len(self.cuts):
-            if len(now.arrived) < len(self.cuts[now.launched][2]):
-                break
             if not now.arrived.issuperset(self.cuts[now.launched][2]):
                 break
             self._launch(now)
@@ -271,39 +269,82 @@ def defer(
     made = []
     for (names, _), members in alike.items():
         made.append(Buckets(groups[names], members, bucket_bytes, synchronization))
-        for index, weight in enumerate(members):
-            axes[names[0]].group.deferred[id(weight), names] = partial(_deferred, made[-1], index)
+        for run in _runs(members):
+            together = _Together(made[-1], run)
+            for index in run:
+                axes[names[0]].group.deferred[id(members[index]), names] = together.take
     return made
 
 
-def _deferred(buckets: Buckets, index: int, weight: torch.Tensor) -> torch.Tensor:
-    out: torch.Tensor = record(Deferred, weight, buckets, index)
+TOGETHER_BYTES = MIB
+"""The gradients of so many bytes of weights that are read one after the other come to the buckets at once."""
+
+
+def _runs(weights: Sequence[nn.Parameter]) -> list[list[int]]:
+    out: list[list[int]] = []
+    filled = TOGETHER_BYTES
+    for index, weight in enumerate(weights):
+        size = weight.numel() * weight.element_size()
+        if filled + size > TOGETHER_BYTES:
+            out.append([])
+            filled = 0
+        out[-1].append(index)
+        filled += size
     return out
 
 
+class _Together:
+    """Small weights that go through one function: for each of its own, autograd would take longer than they are worth.
+
+    When one is read, all become views, and the others wait to be read. A view that nobody reads does no harm: it gives
+    the function no gradient.
+    """
+
+    def __init__(self, buckets: Buckets, run: Sequence[int]) -> None:
+        self.buckets, self.run = buckets, list(run)
+        self.weights = [buckets.weights[index] for index in run]
+        self.waiting: dict[int, torch.Tensor] = {}
+
+    def take(self, weight: torch.Tensor) -> torch.Tensor:
+        """The weight as its readers see it."""
+        if id(weight) not in self.waiting:
+            views = record(Deferred, self.buckets, self.run, *self.weights)
+            self.waiting = {id(each): view for each, view in zip(self.weights, views, strict=True)}
+        return self.waiting.pop(id(weight))
+
+
 class Deferred(torch.autograd.Function):
-    """A weight as its readers see it; its gradient goes to a bucket."""
+    """Weights as their readers see them; their gradients go to buckets."""
 
     @staticmethod
-    def forward(ctx: Any, weight: torch.Tensor, buckets: Buckets, index: int) -> torch.Tensor:
-        """The weight itself."""
-        ctx.buckets, ctx.index = buckets, index
-        return weight.view_as(weight)
+    def forward(ctx: Any, buckets: Buckets, run: Sequence[int], *weights: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """The weights themselves."""
+        ctx.buckets, ctx.run = buckets, run
+        ctx.set_materialize_grads(False)
+        return tuple([weight.view_as(weight) for weight in weights])
 
     @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, None, None]:
-        """Nothing goes on to the weight yet, unless something else than ``.grad`` waits for its gradient."""
+    def backward(ctx: Any, *grads: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
+        """Nothing goes on to a weight yet, unless something else than ``.grad`` waits for its gradient."""
         if torch.is_grad_enabled():  # create_graph=True: what comes out cannot be differentiated once more
-            return _differentiable_once(ctx, grad)
-        return _take(ctx, grad)
+            return _differentiable_once(ctx, *grads)
+        return _take(ctx, *grads)
 
 
-def _take(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, None, None]:
+def _take(ctx: Any, *grads: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
     buckets: Buckets = ctx.buckets
-    if will_accumulate(ctx) and not buckets.is_watched(ctx.index):
-        buckets.add(ctx.index, grad)
-        return None, None, None
-    return buckets.group.raw("all_reduce", grad), None, None
+    out: list[torch.Tensor | None] = [None] * (2 + len(grads))
+    waiting = []
+    for place, (index, grad) in enumerate(zip(ctx.run, grads, strict=True)):
+        if grad is None:
+            continue
+        if will_accumulate(ctx, place) and not buckets.is_watched(index):
+            waiting.append((index, grad))
+        else:
+            out[2 + place] = buckets.group.raw("all_reduce", grad)
+    if waiting:
+        buckets.add(waiting)
+    return tuple(out)
 
 
 _differentiable_once = torch.autograd.function.once_differentiable(_take)
