@@ -40,6 +40,7 @@ class Candidate:
         weights: this rank's parameters.
         grads: the whole gradients of the sum over both ranks' losses, under the model's own names; collective.
         finish: what is left to do after a backward pass.
+        counted: its collectives can be counted; compiled code cannot be looked into while it runs.
     """
 
     name: str
@@ -47,6 +48,7 @@ class Candidate:
     weights: list[torch.Tensor]
     grads: Callable[[], dict[str, torch.Tensor]]
     finish: Callable[[], None] = lambda: None
+    counted: bool = True
 
 
 def candidates(name: str, dim: int, way: str, train: bool, compiled: bool = False) -> list[Candidate]:
@@ -56,7 +58,8 @@ def candidates(name: str, dim: int, way: str, train: bool, compiled: bool = Fals
         made = [generated(name, dim, way, train, torch.compile), generated(name, dim, way, train)]
         return [*made, by_hand(name, dim, way)] if way in ("tp", "sp") else made
     if way in ("tp", "sp"):
-        made = [generated(name, dim, way, train), by_hand(name, dim, way), dtensor(name, dim, way)]
+        twice = [by_hand(name, dim, way), by_hand(name, dim, way, again=True)]  # how far apart they are is noise
+        made = [generated(name, dim, way, train), *twice, dtensor(name, dim, way)]
         return [*made, transformers(name, dim)] if way == "tp" else made
     return [generated(name, dim, way, train), ddp(name, dim) if way == "dp" else fsdp(name, dim)]
 
@@ -84,10 +87,11 @@ def generated(name: str, dim: int, way: str, train: bool, wrap: Any = None) -> C
     program = fxshard.parallelize(model, PRESETS[way], (example(name, dim, way, train),))
     run = wrap(program, fullgraph=True) if wrap else program
     title = "fxshard, compiled" if wrap else "fxshard"
-    return Candidate(title, lambda x: logits(run(x)), list(program.parameters()), program.full_grads)
+    weights, grads = list(program.parameters()), program.full_grads
+    return Candidate(title, lambda x: logits(run(x)), weights, grads, counted=wrap is None)
 
 
-def by_hand(name: str, dim: int, way: str) -> Candidate:
+def by_hand(name: str, dim: int, way: str, again: bool = False) -> Candidate:
     """The hand-written code."""
     made = HANDWRITTEN[name](build(name, dim)[0], way == "sp")
 
@@ -96,7 +100,7 @@ def by_hand(name: str, dim: int, way: str) -> Candidate:
         found = _grads_of(made.weights.items())
         return {n: g if dims[n] is None else gather_raw(g, dims[n]) for n, g in found.items()}
 
-    return Candidate("by hand", made, list(made.weights.values()), grads, made.finish)
+    return Candidate("by hand again" if again else "by hand", made, list(made.weights.values()), grads, made.finish)
 
 
 def dtensor(name: str, dim: int, way: str) -> Candidate:
