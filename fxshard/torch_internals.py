@@ -65,7 +65,9 @@ __all__ = [
     "foreach_norm",
     "has_kernel",
     "hooks_of",
+    "is_only_reader",
     "is_recorded",
+    "is_transformed",
     "is_vmapped",
     "leave_vmaps",
     "preserve_node_meta",
@@ -129,8 +131,11 @@ def is_recorded(x: torch.Tensor) -> bool:
     """Whether what is done with ``x`` must be told to autograd: it needs a gradient, or a transform of ``torch.func``
     or forward-mode differentiation is under way.
     """
-    if x.requires_grad and torch.is_grad_enabled():
-        return True
+    return (x.requires_grad and torch.is_grad_enabled()) or is_transformed()
+
+
+def is_transformed() -> bool:
+    """Whether a transform of ``torch.func`` or forward-mode differentiation is under way."""
     return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
@@ -175,6 +180,12 @@ def hooks_of(tensor: torch.Tensor) -> list[Any]:
     """The hooks on a tensor's gradient."""
     before, after = tensor._backward_hooks, tensor._post_accumulate_grad_hooks
     return [*(before.values() if before else ()), *(after.values() if after else ())]
+
+
+def is_only_reader(tensor: torch.Tensor) -> bool:
+    """Whether nothing else, neither a tensor nor an array, shares the memory of a tensor."""
+    counted_here = 2  # the tensor, and the storage that is asked
+    return bool(torch._C._storage_Use_Count(tensor.untyped_storage()._cdata) == counted_here)
 
 
 def saving_hooks() -> tuple[Callable[[Any], Any], Callable[[Any], Any]] | None:

@@ -25,7 +25,7 @@ from torch import nn
 from fxshard.errors import DistributedError
 from fxshard.runtime.collectives import Axis, ProcessAxisGroup, sum_dtype
 from fxshard.runtime.faults import guarded
-from fxshard.torch_internals import after_backward, backward_id, hooks_of, record, will_accumulate
+from fxshard.torch_internals import after_backward, backward_id, hooks_of, is_only_reader, record, will_accumulate
 
 MIB = 2**20
 BUCKET_BYTES = 25 * MIB
@@ -120,6 +120,7 @@ class Buckets:
         self.wide = sum_dtype("all_reduce", dtype, group.reduce_dtype)
         self.cuts = cut_in_buckets(sizes, elements(bucket_bytes, self.wide))
         self.flat: torch.Tensor | None = None
+        self.last: torch.Tensor | None = None  # the flat tensor of the last backward pass, to be used again
         self.slots: list[torch.Tensor] = []  # the gradients, as views of the flat tensor
         self.filled: set[int] = set()
         self.complete: dict[int, torch.Tensor] = {}
@@ -187,8 +188,10 @@ class Buckets:
 
     def _allocate(self) -> None:
         with torch.no_grad():
-            self.flat = torch.empty(self.total, dtype=self.weights[0].dtype, device=self.weights[0].device)
-            parts = self.flat.split_with_sizes(self.sizes)
+            like, flat, self.last = self.weights[0], self.last, None
+            if flat is None or (flat.dtype, flat.device) != (like.dtype, like.device) or not is_only_reader(flat):
+                flat = torch.empty(self.total, dtype=like.dtype, device=like.device)
+            self.flat, parts = flat, flat.split_with_sizes(self.sizes)
             self.slots = [part.view(w.shape) for part, w in zip(parts, self.weights, strict=True)]
 
     def _launch(self, now: _Pass) -> None:
@@ -233,6 +236,8 @@ class Buckets:
             if index in now.late:
                 slot.add_(now.late[index])
             weight.grad = slot if weight.grad is None else weight.grad.add_(slot)
+        if self.flat is not None and self.flat.device.type == "cpu":  # elsewhere the allocator keeps what is freed
+            self.last = self.flat
         self.filled, self.flat, self.slots = set(), None, []
 
     def _other_gradient(self, weight: torch.Tensor) -> None:

@@ -144,6 +144,34 @@ def buckets() -> None:
         assert set(frozen.full_grads()) == {name for name, p in model.named_parameters() if p.requires_grad}
 
 
+def memory_of_gradients() -> None:
+    """The next step writes its gradients where the last ones were, unless somebody still has them."""
+    x = torch.randn(4, 8)
+    program = fxshard.parallelize(Net(), fxshard.data_parallel(2), (x,))
+
+    def step() -> int:
+        program.zero_grad()
+        loss(program, x).backward()
+        return min(p.grad.data_ptr() for p in program.parameters() if p.grad is not None)
+
+    first = step()
+    assert step() == first
+    for keep in (lambda g: g[:1], lambda g: g.numpy(), lambda g: g.__dlpack__()):
+        grads = [p.grad for p in program.parameters() if p.grad is not None]
+        values = [grad.clone() for grad in grads]
+        kept = list(map(keep, grads))
+        del grads
+        x = 2 * x
+        step()
+        for each, value in zip(kept, values, strict=True):
+            now = torch.from_dlpack(each)
+            assert torch.equal(now, value[: len(now)])
+        del kept, each, now
+    last = step()
+    loss(program, x).backward()  # on top: the first gradients stay where they are
+    assert min(p.grad.data_ptr() for p in program.parameters() if p.grad is not None) == last
+
+
 class _Failing(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:

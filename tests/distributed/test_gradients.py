@@ -23,6 +23,10 @@ def test_gradients_are_summed_in_buckets() -> None:
     launch(2, gradients.buckets)
 
 
+def test_gradients_that_somebody_keeps_are_not_overwritten() -> None:
+    launch(2, gradients.memory_of_gradients)
+
+
 def test_gradients_wait_within_no_sync() -> None:
     launch(2, gradients.accumulation)
 
