@@ -37,6 +37,7 @@ def parallelize(
     checkpoint: str | Sequence[str] = (),
     compare: str = "first_call",
     cache: str | os.PathLike[str] | None = None,
+    overlap: int = 0,
 ) -> ParallelModule:
     """Compiles an unmodified model for a mesh.
 
@@ -69,6 +70,9 @@ def parallelize(
         cache: a folder in which captures are kept, so that the next start need not capture again; by default that of
             the environment variable FXSHARD_CACHE, if it is set. A capture is taken from there only if nothing changed
             that it depends on; captures with ``dynamic_shapes`` are not kept. Who may write there may run code here.
+        overlap: in how many pieces products at the edge of what is split are computed, each beside the collective of
+            the one before, and weights' gradients beside the sum of the input's (asynchronous tensor parallelism).
+            With 1 only the latter. 0: one after the other.
 
     Returns:
         A module that is called like the model, with the same whole inputs on every rank.
@@ -104,8 +108,10 @@ def parallelize(
         raise PlanError(f"bucket_bytes is {bucket_bytes}", fix="give a number of bytes, or 0 for no buckets")
     if compare not in ("first_call", "every_call", "metadata"):
         raise PlanError(f"compare is {compare!r}", fix="give 'first_call', 'every_call' or 'metadata'")
+    if overlap < 0:
+        raise PlanError(f"overlap is {overlap}", fix="give a number of pieces, or 0 for no overlap")
     asked_anew = (checkpoint,) if isinstance(checkpoint, str) else tuple(checkpoint)
-    options = Options(reduce_dtype, randomness == "independent", bucket_bytes, regather, asked_anew, compare)
+    options = Options(reduce_dtype, randomness == "independent", bucket_bytes, regather, asked_anew, compare, overlap)
     folder = cache if cache is not None else os.environ.get("FXSHARD_CACHE")
     program = ParallelModule(model, asked, device_mesh, dynamic_shapes, options, Path(folder) if folder else None)
     if args or kwargs:

@@ -247,13 +247,13 @@ class ParallelModule(nn.Module):
         """The Python source that rank ``rank`` runs."""
         where = ", ".join(f"{n}={i}" for n, i in zip(self.mesh.names, self.mesh.coordinate(rank), strict=True))
         title = f"{type(self._original.get()).__name__}, rank {rank} of {self.mesh.world_size} ({where})."
-        return emit(self.compiled.graph_for(rank), self.mesh.seen_by(rank), title, self.compiled.is_uneven)
+        return emit(self.compiled.written_for(rank), self.mesh.seen_by(rank), title, self.compiled.is_uneven)
 
     def source(self, compiled: Compiled, rank: int) -> str:
         """The Python source that a rank runs, titled for all that run the same."""
         key = id(compiled), rank if compiled.is_uneven else 0
         if key not in self._sources:
-            graph, title = compiled.graph_for(rank), type(self._original.get()).__name__
+            graph, title = compiled.written_for(rank), type(self._original.get()).__name__
             self._sources[key] = emit(graph, self.mesh.seen_by(rank), title, compiled.is_uneven)
         return self._sources[key]
 

@@ -35,6 +35,10 @@ OPERATOR_NAMES = {
     "floordiv": "quotient",
     "logical_or": "either",
     "logical_and": "both",
+    "vary_linears": "linears",
+    "gather_linears": "linears",
+    "linear_all_reduce": "linear",
+    "linear_reduce_scatter": "linear",
 }
 """What a result is called, where the operator's own name says little or is a name of Python's."""
 

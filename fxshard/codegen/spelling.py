@@ -16,7 +16,7 @@ from torch import fx
 from fxshard.codegen.text import attribute
 from fxshard.passes.insert_collectives import CONVERSIONS
 from fxshard.rules.recipe import is_tensor
-from fxshard.runtime import collectives, groups, ring
+from fxshard.runtime import collectives, groups, overlap, ring
 from fxshard.torch_internals import HigherOrderOperator, OpOverload
 
 aten = torch.ops.aten
@@ -81,7 +81,7 @@ LIMITS = {aten.to.dtype: 2, aten.softmax.int: 2, aten.contiguous.default: 1}
 
 REDUCTIONS = {aten.mean.dim: "mean", aten.sum.dim_IntList: "sum", aten.amax.default: "amax", aten.amin.default: "amin"}
 
-OURS = {module.__name__: module for module in (collectives, groups, ring)}
+OURS = {module.__name__: module for module in (collectives, groups, overlap, ring)}
 """The modules whose functions generated code imports by name."""
 
 _USELESS = {"pin_memory": False, "layout": None, "dtype": None, "device": None, "memory_format": None}

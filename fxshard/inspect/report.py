@@ -26,6 +26,7 @@ from fxshard.placement import Placement, Varying, cut_of, is_partial, is_shard
 from fxshard.rules.lookup import is_constant
 from fxshard.runtime import collectives as run
 from fxshard.runtime.buckets import cut_in_buckets, elements
+from fxshard.runtime.overlap import cuts
 from fxshard.runtime.ring import ring_attention
 
 
@@ -131,7 +132,7 @@ def collectives_of(compiled: Compiled) -> list[Collective]:
     forward: dict[fx.Node, list[Collective]] = {}
     packs = {node: pack.nodes for pack in compiled.packs for node in pack.nodes}
     for node in nodes:
-        mine = [_record(node, FORWARD[node.target], "forward", compiled)] if node.target in FORWARD else []
+        mine = _records(node, FORWARD[node.target], "forward", compiled) if node.target in FORWARD else []
         if node in packs:
             mine = [_packed(mine[0], packs[node], compiled)] if node is packs[node][0] else []
         forward[node] = mine + _rotations(node, "forward", compiled)
@@ -149,7 +150,7 @@ def collectives_of(compiled: Compiled) -> list[Collective]:
             if kind is not None and node is packs[node][0] and any(flows[each] for each in packs[node]):
                 out.append(_packed(_record(node, kind, "backward", compiled), packs[node], compiled))
         elif kind is not None and flows[node]:
-            out.append(_record(node, kind, "backward", compiled))
+            out += _records(node, kind, "backward", compiled)
     return out
 
 
@@ -224,6 +225,17 @@ def _bucket(first: fx.Node, last: fx.Node, count: int, compiled: Compiled) -> Co
         return one
     names = [str(source_of_value(node).target) for node in (first, last)]
     return replace(one, source="", reason=f"{one.reason}; so are {count} weights, from {names[0]} to {names[1]}")
+
+
+def _records(node: fx.Node, kind: str, phase: str, compiled: Compiled) -> list[Collective]:
+    """The collective of a conversion, or its pieces, where it runs beside products."""
+    one = _record(node, kind, phase, compiled)
+    length = compiled.edges.get(node, 0)
+    pieces = cuts(length, compiled.options.overlap) if length else []
+    if len(pieces) < 2:
+        return [one]
+    reason = f"{one.reason}; one of {len(pieces)} pieces, beside the products of the others"
+    return [replace(one, num_bytes=one.num_bytes * (end - start) // length, reason=reason) for start, end in pieces]
 
 
 def _record(node: fx.Node, kind: str, phase: str, compiled: Compiled) -> Collective:

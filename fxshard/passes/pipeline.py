@@ -25,6 +25,7 @@ from fxshard.passes.localize import localize
 from fxshard.passes.normalize import normalize
 from fxshard.passes.optimize import optimize
 from fxshard.passes.origins import module_of
+from fxshard.passes.overlap import bring_together, edges, length_of, overlap
 from fxshard.passes.propagate import propagate
 from fxshard.passes.recompute import recompute
 from fxshard.passes.typing import has_info, info_of, values_of
@@ -55,6 +56,8 @@ class Options:
         checkpoint: globs of the modules whose calls are computed anew in the backward pass.
         compare: when ranks compare what they are about to run: ``first_call``, ``every_call``, or ``metadata`` for
             the first call without the values of the inputs.
+        overlap: in how many pieces products at the edge of what is split are computed beside their collective; 0 for
+            one after the other.
     """
 
     reduce_dtype: torch.dtype | None = None
@@ -63,6 +66,7 @@ class Options:
     regather: bool = True
     checkpoint: tuple[str, ...] = ()
     compare: str = "first_call"
+    overlap: int = 0
 
 
 @dataclass(frozen=True)
@@ -106,6 +110,22 @@ class Compiled:
                     localize(self.stages["insert_collectives"], self.mesh, rank, self.options.independent)
                 )
         return self._graphs[rank]
+
+    def written_for(self, rank: int) -> fx.Graph:
+        """The program of ``rank`` as its code is written: with products beside their collectives, if it asks so."""
+        if self.edges:
+            return overlap(self.graph, self.options.overlap)
+        return self.graph_for(rank)
+
+    @cached_property
+    def edges(self) -> Mapping[fx.Node, int]:
+        """The conversions that run beside products, each with how many rows there are to cut in pieces.
+
+        There are none where the ranks' programs differ: one may have nothing to multiply where another has.
+        """
+        if not self.options.overlap or self.is_uneven:
+            return {}
+        return {edge.conversion: length_of(edge, self.mesh) for edge in edges(self.graph)}
 
     @cached_property
     def _graphs(self) -> dict[int, fx.Graph]:
@@ -264,8 +284,13 @@ def _compile(
     graph = stage("insert_collectives", insert_collectives, graph, mesh)
     stage("check", check, graph, mesh)
     graph = stage("localize", localize, graph, mesh, 0, options.independent)
-    stage("optimize", lambda local: fold(optimize(local), root), graph)
+    tidied = bring_together if options.overlap else _as_it_is
+    stage("optimize", lambda local: tidied(fold(optimize(local), root)), graph)
     return Compiled(captured, resolved, mesh, root, stages, times, options)
+
+
+def _as_it_is(graph: fx.Graph) -> fx.Graph:
+    return graph
 
 
 def mark_parameters(graph: fx.Graph, root: torch.nn.Module) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -98,11 +99,13 @@ def parts_along(info: Info, index: int, dim: int, mesh: Mesh) -> int:
 
 
 def num_bytes(value: torch.Tensor) -> int:
-    """The bytes of a whole value; a symbolic size counts with its hint, one that nothing is known of as 1."""
-    size = int(value.element_size())
-    for dim in value.shape:
-        size *= dim if isinstance(dim, int) else int(dim.node.hint or 1)
-    return size
+    """The bytes of a whole value; symbolic sizes as in ``sizes_of``."""
+    return math.prod(sizes_of(value)) * value.element_size()
+
+
+def sizes_of(value: torch.Tensor) -> tuple[int, ...]:
+    """The sizes of a whole value; for a symbolic one its hint, or 1 where nothing is known of it."""
+    return tuple(dim if isinstance(dim, int) else int(dim.node.hint or 1) for dim in value.shape)
 
 
 def placed_beside(placements: Placements, along: int | None) -> Placements:

@@ -346,13 +346,20 @@ class ProcessAxisGroup:
             return _RAW["all_reduce_" if inplace and name == "all_reduce" and x.is_contiguous() else name](self, x, dim)
 
     def begin(self, name: str, x: torch.Tensor) -> Callable[[], torch.Tensor]:
-        """Begins an all_gather or a reduce_scatter along dim 0, without a gradient; what it returns waits for it."""
+        """Begins a collective along dim 0, without a gradient; what it returns waits for it.
+
+        An all_reduce is in place where ``x`` is contiguous, and of the dtype in which sums are made.
+        """
         wide = x.to(sum_dtype(name, x.dtype, self.reduce_dtype)).contiguous()
-        rows = wide.shape[0] * self.size if name == "all_gather" else wide.shape[0] // self.size
-        out = wide.new_empty((rows, *wide.shape[1:]))
-        issue = dist.all_gather_single if name == "all_gather" else dist.reduce_scatter_single
         with guarded(self, name, wide):
-            work = issue(out, wide, group=self.group, async_op=True)
+            if name == "all_reduce":
+                out, work = wide, dist.all_reduce(wide, group=self.group, async_op=True)
+            elif name == "all_gather":
+                out = wide.new_empty((wide.shape[0] * self.size, *wide.shape[1:]))
+                work = dist.all_gather_single(out, wide, group=self.group, async_op=True)
+            else:
+                out = wide.new_empty((wide.shape[0] // self.size, *wide.shape[1:]))
+                work = dist.reduce_scatter_single(out, wide, group=self.group, async_op=True)
 
         def wait() -> torch.Tensor:
             with guarded(self, name, wide):
