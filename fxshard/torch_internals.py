@@ -7,6 +7,7 @@ names further modules of torch as text, to tell their warnings and frames from t
 from __future__ import annotations
 
 import contextlib
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -184,8 +185,10 @@ def hooks_of(tensor: torch.Tensor) -> list[Any]:
 
 def is_only_reader(tensor: torch.Tensor) -> bool:
     """Whether nothing else, neither a tensor nor an array, shares the memory of a tensor."""
-    counted_here = 2  # the tensor, and the storage that is asked
-    return bool(torch._C._storage_Use_Count(tensor.untyped_storage()._cdata) == counted_here)
+    storage = tensor.untyped_storage()
+    shares = torch._C._storage_Use_Count(storage._cdata) - 2  # but for the tensor, and the storage as Python has it
+    holders = sys.getrefcount(storage) - 3  # but for this name, the argument, and torch's own
+    return shares == holders == 0 and not tensor.is_shared()
 
 
 def saving_hooks() -> tuple[Callable[[Any], Any], Callable[[Any], Any]] | None:

@@ -66,7 +66,7 @@ def bring_together(graph: fx.Graph) -> fx.Graph:
     graph = copy_graph(graph)
     for node in graph.nodes:
         products = _readers(node)
-        if len(products) < 2:
+        if len(products) < 2 or not _is_in_one_call(node, products):
             continue
         last, *others = sorted(products)
         for product in others:
@@ -97,7 +97,9 @@ def edges(graph: fx.Graph) -> list[Edge]:
     taken: set[fx.Node] = set()
     for node in graph.nodes:
         products = _readers(node) if node.target in BEFORE else _summands(node)
-        if not products or taken.intersection(products) or not _is_one_call(node, products):
+        if not products or taken.intersection(products) or not _is_in_one_call(node, products):
+            continue
+        if not (_stand_together(products) if node.target in BEFORE else _runs_again_anyway(node)):
             continue
         taken.update(products)
         out.append(Edge(node, tuple(products)))
@@ -115,8 +117,11 @@ def _readers(node: fx.Node) -> list[fx.Node]:
 
 
 def _is_product(node: fx.Node, x: fx.Node) -> bool:
-    is_linear = node.target is aten.linear.default and not node.kwargs
-    return is_linear and [i for i, each in enumerate(node.args) if each is x] == [0]
+    if node.target is not aten.linear.default or node.kwargs:
+        return False
+    bias = node.args[2] if len(node.args) > 2 else None
+    is_row = not isinstance(bias, fx.Node) or bias.meta["val"].dim() == 1
+    return is_row and [i for i, each in enumerate(node.args) if each is x] == [0]
 
 
 def _summands(node: fx.Node) -> list[fx.Node]:
@@ -147,16 +152,36 @@ def _is_plain(node: fx.Node) -> bool:
     return bool(options.get("dim", 0) < value.dim() - 1)
 
 
-def _is_one_call(node: fx.Node, products: list[fx.Node]) -> bool:
-    """Whether nothing must come between, and all stand in the same call that is computed anew in the backward pass."""
-    if len(products) > 1:
-        last = max(products)
-        for product in products:
-            if any(user < last for user in product.users):
-                return False
+def _stand_together(products: list[fx.Node]) -> bool:
+    """Whether nothing that reads one of the products comes before the last of them."""
+    last = max(products)
+    return all(last < user for product in products for user in product.users)
+
+
+def _is_in_one_call(node: fx.Node, products: list[fx.Node]) -> bool:
+    """Whether all stand in the same call that is computed anew in the backward pass, or in none."""
     around = node.all_input_nodes if node.target in BEFORE else list(node.users)
     marks = {_marks(each) for each in (*products, *(n for n in around if n.op == "call_function"))}
     return len(marks) == 1
+
+
+def _runs_again_anyway(node: fx.Node) -> bool:
+    """Whether a call that is computed anew goes on behind the sum ``node``, to a product that keeps what it reads.
+
+    Such a call ends where all is there again that the backward pass asks for: after the last product, and before its
+    sum. One call of both would communicate once more.
+    """
+    marks = _marks(next(iter(node.users), node))
+    if not marks:
+        return True
+    reached, latest = {node}, [node]
+    while latest:
+        further = [user for each in latest for user in each.users if user not in reached and _marks(user) == marks]
+        if any(user.target is aten.linear.default for user in further):
+            return True
+        reached.update(further)
+        latest = list(dict.fromkeys(further))
+    return False
 
 
 def _marks(node: fx.Node) -> tuple[Hashable, ...]:

@@ -97,8 +97,7 @@ class Compiled:
     @cached_property
     def is_uneven(self) -> bool:
         """Whether ranks hold parts of different sizes: then their programs differ in the sizes that they name."""
-        graph = self.stages["insert_collectives"]
-        return any(is_uneven(placed) for node in graph.nodes if has_info(node) for placed in info_of(node).outputs)
+        return has_uneven_parts(self.stages["insert_collectives"])
 
     def graph_for(self, rank: int) -> fx.Graph:
         """The program that ``rank`` runs."""
@@ -284,9 +283,15 @@ def _compile(
     graph = stage("insert_collectives", insert_collectives, graph, mesh)
     stage("check", check, graph, mesh)
     graph = stage("localize", localize, graph, mesh, 0, options.independent)
-    tidied = bring_together if options.overlap else _as_it_is
+    together = options.overlap and not has_uneven_parts(stages["insert_collectives"])
+    tidied = bring_together if together else _as_it_is
     stage("optimize", lambda local: tidied(fold(optimize(local), root)), graph)
     return Compiled(captured, resolved, mesh, root, stages, times, options)
+
+
+def has_uneven_parts(graph: fx.Graph) -> bool:
+    """Whether ranks hold parts of different sizes of some value."""
+    return any(is_uneven(placed) for node in graph.nodes if has_info(node) for placed in info_of(node).outputs)
 
 
 def _as_it_is(graph: fx.Graph) -> fx.Graph:

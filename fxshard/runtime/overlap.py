@@ -10,8 +10,8 @@ What is communicated is cut along the sequence, or along all rows, in ``pieces``
 multiplied. The weights' gradients are computed while the sum of x's gradient is under way.
 
 Values and gradients are those of ``F.linear`` and the collectives of ``runtime.collectives``, which run where nothing
-can run beside: on ranks of ``fxshard.simulate``, under ``torch.compile`` (whose own passes overlap), under autocast and
-transforms of ``torch.func``.
+can run beside: on ranks of ``fxshard.simulate``, under ``torch.compile`` (whose own passes overlap) and transforms of
+``torch.func``.
 
 Reference: Wang et al., 2023, "Overlap Communication with Dependent Computation via Decomposition in Large Deep Learning
 Models"; Megatron-LM's ``async_grad_allreduce``.
@@ -57,7 +57,7 @@ def vary_linears(
         biases: this rank's part of each bias, if there are any.
         pieces: how often what is communicated is cut.
     """
-    if _runs_beside(axis, x):
+    if _runs_beside(axis):
         out: tuple[torch.Tensor, ...] = record(_Column, axis.group, None, pieces, x, *weights, *_all(biases, weights))
         return out
     x = vary(x, axis)
@@ -77,7 +77,7 @@ def gather_linears(
         biases: this rank's part of each bias, if there are any.
         pieces: how often what is communicated is cut.
     """
-    if _runs_beside(axis, x):
+    if _runs_beside(axis):
         out: tuple[torch.Tensor, ...] = record(_Column, axis.group, dim, pieces, x, *weights, *_all(biases, weights))
         return out
     x = all_gather(x, axis, True, dim)
@@ -93,7 +93,7 @@ def linear_all_reduce(x: torch.Tensor, weight: torch.Tensor, axis: Axis, pieces:
         axis: the mesh axis.
         pieces: how often what is communicated is cut.
     """
-    if _runs_beside(axis, x):
+    if _runs_beside(axis):
         out: torch.Tensor = record(_Row, axis.group, None, pieces, x, weight)
         return out
     return all_reduce(F.linear(x, weight), axis)
@@ -109,7 +109,7 @@ def linear_reduce_scatter(x: torch.Tensor, weight: torch.Tensor, axis: Axis, dim
         dim: along which the sum is split: not the last one.
         pieces: how often what is communicated is cut.
     """
-    if _runs_beside(axis, x) and x.shape[dim] % axis.size == 0:
+    if _runs_beside(axis) and x.shape[dim] % axis.size == 0:
         out: torch.Tensor = record(_Row, axis.group, dim, pieces, x, weight)
         return out
     return reduce_scatter(F.linear(x, weight), axis, dim)
@@ -119,11 +119,9 @@ def _all(biases: Biases, weights: Weights) -> Biases:
     return biases or [None] * len(weights)
 
 
-def _runs_beside(axis: Axis, x: torch.Tensor) -> bool:
+def _runs_beside(axis: Axis) -> bool:
     """Whether a collective can be begun here, and waited for later."""
-    if not isinstance(axis.group, ProcessAxisGroup):
-        return False
-    return not torch.is_autocast_enabled(x.device.type) and not is_transformed()
+    return isinstance(axis.group, ProcessAxisGroup) and not is_transformed()
 
 
 class _Column(torch.autograd.Function):
@@ -136,7 +134,14 @@ class _Column(torch.autograd.Function):
             whole, outs = x, [F.linear(x, w, b) for w, b in zip(weights, biases, strict=True)]
         else:
             whole, outs = _gather_multiply(group, x, dim, pieces, weights, biases)
-        ctx.save_for_backward(whole, *weights)
+        outs = list(map(_itself, outs))
+        of_x, *of_given = ctx.needs_input_grad[3:]
+        of_weights, of_biases = _halves(of_given)
+        flows = [of_x or w or b for w, b in zip(of_weights, of_biases, strict=True)]
+        ctx.mark_non_differentiable(*(out for out, flow in zip(outs, flows, strict=True) if not flow))
+        # the backward pass asks for weights that were let go of in the opposite order
+        kept = reversed(weights) if of_x else [None] * len(weights)
+        ctx.save_for_backward(*kept, whole if any(of_weights) else None)
         ctx.group, ctx.dim, ctx.pieces = group, dim, pieces
         ctx.set_materialize_grads(False)
         return tuple(outs)
@@ -144,11 +149,12 @@ class _Column(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, *grads: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
-        whole, *weights = ctx.saved_tensors
+        *weights, whole = ctx.saved_tensors
         wanted, wanted_biases = _halves(ctx.needs_input_grad[4:])
-        pairs = [(grad, w) for grad, w in zip(grads, weights, strict=True) if grad is not None]
+        given = zip(grads, reversed(weights), strict=True)
+        pairs = [(grad, w.conj()) for grad, w in given if grad is not None and w is not None]
         finish: Callable[[], torch.Tensor | None] = _none
-        if ctx.needs_input_grad[3] and pairs:
+        if pairs:
             finish = (
                 _multiply_reduce(ctx.group, pairs, ctx.pieces)
                 if ctx.dim is None
@@ -168,7 +174,8 @@ class _Row(torch.autograd.Function):
     def forward(
         ctx: Any, group: ProcessAxisGroup, dim: int | None, pieces: int, x: torch.Tensor, weight: torch.Tensor
     ) -> torch.Tensor:
-        ctx.save_for_backward(x, weight)
+        of_x, of_weight = ctx.needs_input_grad[3:]
+        ctx.save_for_backward(x if of_weight else None, weight if of_x else None)
         ctx.group, ctx.dim, ctx.pieces = group, dim, pieces
         pairs = [(x, weight.t())]
         if dim is None:
@@ -179,13 +186,13 @@ class _Row(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         x, weight = ctx.saved_tensors
-        of_x, of_weight = ctx.needs_input_grad[3:]
+        matrices = [weight.t().conj()] if weight is not None else []
         if ctx.dim is None:
-            outs = [grad @ weight] if of_x else []
+            outs = [F.linear(grad, matrix) for matrix in matrices]
         else:
-            matrices = [weight.t()] if of_x else []
             grad, outs = _gather_multiply(ctx.group, grad, ctx.dim, ctx.pieces, matrices, [None] * len(matrices))
-        return None, None, None, outs[0] if of_x else None, _weight_grad(grad, x) if of_weight else None
+        of_weight = _weight_grad(grad, x) if x is not None else None
+        return None, None, None, outs[0] if outs else None, of_weight
 
 
 def _halves(values: Sequence[Any]) -> tuple[list[Any], list[Any]]:
@@ -201,7 +208,17 @@ def _rows(x: torch.Tensor) -> torch.Tensor:
 
 
 def _weight_grad(grad: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-    return _rows(grad).t() @ _rows(x)
+    return _rows(grad).t() @ _rows(x).conj()
+
+
+def _itself(x: torch.Tensor) -> torch.Tensor:
+    """The same values and memory, not as a view: a result may be changed in place."""
+    return _shaped(x, x.shape) if x._is_view() else x
+
+
+def _shaped(x: torch.Tensor, shape: Sequence[int]) -> torch.Tensor:
+    out: torch.Tensor = torch.ops.aten._unsafe_view.default(x, list(shape))
+    return out
 
 
 Pairs: TypeAlias = Sequence[tuple[torch.Tensor, torch.Tensor]]
@@ -251,11 +268,11 @@ def _multiply_scatter(group: ProcessAxisGroup, pairs: Pairs, dim: int, pieces: i
     def finish() -> torch.Tensor:
         of_all = (*shape[:dim], own, *shape[dim + 1 : -1], features)
         if len(begun) == 1:
-            return begun[0][2]().view(of_all)
+            return _shaped(begun[0][2](), of_all)
         out = first.new_empty((lead, own, rest, features))
         for start, end, wait in begun:
             out[:, start:end] = wait()
-        return out.view(of_all)
+        return _shaped(out, of_all)
 
     return finish
 

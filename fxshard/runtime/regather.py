@@ -60,13 +60,14 @@ class Together:
         gather: gathers all of it again.
         begin: begins to do so.
         lane: what takes turns; None where there is nothing to keep for others.
-        saved: of that call, what of the like autograd saved, in order: the backward pass asks in the opposite order.
+        saved: of that call, all of the like, as they were gathered, and whether autograd saved any of it: the backward
+            pass asks in the opposite order.
     """
 
     gather: Callable[[], Sequence[torch.Tensor]]
     begin: Callable[[], None]
     lane: int | None
-    saved: list[Together]
+    saved: dict[Together, bool]
 
 
 class Gathering(Protocol):
@@ -82,7 +83,7 @@ class Regather:
     def __init__(self) -> None:
         self.alive: dict[int, _Gathered] = {}
         self.is_saving = False
-        self.saved: list[Together] = []
+        self.saved: dict[Together, bool] = {}
         self.last: dict[int, tuple[Together, Sequence[torch.Tensor]]] = {}
 
     def gather(self, gather: Callable[[], torch.Tensor], part: torch.Tensor) -> torch.Tensor:
@@ -102,6 +103,8 @@ class Regather:
         place = whole.untyped_storage().data_ptr()
         if place and self.is_saving:
             self.alive[place] = _Gathered(weakref.ref(whole), part.detach(), part._version, again, together)
+            if together is not None:
+                self.saved.setdefault(together, False)
 
     def from_last(self, together: Together, index: int) -> torch.Tensor:
         """One of several weights that are gathered together: they are kept until others of the lane are asked for."""
@@ -124,8 +127,8 @@ class Regather:
             whole = found.whole() if found is not None else None
             if found is None or whole is None or whole.dtype != x.dtype:
                 return pack(x)
-            if found.together is not None and self.saved[-1:] != [found.together]:
-                self.saved.append(found.together)
+            if found.together is not None:
+                self.saved[found.together] = True
             return _View(found, x.shape, x.stride(), int(x.storage_offset()))
 
         def restore(saved: Any) -> torch.Tensor:
@@ -136,7 +139,7 @@ class Regather:
 
         with torch.autograd.graph.saved_tensors_hooks(save, restore):
             self.is_saving = True
-            self.saved = []
+            self.saved = {}
             self.last.clear()
             try:
                 yield
@@ -149,10 +152,12 @@ def _begin_before(together: Together) -> None:
     """Begins to gather what the backward pass asks for next."""
     saved = together.saved
     if together in saved:
-        while saved.pop() is not together:
+        while saved.popitem()[0] is not together:
             pass
+        while saved and not next(reversed(saved.values())):
+            saved.popitem()
         if saved:
-            saved[-1].begin()
+            next(reversed(saved)).begin()
 
 
 def _itself(x: Any) -> Any:

@@ -167,6 +167,12 @@ def memory_of_gradients() -> None:
             now = torch.from_dlpack(each)
             assert torch.equal(now, value[: len(now)])
         del kept, each, now
+    storages = [p.grad.untyped_storage() for p in program.parameters() if p.grad is not None]
+    values = [torch.frombuffer(bytearray(s.tolist()), dtype=torch.uint8) for s in storages[:1]]
+    x = 2 * x
+    step()
+    assert torch.equal(torch.frombuffer(bytearray(storages[0].tolist()), dtype=torch.uint8), values[0])
+    del storages
     last = step()
     loss(program, x).backward()  # on top: the first gradients stay where they are
     assert min(p.grad.data_ptr() for p in program.parameters() if p.grad is not None) == last

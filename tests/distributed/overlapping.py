@@ -63,10 +63,11 @@ def functions(cases: int) -> None:
         if plain in (plain_gather, plain_scatter):
             options["dim"] = dim
         count = pick(1, 2, 3) if plain in (plain_vary, plain_gather) else 1
-        tensors = [torch.randn(shape, dtype=torch.float64)]
-        tensors += [torch.randn(pick(2, 3), shape[-1], dtype=torch.float64) for _ in range(count)]
+        dtype = pick(torch.float64, torch.float64, torch.complex128)
+        tensors = [torch.randn(shape, dtype=dtype)]
+        tensors += [torch.randn(pick(2, 3), shape[-1], dtype=dtype) for _ in range(count)]
         if plain in (plain_vary, plain_gather):
-            tensors += [torch.randn(w.shape[0], dtype=torch.float64) for w in tensors[1:]]
+            tensors += [torch.randn(w.shape[0], dtype=dtype) for w in tensors[1:]]
         wanted = [pick(True, True, False) for _ in tensors]
         has_bias = pick(True, False)
         unread = pick(-1, 0) if count > 1 else -1
@@ -84,8 +85,11 @@ def functions(cases: int) -> None:
             read = [out for i, out in enumerate(outs) if i != unread and out.requires_grad]  # noqa: B023
             if read:
                 scale = 1 + axis.index * (plain in (plain_vary, plain_gather, plain_scatter))  # noqa: B023
-                torch.stack([(scale * out.sin()).sum() for out in read]).sum().backward()
-            return [*(out.detach() for out in outs), *(leaf.grad for leaf in leaves)]
+                torch.stack([(scale * out.sin()).abs().sum() for out in read]).sum().backward()
+            flows = torch.tensor([out.requires_grad for out in outs])
+            for out in outs:
+                out.mul_(2)  # what a program gives may be changed in place
+            return [flows, *(out.detach() for out in outs), *(leaf.grad for leaf in leaves)]
 
         for got, want in zip(run(beside), run(plain), strict=True):
             where = f"case {case}: {beside.__name__} of {shape}, {options}, {wanted}"
@@ -94,16 +98,19 @@ def functions(cases: int) -> None:
                 torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-12, msg=where)
 
 
-def programs(cases: Sequence[tuple[str, str]], **options: Any) -> None:
+def programs(cases: Sequence[tuple[str, str]], checkpoint: str = "") -> None:
     """A program whose products run beside its collectives equals the model, and communicates what it says."""
+    asked = (checkpoint,) if checkpoint else ()
     for name, plan in cases:
         for pieces in (1, 3):
             model, inputs = build(name, torch.float32)
-            program = fxshard.parallelize(model, preset(plan), (), inputs, overlap=pieces, **options)
+            program = fxshard.parallelize(model, preset(plan), (), inputs, overlap=pieces, checkpoint=asked)
             code = program.code(program.rank)
             assert "_linears(" in code or "linear_" in code, f"{name}, {plan}: nothing runs beside"
             run_rank(program, inputs)
             model.zero_grad()
+            program.zero_grad()
+            run_step(program, inputs)  # the first step compares the ranks
             program.zero_grad()
             run_step(model, inputs)
             with counted() as calls:

@@ -71,7 +71,58 @@ def test_products_stay_as_they_are_where_something_comes_between() -> None:
     assert calls(Beside(), plan | Plan({"tp": 2}, params={"other": Shard(1)})) == ["linear_all_reduce"]
     assert calls(Pair(17), plan) == []  # the ranks' programs differ
     assert calls(nn.Sequential(Pair()), plan, checkpoint="0.up") == ["linear_all_reduce"]
-    assert calls(nn.Sequential(Pair()), plan, checkpoint="0") == ["vary_linears", "linear_all_reduce"]
+    pairs = nn.Sequential(nn.Sequential(Pair(), Pair()))  # computed anew, the last sum would be made twice
+    assert calls(pairs, plan, checkpoint="0") == ["vary_linears", "linear_all_reduce", "vary_linears"]
+
+
+class ParallelBlock(nn.Module):
+    """Two calls that read one norm, and a norm between the weights that are gathered."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.between = nn.LayerNorm(8), nn.LayerNorm(16)
+        self.query, self.key, self.out = nn.Linear(8, 16), nn.Linear(8, 16), nn.Linear(16, 8)
+        self.mlp = nn.Sequential(nn.Linear(8, 32), nn.GELU(), nn.Linear(32, 8))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        h = self.norm(x)
+        query = self.between(self.query(h))
+        return x + self.out(query * self.key(h)) + self.mlp(h)
+
+
+def test_checkpointed_calls_stay_whole() -> None:
+    plan = fxshard.tensor_parallel(2)
+    for checkpoint in ("0.mlp", "1.mlp", "0.query", "0"):
+        model = nn.Sequential(ParallelBlock(), ParallelBlock())
+        plain = fxshard.parallelize(model, plan, (X,), checkpoint=checkpoint)
+        beside = fxshard.parallelize(model, plan, (X,), checkpoint=checkpoint, overlap=1)
+        assert plain.code().count("checkpoint(") == beside.code().count("checkpoint(") == 1, checkpoint
+        assert fxshard.verify(beside, X)
+
+
+def test_the_ranks_gather_in_one_order_where_parts_differ() -> None:
+    plan = fxshard.zero(2) | fxshard.tensor_parallel(2)
+    for rows in (4, 5):
+        x = torch.randn(rows, 6, 8)
+        program = fxshard.parallelize(nn.Sequential(ParallelBlock(), nn.Linear(8, 7)), plan, (x,), overlap=2)
+        assert fxshard.verify(program, x)
+        gathers = [
+            [str(n.target) for n in program.compiled.written_for(r).nodes if "gather" in n.name] for r in range(4)
+        ]
+        assert all(each == gathers[0] for each in gathers)
+
+
+def test_a_product_with_a_bias_of_rows_is_left_as_it_is() -> None:
+    class Rows(Pair):
+        def __init__(self) -> None:
+            super().__init__()
+            self.bias = nn.Parameter(torch.randn(1, 16))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            out: torch.Tensor = self.down(nn.functional.linear(x, self.up.weight, self.bias))
+            return out
+
+    assert calls(Rows(), fxshard.tensor_parallel(2)) == ["linear_all_reduce"]
 
 
 def test_the_report_counts_pieces() -> None:
