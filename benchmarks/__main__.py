@@ -23,6 +23,7 @@ def main() -> None:
     whole = commands.add_parser("steps", parents=[measured], help="step times, ratios, collectives and bytes")
     whole.add_argument("--out", type=Path, help="also write the rows here, as JSON")
     whole.add_argument("--compiled", action="store_true", help="fxshard under torch.compile, beside it as it is")
+    whole.add_argument("--overlap", nargs="+", type=int, default=[], help="fxshard beside itself with so many pieces")
     commands.add_parser("dispatch", parents=[measured], help="what steps cost beside their communication")
     tabled = commands.add_parser("table", help="what steps --out wrote, as the table of docs/performance.md")
     tabled.add_argument("files", nargs="+", type=Path)
@@ -31,8 +32,8 @@ def main() -> None:
         table.show(given.files)
         return
     every = product(given.dims, given.models, given.ways, given.passes)
-    compiled = given.command == "steps" and given.compiled
-    cases = [Case(model, dim, way, p == "backward", compiled) for dim, model, way, p in every]
+    options = (given.compiled, tuple(given.overlap)) if given.command == "steps" else ()
+    cases = [Case(model, dim, way, p == "backward", *options) for dim, model, way, p in every]
     cases = [c for c in cases if c.train or c.way in ("tp", "sp")]
     if given.command == "steps":
         steps.measure(cases, given.seconds, given.out)

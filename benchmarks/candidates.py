@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -51,12 +51,20 @@ class Candidate:
     counted: bool = True
 
 
-def candidates(name: str, dim: int, way: str, train: bool, compiled: bool = False) -> list[Candidate]:
-    """All ways to run a model in parallel, fxshard's first; with ``compiled`` it under torch.compile, and as it is."""
+def candidates(
+    name: str, dim: int, way: str, train: bool, compiled: bool = False, overlap: Sequence[int] = ()
+) -> list[Candidate]:
+    """All ways to run a model in parallel, fxshard's first; with ``compiled`` under torch.compile, and as they are.
+
+    With ``overlap`` there is only fxshard, without and with so many pieces.
+    """
+    if overlap:
+        return [generated(name, dim, way, train, overlap=pieces) for pieces in (0, *overlap)]
     if compiled:
         torch.compiler.reset()
         made = [generated(name, dim, way, train, torch.compile), generated(name, dim, way, train)]
-        return [*made, by_hand(name, dim, way)] if way in ("tp", "sp") else made
+        hands = [by_hand(name, dim, way, wrap=torch.compile), by_hand(name, dim, way)]
+        return [*made, *hands] if way in ("tp", "sp") else made
     if way in ("tp", "sp"):
         twice = [by_hand(name, dim, way), by_hand(name, dim, way, again=True)]  # how far apart they are is noise
         made = [generated(name, dim, way, train), *twice, dtensor(name, dim, way)]
@@ -81,26 +89,28 @@ def original(name: str, dim: int) -> Candidate:
     return from_module("one device", model, lambda x: logits(model(x)))
 
 
-def generated(name: str, dim: int, way: str, train: bool, wrap: Any = None) -> Candidate:
+def generated(name: str, dim: int, way: str, train: bool, wrap: Any = None, overlap: int = 0) -> Candidate:
     """What fxshard makes of it; ``wrap`` is torch.compile or nothing."""
     model, _ = build(name, dim)
-    program = fxshard.parallelize(model, PRESETS[way], (example(name, dim, way, train),))
+    program = fxshard.parallelize(model, PRESETS[way], (example(name, dim, way, train),), overlap=overlap)
     run = wrap(program, fullgraph=True) if wrap else program
-    title = "fxshard, compiled" if wrap else "fxshard"
+    title = "fxshard, compiled" if wrap else f"overlap {overlap}" if overlap else "fxshard"
     weights, grads = list(program.parameters()), program.full_grads
     return Candidate(title, lambda x: logits(run(x)), weights, grads, counted=wrap is None)
 
 
-def by_hand(name: str, dim: int, way: str, again: bool = False) -> Candidate:
-    """The hand-written code."""
+def by_hand(name: str, dim: int, way: str, again: bool = False, wrap: Any = None) -> Candidate:
+    """The hand-written code; ``wrap`` is torch.compile or nothing."""
     made = HANDWRITTEN[name](build(name, dim)[0], way == "sp")
+    run = wrap(made.__call__) if wrap else made
 
     def grads() -> dict[str, torch.Tensor]:
         dims = {name: split_dim(name) for name in made.weights}
         found = _grads_of(made.weights.items())
         return {n: g if dims[n] is None else gather_raw(g, dims[n]) for n, g in found.items()}
 
-    return Candidate("by hand again" if again else "by hand", made, list(made.weights.values()), grads, made.finish)
+    title = "by hand, compiled" if wrap else "by hand again" if again else "by hand"
+    return Candidate(title, run, list(made.weights.values()), grads, made.finish, counted=wrap is None)
 
 
 def dtensor(name: str, dim: int, way: str) -> Candidate:

@@ -24,6 +24,7 @@ class Case:
     way: str
     train: bool
     compiled: bool = False
+    overlap: tuple[int, ...] = ()
 
     def __str__(self) -> str:
         text = f"{self.model} {self.dim} {self.way} {'forward + backward' if self.train else 'forward'}"
@@ -50,7 +51,7 @@ class Found:
 def run(case: Case, budget_s: float) -> list[Found]:
     """Checks, counts and times all candidates of a case; collective."""
     x = example(case.model, case.dim, case.way, case.train)
-    made = candidates(case.model, case.dim, case.way, case.train, case.compiled)
+    made = candidates(case.model, case.dim, case.way, case.train, case.compiled, case.overlap)
     expected = _results(original(case.model, case.dim), case, x, whole=True)
     steps, found = [], []
     for each in made:
