@@ -229,13 +229,18 @@ def _bucket(first: fx.Node, last: fx.Node, count: int, compiled: Compiled) -> Co
 
 def _records(node: fx.Node, kind: str, phase: str, compiled: Compiled) -> list[Collective]:
     """The collective of a conversion, or its pieces, where it runs beside products."""
-    one = _record(node, kind, phase, compiled)
-    length = compiled.edges.get(node, 0)
-    pieces = cuts(length, compiled.options.overlap) if length else []
+    one, pieces = _record(node, kind, phase, compiled), _pieces(node, compiled)
     if len(pieces) < 2:
         return [one]
+    length = pieces[-1][1]
     reason = f"{one.reason}; one of {len(pieces)} pieces, beside the products of the others"
     return [replace(one, num_bytes=one.num_bytes * (end - start) // length, reason=reason) for start, end in pieces]
+
+
+def _pieces(node: fx.Node, compiled: Compiled) -> list[tuple[int, int]]:
+    """How a conversion is cut that runs beside products; nothing where it is not."""
+    length = compiled.edges.get(node)
+    return [] if length is None else cuts(length, compiled.options.overlap)
 
 
 def _record(node: fx.Node, kind: str, phase: str, compiled: Compiled) -> Collective:
@@ -314,6 +319,9 @@ def table(compiled: Compiled) -> str:
             together = back and node.target is run.vary_weight and compiled.options.bucket_bytes
             if node in packed:
                 forward, back = f"{forward}, packed", f"{back}, packed" if back else ""
+            pieces = len(_pieces(node, compiled))
+            if pieces > 1:
+                forward, back = (f"{kind}, {pieces} pieces" if kind else "" for kind in (forward, back))
             repeated = [f"{forward} again"] * again[node] if forward else []
             back = ", ".join(filter(None, [*repeated, "in a bucket" if together else back]))
         num_bytes = f"{full_bytes(node, compiled):,}" if forward or back else ""

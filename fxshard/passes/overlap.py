@@ -30,7 +30,7 @@ from torch import fx
 
 from fxshard.mesh import Mesh
 from fxshard.passes.origins import checkpoint_of
-from fxshard.passes.typing import Info, copy_graph, info_of, set_info, sizes_of
+from fxshard.passes.typing import Info, copy_graph, has_info, info_of, set_info, sizes_of
 from fxshard.placement import local_shape
 from fxshard.runtime import collectives as run
 from fxshard.runtime import overlap as beside
@@ -117,7 +117,7 @@ def _readers(node: fx.Node) -> list[fx.Node]:
 
 
 def _is_product(node: fx.Node, x: fx.Node) -> bool:
-    if node.target is not aten.linear.default or node.kwargs:
+    if not _is_linear(node):
         return False
     bias = node.args[2] if len(node.args) > 2 else None
     is_row = not isinstance(bias, fx.Node) or bias.meta["val"].dim() == 1
@@ -129,8 +129,12 @@ def _summands(node: fx.Node) -> list[fx.Node]:
     if node.target not in BEHIND or not _is_plain(node):
         return []
     (product,) = node.all_input_nodes
-    is_alone = product.target is aten.linear.default and len(product.users) == 1 and len(product.args) == 2
-    return [product] if is_alone and not product.kwargs else []
+    is_alone = _is_linear(product) and len(product.users) == 1 and len(product.args) == 2
+    return [product] if is_alone else []
+
+
+def _is_linear(node: fx.Node) -> bool:
+    return node.target is aten.linear.default and not node.kwargs and "val" in node.meta and has_info(node)
 
 
 @cache
@@ -146,10 +150,10 @@ def _options(node: fx.Node) -> dict[str, Any]:
 
 def _is_plain(node: fx.Node) -> bool:
     """Whether a conversion takes equal parts, each in one piece, along another dim than that of the features."""
-    options, value = _options(node), node.meta["val"]
-    if options.get("lengths") or options.get("blocks", (1,)) != (1,) or value.dim() < 2:
+    options, value = _options(node), node.meta.get("val")
+    if options.get("lengths") or options.get("blocks", (1,)) != (1,) or not has_info(node):
         return False
-    return bool(options.get("dim", 0) < value.dim() - 1)
+    return isinstance(value, torch.Tensor) and bool(options.get("dim", 0) < value.dim() - 1)
 
 
 def _stand_together(products: list[fx.Node]) -> bool:
