@@ -24,7 +24,8 @@ def main() -> None:
     whole.add_argument("--out", type=Path, help="also write the rows here, as JSON")
     whole.add_argument("--compiled", action="store_true", help="fxshard under torch.compile, beside it as it is")
     whole.add_argument("--overlap", nargs="+", type=int, default=[], help="fxshard beside itself with so many pieces")
-    commands.add_parser("dispatch", parents=[measured], help="what steps cost beside their communication")
+    alone = commands.add_parser("dispatch", parents=[measured], help="what steps cost beside their communication")
+    alone.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="one GPU will do")
     tabled = commands.add_parser("table", help="what steps --out wrote, as the table of docs/performance.md")
     tabled.add_argument("files", nargs="+", type=Path)
     given = parser.parse_args()
@@ -38,7 +39,7 @@ def main() -> None:
     if given.command == "steps":
         steps.measure(cases, given.seconds, given.out)
     else:
-        dispatch.measure([c for c in cases if c.way in ("tp", "sp")], given.seconds)
+        dispatch.measure([c for c in cases if c.way in ("tp", "sp")], given.seconds, given.device)
 
 
 if __name__ == "__main__":

@@ -81,7 +81,7 @@ def step_of(each: Candidate, case: Case, x: torch.Tensor) -> Callable[[], None]:
 
         return forward
     with torch.no_grad():
-        weight = torch.randn(each.call(x).shape, generator=torch.Generator().manual_seed(1))
+        weight = torch.randn(each.call(x).shape, generator=torch.Generator(x.device).manual_seed(1))
 
     def step() -> None:
         for parameter in each.weights:

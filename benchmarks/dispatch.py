@@ -16,40 +16,43 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 from unittest import mock
 
+import torch
 import torch.distributed as dist
 from tabulate import tabulate
 
-from benchmarks.candidates import candidates, example
+from benchmarks.candidates import by_hand, example, generated
 from benchmarks.cases import Case, step_of
 from benchmarks.ranks import launch
 
 COLLECTIVES = ("all_reduce", "all_gather_single", "reduce_scatter_single", "all_to_all_single")
 
 
-def measure(cases: Sequence[Case], budget_s: float) -> None:
+def measure(cases: Sequence[Case], budget_s: float, device: str) -> None:
     """Prints a line a case: microseconds of each candidate, and how many times as long fxshard takes."""
-    launch(_run, list(cases), budget_s)
+    launch(_run, list(cases), budget_s, device)
 
 
-def _run(cases: Sequence[Case], budget_s: float) -> None:
+def _run(cases: Sequence[Case], budget_s: float, device: str) -> None:
     logging.getLogger("fxshard").setLevel(logging.ERROR)
     warnings.simplefilter("ignore")
+    torch.set_default_device(device)
     every = [_prepared(case) for case in cases]
     dist.barrier()
     if dist.get_rank() == 0:
         rows = []
         with silent():
             for case, steps in zip(cases, every, strict=True):
-                times = fastest(steps, budget_s)
+                times = fastest(steps, budget_s, torch.cuda.synchronize if device == "cuda" else int)
                 rows.append((str(case), *(f"{1e6 * t:.1f}" for t in times), f"{times[0] / times[1]:.2f}"))
         print(tabulate(rows, ("case", "fxshard us", "by hand us", "ratio"), disable_numparse=True), flush=True)
     dist.barrier()
 
 
 def _prepared(case: Case) -> list[Callable[[], None]]:
-    """The steps of fxshard and of the hand-written code: DTensor does not communicate by ``torch.distributed.*``."""
+    """The steps of fxshard and of the hand-written code: others do not communicate by ``torch.distributed.*``."""
     x = example(case.model, case.dim, case.way, case.train)
-    steps = [step_of(each, case, x) for each in candidates(case.model, case.dim, case.way, case.train)[:2]]
+    made = generated(case.model, case.dim, case.way, case.train), by_hand(case.model, case.dim, case.way)
+    steps = [step_of(each, case, x) for each in made]
     for step in steps:
         step()
     return steps
@@ -75,7 +78,7 @@ def silent() -> Iterator[None]:
         yield
 
 
-def fastest(steps: Sequence[Callable[[], None]], budget_s: float) -> list[float]:
+def fastest(steps: Sequence[Callable[[], None]], budget_s: float, finish: Callable[[], object]) -> list[float]:
     """Seconds of each step: the first tenth of many rounds in turns."""
     seconds: list[list[float]] = [[] for _ in steps]
     start = time.perf_counter()
@@ -85,6 +88,7 @@ def fastest(steps: Sequence[Callable[[], None]], budget_s: float) -> list[float]
             before = time.perf_counter()
             for _ in range(5):
                 step()
+            finish()
             mine.append((time.perf_counter() - before) / 5)
     gc.enable()
     return [statistics.quantiles(mine, n=10)[0] for mine in seconds]

@@ -34,6 +34,7 @@ from fxshard.plan.plan import Plan
 from fxshard.runtime.autocast import ambient, using
 from fxshard.runtime.buckets import Buckets, Synchronization, defer
 from fxshard.runtime.collectives import Axis, ProcessAxisGroup
+from fxshard.runtime.devices import target_device
 from fxshard.runtime.faults import calling, compared
 from fxshard.runtime.loading import KEY, describe_parts, load_state_dict
 from fxshard.runtime.meeting import meet
@@ -45,7 +46,7 @@ from fxshard.runtime.process import check_world, checksum, joint_group, process_
 from fxshard.runtime.regather import Regather
 from fxshard.runtime.together import is_spread
 from fxshard.runtime.watch import current
-from fxshard.runtime.weights import Weights, target_device
+from fxshard.runtime.weights import Weights
 from fxshard.runtime.whole import gather_whole
 from fxshard.torch_internals import IncompatibleKeys
 
@@ -320,7 +321,7 @@ class ParallelModule(nn.Module):
                 self._defer_gradients(compiled)
                 self._pack_weights(compiled)
             if compiled.draws:
-                share_random_state(self.mesh)
+                share_random_state(self.mesh, self._device)
             leaves = [x.to(self._device) if isinstance(x, torch.Tensor) else x for x in leaves]
             self._ahead.drop()
             for axis, packed in self._packed[id(compiled)].items():

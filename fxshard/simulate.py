@@ -91,7 +91,7 @@ def simulate(program: ParallelModule, *args: Any, **kwargs: Any) -> Simulation:
         _Share.apply(x, world) if isinstance(x, torch.Tensor) and x.requires_grad else (x,) * world  # type: ignore[no-untyped-call]
         for x in leaves
     ]
-    turns = Turns(world)
+    turns = Turns(world, program._device)
     axes = lockstep_axes(program.mesh, turns, program.options.reduce_dtype)
     functions = [program.function(compiled, rank, axes[rank]) for rank in range(world)]
 

@@ -28,6 +28,7 @@ from fxshard.placement import Placements, Replicate, Varying, cut_all, is_partia
 from fxshard.program import ParallelModule
 from fxshard.runtime.autocast import using
 from fxshard.runtime.collectives import Axis
+from fxshard.runtime.devices import RandomState, random_state, set_random_state
 from fxshard.runtime.lockstep import Turns, lockstep_axes, run_ranks
 from fxshard.runtime.module import find
 from fxshard.torch_internals import pytree
@@ -82,16 +83,16 @@ def verify(program: ParallelModule, *args: Any, **kwargs: Any) -> VerifyReport:
     >>> report.ok, report.first_divergence
     (True, None)
     """
-    state = torch.get_rng_state()
+    state = random_state(program._device)
     compiled, _ = program.compile_call(args, kwargs)
     tolerance = tolerance_of(compiled.graph)
     weights = program.full_state_dict()
     distributed = dist.is_available() and dist.is_initialized() and program.mesh.world_size > 1
     ranks = [program.rank] if distributed else list(range(program.mesh.world_size))
     with _Untouched([program.rank_module(r) for r in ranks]):
-        torch.set_rng_state(state)
+        set_random_state(program._device, state)
         want, want_grads = _reference(program._original.get(), weights, compiled, args, kwargs)
-        torch.set_rng_state(state)
+        set_random_state(program._device, state)
         if distributed:
             trace = None
             got, got_grads = _real(program, args, kwargs)
@@ -99,7 +100,7 @@ def verify(program: ParallelModule, *args: Any, **kwargs: Any) -> VerifyReport:
             try:
                 trace = _Run(program, compiled, args, kwargs)
             except Exception:
-                torch.set_rng_state(state)
+                set_random_state(program._device, state)
                 _Trace(program, compiled, args, kwargs)  # fails at the same call, and names it
                 raise
             got, got_grads = trace.outputs, trace.grads
@@ -117,7 +118,7 @@ def verify(program: ParallelModule, *args: Any, **kwargs: Any) -> VerifyReport:
     if not ok:
         if trace is not None:
             with _Untouched([program.rank_module(r) for r in ranks]):
-                torch.set_rng_state(state)
+                set_random_state(program._device, state)
                 where = _Trace(program, compiled, args, kwargs).first_divergence(state)
         where = where or next(row[0] for row in rows if not row[3])
     report = VerifyReport(
@@ -127,7 +128,7 @@ def verify(program: ParallelModule, *args: Any, **kwargs: Any) -> VerifyReport:
         where,
         tuple(rows),
     )
-    torch.set_rng_state(state)
+    set_random_state(program._device, state)
     if program.rank == 0 or not distributed:
         print(report)  # noqa: T201
     return report
@@ -261,7 +262,7 @@ class _Run:
         self.call = args, kwargs
         leaves = compiled.captured.flatten_inputs(args, kwargs)
         world = program.mesh.world_size
-        turns = Turns(world)
+        turns = Turns(world, program._device)
         axes = lockstep_axes(program.mesh, turns, program.options.reduce_dtype)
         ranks = [self._runner(rank, axes[rank]) for rank in range(world)]
         self.outs = run_ranks(world, turns, lambda rank: ranks[rank](*(_own(x) for x in leaves)))
@@ -336,9 +337,9 @@ class _Trace(_Run):
         self.ranks.append(_Recorder(self.compiled.root, graph, lambda name: find(module, name), axes))
         return self.ranks[-1].run
 
-    def first_divergence(self, state: torch.Tensor) -> str | None:
+    def first_divergence(self, state: RandomState) -> str | None:
         """The first node whose value differs, or, backward, whose gradient does; ``state``: of the random generator."""
-        torch.set_rng_state(state)
+        set_random_state(self.program._device, state)
         captured, root = self.compiled.captured, self.compiled.root
         graph = self.compiled.stages["normalize"]
         weights = self.program.full_state_dict()

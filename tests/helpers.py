@@ -46,7 +46,7 @@ def weighted_loss(output: Any) -> torch.Tensor:
     for index, (_, tensor) in enumerate(tensors_of(output)):
         if tensor.requires_grad:
             weights = torch.linspace(-1 - index, 1, tensor.numel(), dtype=tensor.dtype).cos().reshape(tensor.shape)
-            terms.append((tensor * weights).sum() / max(1, tensor.numel()) ** 0.5)
+            terms.append((tensor * weights.to(tensor.device)).sum() / max(1, tensor.numel()) ** 0.5)
     assert terms, "no output requires a gradient"
     return torch.stack(terms).sum()
 

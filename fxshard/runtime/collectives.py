@@ -485,7 +485,8 @@ def draw_apart(operator: str, arguments: list[Any], options: dict[str, Any], *ax
     seed = int(torch.randint(2**31, ()))
     for axis in axes:
         seed = seed * axis.size + axis.index
-    devices = {x.device for x in arguments if isinstance(x, torch.Tensor) and x.is_cuda}
+    given = (x.device if isinstance(x, torch.Tensor) else x for x in (*arguments, *options.values()))
+    devices = {each for each in given if isinstance(each, torch.device) and each.type == "cuda"}
     with torch.random.fork_rng(devices):
         torch.manual_seed(seed)
         return operator_named(operator)(*arguments, **options)

@@ -17,9 +17,9 @@ from types import TracebackType
 from typing import Any, Protocol
 
 import torch
-import torch.distributed as dist
 
 from fxshard.errors import DistributedError, FxshardError
+from fxshard.runtime.devices import backends
 from fxshard.runtime.position import COMPARING, POSITION, RUNNING
 from fxshard.runtime.session import plain, said
 from fxshard.runtime.watch import Report, Watch, current
@@ -120,7 +120,7 @@ def failure(error: BaseException, group: Communicates | None) -> DistributedErro
     lines = [f"rank {watch.rank}: {POSITION.text()}, failed: {why}", *told(findings)]
     if report.problem:
         lines.append(f"  store   {report.problem}; {KEEPER}")
-    lines += [f"  {dist.get_backend():<7} {backend}"]
+    lines += [f"  {'/'.join(dict.fromkeys(backends().values())):<7} {backend}"]
     return DistributedError("\n".join(lines), fix=mending(findings))
 
 

@@ -17,6 +17,7 @@ import torch
 from fxshard.errors import FxshardError
 from fxshard.mesh import Mesh
 from fxshard.runtime.collectives import Axis, joined, stacked, sum_dtype
+from fxshard.runtime.devices import random_state, set_random_state
 from fxshard.runtime.recompute import keeping_all
 from fxshard.runtime.regather import Gathering
 from fxshard.runtime.rounds import InLockstep, Joint
@@ -29,14 +30,15 @@ class _Stopped(Exception):
 class Turns:
     """Passes the turn round the ranks, always in the same order."""
 
-    def __init__(self, count: int) -> None:
+    def __init__(self, count: int, device: torch.device | None = None) -> None:
         self.count = count
+        self.device = device or torch.device("cpu")
         self.turn = 0
         self.condition = threading.Condition()
         self.finished = [False] * count
         self.waiting: list[Callable[[], bool] | None] = [None] * count
         self.failure: BaseException | None = None
-        self.random = [torch.get_rng_state()] * count
+        self.random = [random_state(self.device)] * count
 
     def start(self, rank: int) -> None:
         """Waits for this rank's first turn."""
@@ -46,7 +48,7 @@ class Turns:
     def wait(self, rank: int, ready: Callable[[], bool]) -> None:
         """Gives the turn away until ``ready()``."""
         with self.condition:
-            self.random[rank] = torch.get_rng_state()
+            self.random[rank] = random_state(self.device)
             self.waiting[rank] = ready
             self._pass(rank)
             self._await(rank)
@@ -55,7 +57,7 @@ class Turns:
     def finish(self, rank: int, failure: BaseException | None = None) -> None:
         """Ends a rank."""
         with self.condition:
-            self.random[rank] = torch.get_rng_state()
+            self.random[rank] = random_state(self.device)
             self.finished[rank] = True
             if failure is not None and not isinstance(failure, _Stopped) and self.failure is None:
                 self.failure = failure
@@ -65,7 +67,7 @@ class Turns:
         self.condition.wait_for(lambda: self.turn == rank or self.failure is not None)
         if self.failure is not None:
             raise _Stopped
-        torch.set_rng_state(self.random[rank])
+        set_random_state(self.device, self.random[rank])
 
     def _pass(self, rank: int) -> None:
         for step in range(1, self.count + 1):
@@ -242,5 +244,5 @@ def run_ranks(count: int, turns: Turns, run: Callable[[int], Any]) -> list[Any]:
         thread.join()
     if turns.failure is not None:
         raise turns.failure
-    torch.set_rng_state(turns.random[0])
+    set_random_state(turns.device, turns.random[0])
     return results

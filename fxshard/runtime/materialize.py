@@ -17,9 +17,10 @@ from typing import Any
 import torch
 from torch import nn
 
+from fxshard.runtime.devices import target_device
 from fxshard.runtime.module import find, local_part
 from fxshard.runtime.together import refuse
-from fxshard.runtime.weights import Weights, target_device
+from fxshard.runtime.weights import Weights
 
 
 def is_on_meta(weights: Weights) -> bool:

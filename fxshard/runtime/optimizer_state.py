@@ -17,10 +17,11 @@ from typing import Any
 
 import torch
 
+from fxshard.runtime.devices import target_device
 from fxshard.runtime.parts import local_of
 from fxshard.runtime.process import checksum
 from fxshard.runtime.together import gathered, refuse
-from fxshard.runtime.weights import Weights, target_device
+from fxshard.runtime.weights import Weights
 from fxshard.torch_internals import pytree
 
 FIX_STATE = "use an optimizer that keeps state element by element, such as SGD, AdamW or Adagrad"

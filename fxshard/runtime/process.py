@@ -13,6 +13,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from fxshard.errors import DistributedError, MeshError
 from fxshard.mesh import Mesh
 from fxshard.runtime.collectives import Axis, ProcessAxisGroup
+from fxshard.runtime.devices import process_device, random_state, set_random_state
 from fxshard.runtime.faults import guarded
 from fxshard.torch_internals import default_timeout_s
 
@@ -105,16 +106,12 @@ _CHUNK, _ODD = 1 << 18, 0x9E3779B97F4A7C2
 """How much is summed at a time, which bounds the memory it takes; and what spreads the factors of places."""
 
 
-def share_random_state(mesh: Mesh) -> None:
+def share_random_state(mesh: Mesh, device: torch.device) -> None:
     """Gives every rank the random state of rank 0, so that what all draw is equal."""
     if mesh.world_size == 1:
         return
-    cuda = torch.cuda.is_available() and "nccl" in dist.get_backend()
-    state = torch.cuda.get_rng_state() if cuda else torch.get_rng_state()
-    shared = state.to("cuda") if cuda else state
+    state = random_state(device)
+    shared = torch.cat(state).to(process_device())
     with guarded(None, "broadcast", shared):
         dist.broadcast(shared, 0)
-    if cuda:
-        torch.cuda.set_rng_state(shared.cpu())
-    else:
-        torch.set_rng_state(shared)
+    set_random_state(device, shared.cpu().split([len(each) for each in state]))

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -17,6 +16,7 @@ from fxshard.errors import CheckpointError, DistributedError
 from fxshard.mesh import Mesh
 from fxshard.placement import REPLICATE, Placements
 from fxshard.runtime.collectives import Axis
+from fxshard.runtime.devices import target_device
 from fxshard.runtime.layout import Layout
 from fxshard.runtime.module import find
 from fxshard.runtime.parts import device_mesh_of, sharded
@@ -26,16 +26,6 @@ from fxshard.runtime.whole import fill_whole, stream_whole
 
 def _no_axes() -> Mapping[str, Axis]:
     raise DistributedError("a plain module has no mesh axes")
-
-
-def target_device(tensors: Iterable[torch.Tensor]) -> torch.device:
-    """Where the parts of a model belong: on this process's device, or, in one process, where its tensors are."""
-    if dist.is_available() and dist.is_initialized():
-        cuda = "nccl" in dist.get_backend()
-        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if cuda else torch.device("cpu")
-    default = torch.get_default_device()
-    otherwise = torch.device("cpu") if default.type == "meta" else default
-    return next((tensor.device for tensor in tensors if not tensor.is_meta), otherwise)
 
 
 @dataclass(frozen=True)

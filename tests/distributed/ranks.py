@@ -37,18 +37,20 @@ PRELOADED = [
 ]
 
 
-def launch(world: int, job: Callable[..., None], *args: Any) -> None:
-    """Runs ``job(*args)`` in ``world`` gloo ranks; raises what the first failing rank raised."""
+def launch(world: int, job: Callable[..., None], *args: Any, backend: str = "gloo") -> None:
+    """Runs ``job(*args)`` in ``world`` ranks; raises what the first failing rank raised."""
     with tempfile.TemporaryDirectory() as folder:  # no port that another test could want, too
-        arguments = (world, f"file://{folder}/rendezvous", job, args)
+        arguments = (world, f"file://{folder}/rendezvous", backend, job, args)
         multiprocessing.set_forkserver_preload(PRELOADED)
         mp.start_processes(_start, arguments, nprocs=world, start_method="forkserver")
 
 
-def _start(rank: int, world: int, where: str, job: Callable[..., None], args: tuple[Any, ...]) -> None:
+def _start(rank: int, world: int, where: str, backend: str, job: Callable[..., None], args: tuple[Any, ...]) -> None:
     torch.set_num_threads(1)
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
-    dist.init_process_group("gloo", init_method=where, rank=rank, world_size=world, timeout=timedelta(seconds=120))
+    if backend == "nccl":
+        torch.cuda.set_device(rank)
+    dist.init_process_group(backend, init_method=where, rank=rank, world_size=world, timeout=timedelta(seconds=120))
     torch.manual_seed(0)
     try:
         job(*args)
