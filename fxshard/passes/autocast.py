@@ -29,8 +29,8 @@ import torch
 from torch import fx
 from torch.fx.node import map_arg
 
+from fxshard.passes.effects import is_mutating
 from fxshard.passes.export import quiet
-from fxshard.passes.functionalize import is_mutating
 from fxshard.runtime.autocast import State, under_autocast, using
 from fxshard.torch_internals import HigherOrderOperator, OpOverload, TorchDispatchMode, has_kernel
 

@@ -20,8 +20,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from fxshard.passes.functionalize import is_mutating
-from fxshard.passes.normalize import is_effect
+from fxshard.passes.effects import is_effect, is_mutating, is_pure
 from fxshard.passes.typing import copy_graph, is_float
 from fxshard.runtime.collectives import chunk
 from fxshard.runtime.module import place
@@ -71,9 +70,9 @@ def _digest(value: torch.Tensor) -> str:
 def _values(graph: fx.Graph) -> dict[fx.Node, Any]:
     """The calls that depend on nothing but literals, and what each gives."""
     found: dict[fx.Node, Any] = {}
-    with torch.no_grad():
+    with torch.no_grad(), torch.device("cpu"):
         for node in graph.nodes:
-            if _is_pure(node) and all(n in found for n in node.all_input_nodes):
+            if _is_foldable(node) and all(n in found for n in node.all_input_nodes):
                 args, kwargs = fx.node.map_aggregate((node.args, node.kwargs), lambda x: _given(x, found))
                 found[node] = node.target(*args, **kwargs)
     return found
@@ -85,15 +84,12 @@ def _given(x: Any, found: dict[fx.Node, Any]) -> Any:
     return torch.device("cpu") if isinstance(x, torch.device) else x
 
 
-def _is_pure(node: fx.Node) -> bool:
-    """Whether a call gives one tensor of integers or booleans, of a size that is known, and always the same one."""
-    value = node.meta.get("val")
-    if node.op != "call_function" or not isinstance(node.target, OpOverload) or is_effect(node.target):
+def _is_foldable(node: fx.Node) -> bool:
+    """Whether a call gives one small tensor of integers or booleans, and always the same one."""
+    if not is_pure(node):
         return False
-    if not isinstance(value, torch.Tensor) or is_float(value) or "empty" in node.target._schema.name:
-        return False
-    sizes = [size for size in value.shape if not isinstance(size, int)]
-    return not sizes and value.numel() * value.element_size() <= LIMIT_BYTES
+    value = node.meta["val"]
+    return not is_float(value) and bool(value.numel() * value.element_size() <= LIMIT_BYTES)
 
 
 def _is_worth(node: fx.Node, values: dict[fx.Node, Any]) -> bool:

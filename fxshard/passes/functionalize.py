@@ -27,6 +27,7 @@ from torch import fx
 from torch.fx.node import map_arg
 
 from fxshard.errors import CaptureError
+from fxshard.passes.effects import is_mutating
 from fxshard.passes.origins import module_of, source_of
 from fxshard.torch_internals import Graph, HigherOrderOperator, OpOverload
 
@@ -35,7 +36,6 @@ __all__ = [
     "functionalize_graph",
     "infer_value",
     "is_inert_dropout",
-    "is_mutating",
     "nested_graphs",
     "same_shape",
 ]
@@ -74,15 +74,6 @@ def functionalize_graph(graph: fx.Graph, root: torch.nn.Module) -> fx.Graph:
     if not any(node.op == "call_function" and _needs_work(node) for node in graph.nodes):
         return graph
     return _Functionalizer(graph, root).run()
-
-
-@functools.cache
-def is_mutating(target: Any) -> bool:
-    """Say whether the schema of an operator writes to an operand, or changes its shape in place."""
-    schema = getattr(target, "_schema", None)
-    return schema is not None and any(
-        argument.alias_info is not None and argument.alias_info.is_write for argument in schema.arguments
-    )
 
 
 def is_inert_dropout(node: fx.Node) -> bool:

@@ -36,14 +36,15 @@ from fxshard.passes.autocast import (
     stay_under_autocast,
     with_occurrences,
 )
+from fxshard.passes.effects import is_effect, is_mutating
 from fxshard.passes.functionalize import (
     functionalize_graph,
     infer_value,
     is_inert_dropout,
-    is_mutating,
     nested_graphs,
     same_shape,
 )
+from fxshard.passes.masks import read_masks
 from fxshard.runtime.autocast import State, entered
 from fxshard.torch_internals import EXIT_AUTOCAST, MODE_MARKS, SET_GRAD, Graph, LazyGraphModule, OpOverload
 
@@ -119,14 +120,6 @@ def _kind(target: Any) -> str:
     name = target._schema.name.removeprefix("aten::")
     kinds = {"guard": _GUARDS, "identity": _IDENTITIES, "dropout": _DROPOUTS, "bias": {"linear", "addmm"}}
     return next((kind for kind, names in kinds.items() if name in names), "detach_" if name == "detach_" else "")
-
-
-@functools.cache
-def is_effect(target: Any) -> bool:
-    """Say whether a node must stay though nobody reads it: it writes, draws random numbers, or returns nothing."""
-    if not isinstance(target, OpOverload):
-        return False
-    return is_mutating(target) or torch.Tag.nondeterministic_seeded in target.tags or not target._schema.returns
 
 
 @dataclass(frozen=True)
@@ -289,6 +282,7 @@ def _simplify(graph: fx.Graph, root: fx.GraphModule) -> None:
             _split_bias(graph, node)
         elif kind == "like":
             _name_sizes(graph, node)
+    read_masks(graph)
     for node in reversed(graph.nodes):
         if not node.users and node.op in ("call_function", "get_attr") and not _has_effect(node, root):
             graph.erase_node(node)

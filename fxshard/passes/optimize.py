@@ -20,7 +20,7 @@ from __future__ import annotations
 import torch
 from torch import fx
 
-from fxshard.passes.normalize import is_effect
+from fxshard.passes.effects import is_effect
 from fxshard.passes.reduce_in_place import reduce_in_place, reduces_in_place
 from fxshard.passes.typing import copy_graph, info_of, set_info
 from fxshard.passes.weights import convert_weights, converts_weights

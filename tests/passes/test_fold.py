@@ -26,7 +26,7 @@ class Masked(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         at = torch.arange(x.shape[1])
-        mask = (at.unsqueeze(0) <= at.unsqueeze(1)).expand(x.shape[0], 2, -1, -1)
+        mask = (at.unsqueeze(0) <= at.unsqueeze(1) + 1).expand(x.shape[0], 2, -1, -1)
         q = self.q(x).unflatten(-1, (2, 4)).transpose(1, 2)
         return self.o(F.scaled_dot_product_attention(q, q, q, mask).transpose(1, 2).flatten(2))
 
