@@ -52,6 +52,10 @@ class VerifyReport:
     first_divergence: str | None
     rows: tuple[tuple[str, str, float, bool], ...] = field(repr=False, default=())
 
+    def __bool__(self) -> bool:
+        """As ``ok``: ``assert fxshard.verify(program, x)`` says what it seems to."""
+        return self.ok
+
     def __str__(self) -> str:
         worst = sorted(self.rows, key=lambda row: (row[3], -row[2]))[:10]
         shown = [(name, shape, f"{error:.1e}", "equal" if ok else "DIFFERENT") for name, shape, error, ok in worst]

@@ -14,13 +14,12 @@ from fxshard.codegen.anew import call_of
 from fxshard.codegen.classes import Class, Classes
 from fxshard.codegen.freeing import deaths
 from fxshard.codegen.members import Members
-from fxshard.codegen.naming import Scope, hint, identifier, operator_name, source_line, trace_of, user_names
+from fxshard.codegen.naming import PASSED_ON, Scope, hint, identifier, operator_name, source_line, trace_of, user_names
 from fxshard.codegen.regions import Region, is_empty
 from fxshard.codegen.spelling import literal, spell
 from fxshard.codegen.text import WIDTH, statement, summarize
 from fxshard.codegen.types import describe_local
 from fxshard.mesh import Mesh
-from fxshard.passes.insert_collectives import CONVERSIONS
 from fxshard.passes.origins import module_of
 from fxshard.passes.typing import is_float
 
@@ -88,7 +87,7 @@ class Body:
         self.ends = {
             trace_of(item): item
             for item in self.region.items
-            if isinstance(item, fx.Node) and item.target not in CONVERSIONS
+            if isinstance(item, fx.Node) and item.target not in PASSED_ON
         }
         for at, item in enumerate(self.region.items):
             for node in item.inputs if isinstance(item, Region) else item.all_input_nodes:
@@ -158,7 +157,7 @@ class Body:
             yield from statement(8, code, self._comment(node))
             return
         wishes = list(self._wishes(node))
-        name = self._give(node, [*wishes, *self._fallbacks(node, at)] if node.target not in CONVERSIONS else wishes, at)
+        name = self._give(node, [*wishes, *self._fallbacks(node, at)] if node.target not in PASSED_ON else wishes, at)
         if name not in wishes:
             self.nameless.add(node)
         yield from statement(8, f"{name} = {code}", self._comment(node))
@@ -166,7 +165,7 @@ class Body:
     def _source(self, node: fx.Node) -> Iterator[str]:
         """The user's line, above the first statement that comes from it."""
         where, code, _ = source_line(trace_of(node))
-        if where and where != self.source and node.target not in CONVERSIONS:
+        if where and where != self.source and node.target not in PASSED_ON:
             self.source = where
             yield f"        # {where}: {code}"[:120].rstrip()
 
@@ -182,7 +181,7 @@ class Body:
         """Names for a node's result, best first: the user's for a line's result, the leaf module's, the user's."""
         names = user_names(node)
         yield from self._entered(node)
-        if node.target in CONVERSIONS:
+        if node.target in PASSED_ON:
             source = node.args[0]
             if self.scope.names.get(source):
                 yield self.scope.names[source]

@@ -15,6 +15,8 @@ from torch import fx
 
 from fxshard.passes.fold import PREFIX
 from fxshard.passes.insert_collectives import CONVERSIONS
+from fxshard.passes.under_way import BEGIN
+from fxshard.runtime import under_way
 from fxshard.torch_internals import OpOverload
 
 _TORCH_DIR = str(Path(torch.__file__).parent)
@@ -41,6 +43,9 @@ OPERATOR_NAMES = {
     "linear_reduce_scatter": "linear",
 }
 """What a result is called, where the operator's own name says little or is a name of Python's."""
+
+PASSED_ON = {*CONVERSIONS, *BEGIN.values(), under_way.wait}
+"""Calls whose result is called as what they are given: they communicate it."""
 
 RESERVED = frozenset(keyword.kwlist) | frozenset(keyword.softkwlist) | frozenset(dir(builtins))
 
@@ -101,7 +106,7 @@ def hint(node: fx.Node) -> str:
     if node.op == "get_attr":
         names = user_names(node) if str(node.target).startswith(PREFIX) else ()
         return names[0] if len(names) == 1 else identifier("_".join(str(node.target).split(".")[-2:]))
-    if node.target in CONVERSIONS and isinstance(node.args[0], fx.Node):
+    if node.target in PASSED_ON and isinstance(node.args[0], fx.Node):
         return hint(node.args[0])
     names = user_names(node)
     if len(names) == 1:

@@ -15,8 +15,9 @@ from torch import fx
 
 from fxshard.codegen.text import attribute
 from fxshard.passes.insert_collectives import CONVERSIONS
+from fxshard.passes.under_way import BEGIN
 from fxshard.rules.recipe import is_tensor
-from fxshard.runtime import collectives, groups, overlap, ring
+from fxshard.runtime import collectives, groups, overlap, ring, under_way
 from fxshard.torch_internals import HigherOrderOperator, OpOverload
 
 aten = torch.ops.aten
@@ -81,8 +82,11 @@ LIMITS = {aten.to.dtype: 2, aten.softmax.int: 2, aten.contiguous.default: 1}
 
 REDUCTIONS = {aten.mean.dim: "mean", aten.sum.dim_IntList: "sum", aten.amax.default: "amax", aten.amin.default: "amin"}
 
-OURS = {module.__name__: module for module in (collectives, groups, overlap, ring)}
+OURS = {module.__name__: module for module in (collectives, groups, overlap, ring, under_way)}
 """The modules whose functions generated code imports by name."""
+
+NAMED = {*CONVERSIONS, *BEGIN.values()} - {collectives.all_to_all, under_way.begin_all_to_all}
+"""Calls whose arguments behind the value and the axis are named."""
 
 _USELESS = {"pin_memory": False, "layout": None, "dtype": None, "device": None, "memory_format": None}
 
@@ -129,7 +133,7 @@ def _called(function: str, args: Sequence[Any], kwargs: Mapping[str, Any], text:
 
 def _ours(target: Any, args: Sequence[Any], kwargs: Mapping[str, Any], text: Text) -> str:
     texts = list(map(text, args))
-    if target in CONVERSIONS and target is not collectives.all_to_all:
+    if target in NAMED:
         names = target.__code__.co_varnames[: target.__code__.co_argcount]
         texts[2 : len(names)] = [f"{name}={texts[i]}" for i, name in enumerate(names) if 2 <= i < len(args)]
     texts += [f"{name}={text(value)}" for name, value in kwargs.items()]

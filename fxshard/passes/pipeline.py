@@ -29,6 +29,7 @@ from fxshard.passes.overlap import bring_together, edges, length_of, overlap
 from fxshard.passes.propagate import propagate
 from fxshard.passes.recompute import recompute
 from fxshard.passes.typing import has_info, info_of, values_of
+from fxshard.passes.under_way import under_way
 from fxshard.passes.weights import Packed, packs_of
 from fxshard.placement import Placements, cut_of, is_uneven
 from fxshard.plan.plan import Plan
@@ -111,10 +112,10 @@ class Compiled:
         return self._graphs[rank]
 
     def written_for(self, rank: int) -> fx.Graph:
-        """The program of ``rank`` as its code is written: with products beside their collectives, if it asks so."""
-        if self.edges:
-            return overlap(self.graph, self.options.overlap)
-        return self.graph_for(rank)
+        """The program of ``rank`` as its code is written: with what runs beside collectives."""
+        if self.is_uneven:  # one rank may have nothing to compute where another has
+            return self.graph_for(rank)
+        return under_way(overlap(self.graph, self.options.overlap) if self.edges else self.graph)
 
     @cached_property
     def edges(self) -> Mapping[fx.Node, int]:

@@ -312,13 +312,13 @@ class ProcessAxisGroup:
         """See ``Group.run``."""
         if not is_recorded(x):
             return x if name == "identity" else self.raw(name, x, inplace, dim)
-        if inplace and name == "all_reduce" and self._sums_in_place(x):
+        if inplace and name == "all_reduce" and self.sums_in_place(x):
             self.raw(name, x.detach(), inplace)  # behind autograd's back: the gradient of the sum is that of x
             return x
         out: torch.Tensor = record(_Collective, x, self, name, backward, inplace, dim)
         return out
 
-    def _sums_in_place(self, x: torch.Tensor) -> bool:
+    def sums_in_place(self, x: torch.Tensor) -> bool:
         """Whether ``x`` can be overwritten with its sum, if it may be."""
         return self.reduce_dtype is None and x.is_contiguous()
 
@@ -357,6 +357,9 @@ class ProcessAxisGroup:
             elif name == "all_gather":
                 out = wide.new_empty((wide.shape[0] * self.size, *wide.shape[1:]))
                 work = dist.all_gather_single(out, wide, group=self.group, async_op=True)
+            elif name == "all_to_all":
+                out = torch.empty_like(wide)
+                work = dist.all_to_all_single(out, wide, group=self.group, async_op=True)
             else:
                 out = wide.new_empty((wide.shape[0] // self.size, *wide.shape[1:]))
                 work = dist.reduce_scatter_single(out, wide, group=self.group, async_op=True)

@@ -33,7 +33,8 @@ def counted() -> Iterator[Calls]:
 
     def counting(name: str) -> Callable[..., Any]:
         def call(*tensors: torch.Tensor, **kwargs: Any) -> Any:
-            calls[COUNTED[name], max(t.numel() * t.element_size() for t in tensors)] += 1
+            parts = dist.get_world_size(kwargs.get("group")) if name == "all_to_all_single" else 1
+            calls[COUNTED[name], parts * max(t.numel() * t.element_size() for t in tensors)] += 1
             return kept[name](*tensors, **kwargs)
 
         return call
