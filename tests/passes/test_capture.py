@@ -457,7 +457,8 @@ class Noisy(nn.Module):
         return x + noise.exp()
 
 
-def test_distributions_validate_again_after_the_capture() -> None:
+def test_distributions_validate_again_after_the_capture(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.distributions.Distribution, "_validate_args", True)  # dynamo leaves it off
     captured, x = capture(Noisy(), (torch.randn(2, 4),)), torch.randn(2, 4)
     torch.manual_seed(1)
     expected = Noisy()(x)
