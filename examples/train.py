@@ -79,7 +79,7 @@ def start_process() -> torch.device:
     return device
 
 
-def batches(count: int, length: int, step: int, held_out: bool = False) -> tuple[Tensor, Tensor]:
+def batches(count: int, length: int, step: int, device: torch.device, held_out: bool = False) -> tuple[Tensor, Tensor]:
     """The batch of a step, the same on every rank: i64[count, length], and what follows each byte."""
     text = torch.frombuffer(bytearray("\n".join(topics.values()).encode()), dtype=torch.uint8).long()
     cut = len(text) * 9 // 10
@@ -87,7 +87,7 @@ def batches(count: int, length: int, step: int, held_out: bool = False) -> tuple
     generator = torch.Generator().manual_seed(step)
     starts = torch.randint(len(part) - length, (count,), generator=generator).tolist()
     rows = torch.stack([part[start : start + length + 1] for start in starts])
-    return rows[:, :-1], rows[:, 1:]
+    return rows[:, :-1].to(device), rows[:, 1:].to(device)
 
 
 def rate(step: int, steps: int, warmup: int = 20) -> float:
@@ -129,10 +129,10 @@ def train(
     world = dist.get_world_size() if dist.is_initialized() else 1
     is_first_rank = not dist.is_initialized() or dist.get_rank() == 0
     torch.manual_seed(0)  # the same weights on every rank
-    model = LanguageModel(width, layers, length)
+    model = LanguageModel(width, layers, length).to(device)
     anew = "gpt2.transformer.h.*" if checkpoint else ()
     asked = read_plan(plan or f"dp{world}")
-    example = batches(batch, length, 0)
+    example = batches(batch, length, 0, device)
     with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
         program = fxshard.parallelize(model, asked, example, checkpoint=anew)
     del model  # this rank needs its parts only
@@ -145,7 +145,7 @@ def train(
         schedule.load_state_dict(found.extra["schedule"])
 
     def loss_of(step: int, held_out: bool = False) -> Tensor:
-        ids, targets = batches(batch, length, step, held_out)
+        ids, targets = batches(batch, length, step, device, held_out)
         with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
             loss: Tensor = program(ids, targets)
         return loss

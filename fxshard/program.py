@@ -123,13 +123,16 @@ class ParallelModule(nn.Module):
         if key not in self._captures:
             shapes = None if exact else self._dynamic_shapes
 
+            device = target_device(()) if self._device.type == "meta" else self._device
+            is_there = all(t.device.type == device.type for _, t in self._tensors())
+
             def check(made: Captured) -> None:
-                if self._original.has_values:
+                if self._original.has_values and (is_there or not ambient()):
                     check_fidelity(model, made, args, kwargs)
 
             kept = self._cache if shapes is None else None
-            make = partial(capture, model, args, kwargs, dynamic_shapes=shapes)
-            captured, seconds = cached(kept, model, args, kwargs, make, check)
+            make = partial(capture, model, args, kwargs, dynamic_shapes=shapes, device=device)
+            captured, seconds = cached(kept, model, args, kwargs, device, make, check)
             settled = self._latest is not None
             if settled:  # a rank's module holds the constants of all captures
                 number_constants(captured, len(self._captures), self._placements)

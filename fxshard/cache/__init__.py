@@ -17,6 +17,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from fxshard.cache.key import files_as_they_were, files_loaded, key_of
@@ -34,6 +35,7 @@ def cached(
     model: nn.Module,
     args: tuple[Any, ...],
     kwargs: Mapping[str, Any],
+    device: torch.device,
     make: Callable[[], Captured],
     check: Callable[[Captured], None],
 ) -> tuple[Captured, float]:
@@ -44,6 +46,7 @@ def cached(
         model: what is captured.
         args: its inputs.
         kwargs: likewise, by name.
+        device: where the program will run.
         make: captures it.
         check: raises ``CaptureError`` where a capture computes something else than the model.
     """
@@ -51,7 +54,7 @@ def cached(
     key = ""
     if folder is not None:
         try:
-            key = key_of(model, args, kwargs)
+            key = key_of(model, args, kwargs, device)
         except NotStorable as error:
             _tell(model, folder, error)
     found = find(folder, key, model) if folder is not None and key else None

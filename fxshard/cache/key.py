@@ -38,8 +38,8 @@ _PLAIN = (
 )  # fmt: skip
 
 
-def key_of(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> str:
-    """The key of a capture of ``model`` with these inputs, a hexadecimal number.
+def key_of(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], device: torch.device) -> str:
+    """The key of a capture of ``model`` with these inputs, for a device; a hexadecimal number.
 
     Raises:
         NotStorable: where the model holds what cannot be told from another such thing in another process.
@@ -50,9 +50,8 @@ def key_of(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -
     told.add("model", model)
     told.add("functional", [f for _, f in sorted(vars(nn.functional).items()) if isinstance(f, types.FunctionType)])
     told.add("versions", sys.version, torch.__version__, torch.version.git_version, _own_code())
-    told.add(
-        "state", torch.get_default_dtype(), torch.get_default_device(), torch.are_deterministic_algorithms_enabled()
-    )
+    told.add("device", device.type, torch.get_default_device())
+    told.add("state", torch.get_default_dtype(), torch.are_deterministic_algorithms_enabled())
     return told.digest()
 
 

@@ -22,7 +22,6 @@ import torch
 from torch import nn
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
-from torch.distributed.checkpoint.metadata import Metadata
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 
@@ -115,8 +114,8 @@ def save_checkpoint(
     if own:  # of rank 0 alone
         state[OWN] = {"run": own[0]}
     with _errors(f"cannot write the checkpoint {partial}"):
-        metadata = save(state, storage_writer=FileSystemWriter(partial, single_file_per_rank=True))
-    return on_first_rank(lambda: _finish(partial, metadata, keep))
+        save(state, storage_writer=FileSystemWriter(partial, single_file_per_rank=True))
+    return on_first_rank(lambda: _finish(partial, keep))
 
 
 def load_checkpoint(
@@ -185,9 +184,9 @@ def _errors(what: str) -> Iterator[None]:
         raise CheckpointError(f"{what}: {error}") from error
 
 
-def _finish(partial: Path, metadata: Metadata, keep: int | None) -> Path:
+def _finish(partial: Path, keep: int | None) -> Path:
     """Completes a checkpoint, if every file of it is there."""
-    for stored in metadata.storage_data.values():
+    for stored in FileSystemReader(partial).read_metadata().storage_data.values():
         path = partial / stored.relative_path
         if not path.is_file() or path.stat().st_size < stored.offset + stored.length:
             raise CheckpointError(

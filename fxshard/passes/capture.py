@@ -121,6 +121,7 @@ def capture(
     kwargs: Mapping[str, Any] | None = None,
     *,
     dynamic_shapes: Any = None,
+    device: torch.device | None = None,
 ) -> Captured:
     """Capture ``model`` as it computes on these inputs, in its present training mode.
 
@@ -129,6 +130,8 @@ def capture(
         args: example positional inputs.
         kwargs: example keyword inputs.
         dynamic_shapes: sizes that may differ at run time, as ``torch.export.export`` takes them.
+        device: where the program will run. Under autocast the model is captured as if it were there: what autocast
+            does depends on the device, and on meta it does nothing.
 
     Raises:
         CaptureError: the model cannot be exported, or its export would not compute what the model computes.
@@ -144,7 +147,7 @@ def capture(
     leaves, in_spec = flatten(tree)
     shapes = named_dynamic_shapes(dynamic_shapes, signature, args, kwargs or {}, tree)
     outputs = Outputs()
-    program = export(model, tree, shapes, outputs)
+    program = export(model, tree, shapes, outputs, _seen_on(model, device))
     guards = guards_of(program)
     graph_module, placeholders, aliases = _flat_graph(model, program, outputs)
     if has_meta(model):
@@ -167,6 +170,14 @@ def capture(
         signature=signature,
         autocast=ambient(),
     )
+
+
+def _seen_on(model: nn.Module, device: torch.device | None) -> torch.device | None:
+    """The device on which export is to see the model; None where it is."""
+    kinds = {tensor.device.type for tensor in (*model.parameters(), *model.buffers())}
+    if device is not None and ambient() and kinds - {device.type}:
+        return device
+    return torch.device("meta") if "meta" in kinds else None
 
 
 def number_constants(captured: Captured, number: int, names: Container[str]) -> None:

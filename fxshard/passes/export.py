@@ -78,15 +78,25 @@ def _hides_tensors(value: Any) -> bool:
     return any(isinstance(item, torch.Tensor) for item in getattr(value, "__dict__", {}).values())
 
 
-def export(model: nn.Module, tree: Any, shapes: Any, outputs: Outputs) -> torch.export.ExportedProgram:
-    """Run torch.export, with every error turned into one of ours, and all global state put back."""
-    args, kwargs = _distinct(tree, on_meta=has_meta(model))
+def export(
+    model: nn.Module, tree: Any, shapes: Any, outputs: Outputs, device: torch.device | None
+) -> torch.export.ExportedProgram:
+    """Run torch.export, with every error turned into one of ours, and all global state put back.
+
+    Args:
+        model: the model.
+        tree: its inputs.
+        shapes: as ``torch.export`` takes them.
+        outputs: what the model returns goes there, too.
+        device: where the model and its inputs are shown to export; None where they are.
+    """
+    args, kwargs = _distinct(tree, device)
     handle = model.register_forward_hook(outputs)
     drawn = random.getstate()
     try:
         with (
             quiet(),
-            _uniform_device(model),
+            _seen_on(model, device),
             _whole_functions(model),
             marked(),
             _flat_regions(),
@@ -111,16 +121,16 @@ def export(model: nn.Module, tree: Any, shapes: Any, outputs: Outputs) -> torch.
     return program
 
 
-def _distinct(tree: Any, *, on_meta: bool) -> Any:
+def _distinct(tree: Any, device: torch.device | None) -> Any:
     """Make every tensor an object of its own: export takes two inputs that are one tensor for one input."""
-    seen: set[int] = set()
+    met: set[int] = set()
 
     def own(tensor: torch.Tensor) -> torch.Tensor:
-        if on_meta and not tensor.is_meta:
-            return _to_meta(tensor)
-        if id(tensor) in seen:
+        if device is not None and tensor.device != device:
+            return _stand_in(tensor, device)
+        if id(tensor) in met:
             return tensor.detach().requires_grad_(tensor.requires_grad)
-        seen.add(id(tensor))
+        met.add(id(tensor))
         return tensor
 
     return pytree.tree_map_only(torch.Tensor, own, tree)
@@ -154,14 +164,19 @@ def has_meta(model: nn.Module) -> bool:
     return any(tensor.is_meta for tensor in (*model.parameters(), *model.buffers()))
 
 
-def _to_meta(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor if tensor.is_meta else tensor.detach().to("meta").requires_grad_(tensor.requires_grad)
+def _stand_in(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """A tensor like another one, on a device, without memory."""
+    like = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=device)
+    if not like.is_meta:
+        like.untyped_storage().resize_(0)
+    parameter = isinstance(tensor, nn.Parameter)
+    return nn.Parameter(like, tensor.requires_grad) if parameter else like.requires_grad_(tensor.requires_grad)
 
 
 @contextlib.contextmanager
-def _uniform_device(model: nn.Module) -> Iterator[None]:
-    """Of a model that is partly on meta, show export the rest on meta as well: no operator takes a mixture."""
-    if not has_meta(model):
+def _seen_on(model: nn.Module, device: torch.device | None) -> Iterator[None]:
+    """Show export all tensors of the model on one device: no operator takes a mixture. None: as they are."""
+    if device is None:
         yield
         return
     swapped: list[tuple[dict[str, Any], str, torch.Tensor]] = []
@@ -169,9 +184,9 @@ def _uniform_device(model: nn.Module) -> Iterator[None]:
         tables: tuple[dict[str, Any], ...] = (module._parameters, module._buffers)
         for table in tables:
             for name, tensor in table.items():
-                if tensor is not None and not tensor.is_meta:
+                if tensor is not None and tensor.device != device:
                     swapped.append((table, name, tensor))
-    stand_ins = {id(tensor): _like(tensor) for _, _, tensor in swapped}
+    stand_ins = {id(tensor): _stand_in(tensor, device) for _, _, tensor in swapped}
     try:
         for table, name, tensor in swapped:
             table[name] = stand_ins[id(tensor)]
@@ -179,11 +194,6 @@ def _uniform_device(model: nn.Module) -> Iterator[None]:
     finally:
         for table, name, tensor in swapped:
             table[name] = tensor
-
-
-def _like(tensor: torch.Tensor) -> torch.Tensor:
-    meta = _to_meta(tensor)
-    return nn.Parameter(meta.detach(), tensor.requires_grad) if isinstance(tensor, nn.Parameter) else meta
 
 
 @contextlib.contextmanager

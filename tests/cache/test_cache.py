@@ -24,6 +24,7 @@ from fxshard.passes.capture import Captured, capture
 from fxshard.passes.fidelity import check_fidelity
 from tests.models.zoo import MODELS, build
 
+CPU = torch.device("cpu")
 PLAN = fxshard.tensor_parallel(2)
 
 
@@ -91,8 +92,10 @@ def test_the_environment_may_name_the_folder(tmp_path: Path, monkeypatch: pytest
 def keys_in_a_process(seed: str) -> list[str]:
     code = (
         "import torch\nfrom fxshard.cache.key import key_of\nfrom tests.cache.test_cache import Net\n"
-        "from tests.models.zoo import MODELS, build\nprint(key_of(Net(), (torch.ones(4, 8),), {}))\n"
-        "for name in MODELS:\n    model, inputs = build(name, torch.float32)\n    print(key_of(model, (), inputs))\n"
+        "from tests.models.zoo import MODELS, build\ncpu = torch.device('cpu')\n"
+        "print(key_of(Net(), (torch.ones(4, 8),), {}, cpu))\n"
+        "for name in MODELS:\n    model, inputs = build(name, torch.float32)\n"
+        "    print(key_of(model, (), inputs, cpu))\n"
     )
     environment = {**os.environ, "PYTHONHASHSEED": seed}
     done = subprocess.run((sys.executable, "-c", code), env=environment, capture_output=True, text=True, check=True)
@@ -179,10 +182,10 @@ def test_the_key_tells_what_changed(
     change: Callable[[Net, pytest.MonkeyPatch], None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     x = torch.randn(4, 8)
-    before = key.key_of(Net(), (x,), {})
+    before = key.key_of(Net(), (x,), {}, CPU)
     model = Net()
     change(model, monkeypatch)
-    assert key.key_of(model, (x,), {}) != before
+    assert key.key_of(model, (x,), {}, CPU) != before
 
 
 @pytest.mark.parametrize(
@@ -197,12 +200,17 @@ def test_the_key_tells_what_changed(
     ],
 )
 def test_the_key_tells_other_inputs(args: Any, kwargs: Any) -> None:
-    assert key.key_of(Net(), args, kwargs) != key.key_of(Net(), (torch.randn(4, 8),), {})
+    assert key.key_of(Net(), args, kwargs, CPU) != key.key_of(Net(), (torch.randn(4, 8),), {}, CPU)
+
+
+def test_the_key_tells_the_device() -> None:
+    args = (torch.randn(4, 8),)
+    assert key.key_of(Net(), args, {}, torch.device("cuda", 0)) != key.key_of(Net(), args, {}, CPU)
 
 
 def test_weights_of_other_values_are_the_same() -> None:
     x = torch.randn(4, 8)
-    assert key.key_of(Net(), (x,), {}) == key.key_of(Net(), (x + 1,), {})
+    assert key.key_of(Net(), (x,), {}, CPU) == key.key_of(Net(), (x + 1,), {}, CPU)
 
 
 def test_an_edited_file_is_captured_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -55,3 +55,19 @@ def what_the_user_keeps_stays(plan: str) -> None:
     model.config.use_cache = False
     assert "past_key_values" not in program(**sized("llama", 2, 8))
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+
+
+def autocast_after_the_model_is_gone(plan: str) -> None:
+    """A capture of a model whose weights are gone casts as one of a model that has them does."""
+    kept, inputs = build("llama", torch.float32)
+    inputs["use_cache"] = False
+    model = copy.deepcopy(kept)
+    program = fxshard.parallelize(model, preset(plan))
+    program(**inputs)
+    del model
+    gc.collect()
+    with torch.autocast("cpu", torch.bfloat16):
+        found, want = program(**inputs).logits, kept(**inputs).logits
+    assert found.dtype == want.dtype == torch.bfloat16
+    torch.testing.assert_close(found, want, rtol=5e-2, atol=5e-2)
+    assert (found.float() - program(**inputs).logits).abs().max() > 1e-4, "nothing was rounded"

@@ -33,3 +33,4 @@ def test_a_rank_holds_its_share_of_parameters_and_optimizer_states() -> None:
 def test_a_rank_lets_the_model_go(plan: str) -> None:
     launch(2, letting_go.a_rank_lets_the_model_go, plan)
     launch(2, letting_go.what_the_user_keeps_stays, plan)
+    launch(2, letting_go.autocast_after_the_model_is_gone, plan)
