@@ -119,13 +119,24 @@ def _shared(node: fx.Node) -> fx.Node | None:
 # --- what is known of a value --------------------------------------------------------------------------------------
 
 
-def _known(node: fx.Node, found: dict[fx.Node, Known]) -> Known:
-    """A value that depends on no input and no weight: itself, or where it is large, what it allows; or None."""
-    if node not in found:
-        operands = {n: _known(n, found) for n in node.all_input_nodes} if is_pure(node) else {}
+def _known(mask: fx.Node, found: dict[fx.Node, Known]) -> Known:
+    """A value that depends on no input and no weight: itself, or where it is large, what it allows; or None.
+
+    Args:
+        mask: the value.
+        found: what is known already; added to.
+    """
+    behind, latest = {mask}, [mask]
+    while latest:
+        node = latest.pop()
+        new = [n for n in node.all_input_nodes if n not in behind and n not in found] if is_pure(node) else []
+        behind.update(new)
+        latest += new
+    for node in sorted(behind - found.keys()):
+        operands = {n: found.get(n) for n in node.all_input_nodes}
         is_known = is_pure(node) and all(each is not None for each in operands.values())
         found[node] = _result(node, operands) if is_known else None
-    return found[node]
+    return found[mask]
 
 
 def _result(node: fx.Node, operands: dict[fx.Node, Known]) -> Known:

@@ -130,6 +130,16 @@ def test_what_is_not_of_literals_stays() -> None:
     assert len(attention_of(Given(), torch.randn(2, 8, 16)).args) == 4
 
 
+def test_a_mask_that_the_model_computes_may_come_from_far() -> None:
+    class Deep(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            for _ in range(1200):
+                x = x.sin()
+            return F.scaled_dot_product_attention(x, x, x, attn_mask=x @ x.mT > 0)
+
+    assert len(attention_of(Deep(), torch.randn(2, 8, 16)).args) == 4
+
+
 @pytest.mark.parametrize("queries", [7, 9])
 def test_not_as_many_queries_as_keys(queries: int) -> None:
     class Cross(nn.Module):
