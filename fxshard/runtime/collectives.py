@@ -491,7 +491,10 @@ def draw_apart(operator: str, arguments: list[Any], options: dict[str, Any], *ax
     given = (x.device if isinstance(x, torch.Tensor) else x for x in (*arguments, *options.values()))
     devices = {each for each in given if isinstance(each, torch.device) and each.type == "cuda"}
     with torch.random.fork_rng(devices):
-        torch.manual_seed(seed)
+        torch.default_generator.manual_seed(seed)  # torch.manual_seed would seed other devices too
+        for device in devices:
+            with torch.cuda.device(device):
+                torch.cuda.manual_seed(seed)
         return operator_named(operator)(*arguments, **options)
 
 

@@ -49,6 +49,7 @@ def test_sizes_that_nothing_divides(run: Run, tmp_path: Path) -> None:
     matrix(run, tmp_path, "tp2_dp2", "tp4", "dp4", "zero4")
 
 
+@pytest.mark.slow
 def test_state_dicts_and_optimizers_of_four_ranks(tmp_path: Path) -> None:
     ranks.launch(4, state_dicts.every_kind, str(tmp_path))
 

@@ -155,6 +155,7 @@ def environment(**more: str) -> dict[str, str]:
     return {**os.environ, "PYTHONPATH": root, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo", **more}
 
 
+@pytest.mark.slow
 def test_torchrun_restarts_from_the_last_checkpoint(tmp_path: Path) -> None:
     """Without the variable, gloo itself may read the addresses of the ranks that died: pytorch/pytorch#135712."""
     options = ["--standalone", "--nproc-per-node", "2", "--max-restarts", "1"]

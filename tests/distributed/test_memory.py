@@ -29,7 +29,8 @@ def test_a_rank_holds_its_share_of_parameters_and_optimizer_states() -> None:
         assert grown < 1.15 / 4 * single_grown  # activations, gradients and the buffers of the backend are in it
 
 
-@pytest.mark.parametrize("plan", ["tp2", pytest.param("zero2", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("plan", ["tp2", "zero2"])
 def test_a_rank_lets_the_model_go(plan: str) -> None:
     launch(2, letting_go.a_rank_lets_the_model_go, plan)
     launch(2, letting_go.what_the_user_keeps_stays, plan)

@@ -20,6 +20,7 @@ def test_checkpointed_calls_communicate_no_more_than_they_say() -> None:
     launch(2, overlapping.programs, [("llama", "tp2"), ("llama", "sp2")], "model.layers.*")
 
 
+@pytest.mark.slow
 def test_products_beside_collectives_go_with_the_other_options() -> None:
     launch(2, overlapping.around)
 

@@ -15,10 +15,12 @@ def test_gradients_are_those_without() -> None:
     launch(2, recomputing.transformers_models, ["tp2", "sp2", "dp2"], "llama", 2.0, (False,))
 
 
+@pytest.mark.slow
 def test_ranks_that_hold_nothing_take_part() -> None:
     launch(4, recomputing.ranks_that_hold_nothing, [("llama_3_heads", "tp4")])
 
 
+@pytest.mark.slow
 def test_a_rank_that_keeps_nothing_takes_part() -> None:
     launch(4, recomputing.narrow_layers)
 

@@ -14,15 +14,10 @@ import fxshard
 from fxshard.errors import CaptureError, InputError
 from tests.helpers import problems_of, run_original, run_simulated
 from tests.models.zoo import MODELS, build, dynamic, ids, images, padding, sized
-from tests.presets import presets
+from tests.presets import each_plan, presets
 
 PLANS = presets("tp2", "dp2", "sp2", "dp2_tp2", "dp2_sp2", "tp4", "sp4", "dp4")
 each_model = pytest.mark.parametrize("name", MODELS)
-
-
-def some_plans(*fast: str) -> pytest.MarkDecorator:
-    marked = [plan if plan in fast else pytest.param(plan, marks=pytest.mark.slow) for plan in PLANS]
-    return pytest.mark.parametrize("plan", marked)
 
 
 def compiled(name: str, plan: str) -> fxshard.ParallelModule:
@@ -38,7 +33,7 @@ def check(program: fxshard.ParallelModule, name: str, batch: int, length: int) -
     return len(program._captures)
 
 
-@some_plans("tp2", "dp2_tp2")
+@each_plan(PLANS, "dp2_tp2")
 @each_model
 def test_one_capture_serves_many_sizes(name: str, plan: str) -> None:
     program = compiled(name, plan)
@@ -53,7 +48,7 @@ def test_one_capture_serves_many_sizes(name: str, plan: str) -> None:
         if (name, plan) in (("llama", "dp2_sp2"), ("vit", "dp2"))
         else pytest.param(name, plan, marks=pytest.mark.slow)
         for name in MODELS
-        for plan in PLANS
+        for plan in ("dp2", "sp4", "dp2_tp2", "dp2_sp2")
     ],
 )
 def test_sizes_that_do_not_divide_are_captured_for_themselves(name: str, plan: str) -> None:

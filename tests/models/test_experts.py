@@ -199,6 +199,7 @@ def test_without_experts_there_is_a_note() -> None:
         assert "expert_parallel found no weights of experts that axis 'ep' (size 2) could split" in program.explain()
 
 
+@pytest.mark.slow
 def test_on_real_ranks() -> None:
     cases = [(kind, plan) for kind in ("sorted", "unsorted", "picked", "batched") for plan in ("ep2", "same axis")]
     ranks.launch(2, equal_on_ranks, cases, 3)

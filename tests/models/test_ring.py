@@ -227,6 +227,7 @@ def test_sizes_that_change() -> None:
     assert ("forward", "rotate") in count(program)
 
 
+@pytest.mark.slow
 def test_on_real_ranks() -> None:
     ranks.launch(2, equal_on_ranks, [12, 7])
     ranks.launch(4, equal_on_ranks, [12, 3])

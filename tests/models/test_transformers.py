@@ -12,7 +12,7 @@ import fxshard
 from fxshard import data_parallel, tensor_parallel
 from tests.helpers import TOLERANCES, Result, assert_equivalent, problems_of, run_original, run_simulated
 from tests.models.zoo import MODELS, build, ids, labels_for, padding, sized
-from tests.presets import preset, presets
+from tests.presets import each_plan, preset, presets
 
 PLANS = presets(
     "tp2",
@@ -35,7 +35,6 @@ PLANS = presets(
     "zero2_cp2",
 )
 each_model = pytest.mark.parametrize("name", MODELS)
-each_plan = pytest.mark.parametrize("plan", PLANS)
 
 
 @functools.cache
@@ -49,7 +48,7 @@ def check(name: str, plan: str, dtype: torch.dtype, training: bool = False) -> f
     return assert_equivalent(model, PLANS[plan], (), inputs, expected=original(name, dtype, training))
 
 
-@each_plan
+@each_plan(PLANS, "tp2", "dp2_tp2", "dp2_sp2", "zero3_sp2", "cp2_tp2", "tp2_zero2")
 @each_model
 def test_float64(name: str, plan: str) -> None:
     program = check(name, plan, torch.float64)
@@ -61,21 +60,13 @@ def test_float64(name: str, plan: str) -> None:
     assert bool(program.plan.activations) == ("sp" in plan or "cp" in plan)
 
 
-@pytest.mark.parametrize(
-    "plan", [plan if plan == "dp2_tp2" else pytest.param(plan, marks=pytest.mark.slow) for plan in PLANS]
-)
+@each_plan(PLANS, "dp2_tp2")
 @each_model
 def test_float32(name: str, plan: str) -> None:
     check(name, plan, torch.float32)
 
 
-@pytest.mark.parametrize(
-    "plan",
-    [
-        plan if plan in ("tp2", "dp2_sp2") else pytest.param(plan, marks=pytest.mark.slow)
-        for plan in ("tp2", "tp4", "sp2", "dp2", "dp2_tp2", "tp2_dp2", "dp2_sp2")
-    ],
-)
+@each_plan(("tp2", "tp4", "sp2", "dp2", "dp2_tp2", "tp2_dp2", "dp2_sp2"), "dp2_sp2")
 @each_model
 def test_dropout_draws_the_masks_of_one_device(name: str, plan: str) -> None:
     model, inputs = build(name, training=True)
@@ -125,7 +116,7 @@ def test_lazy_capture(name: str) -> None:
 # --- what the model computes beside logits --------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("plan", ["tp2", "sp2", "dp2", "dp2_tp2"])
+@each_plan(("tp2", "sp2", "dp2", "dp2_tp2"), "dp2_tp2")
 @each_model
 def test_loss_inside_the_model(name: str, plan: str) -> None:
     """A mean over the labels that count: by global counts, whatever part of them a rank has."""

@@ -13,6 +13,7 @@ import torch
 import fxshard
 from tests.helpers import TOLERANCES, Result, assert_equivalent, run_original
 from tests.models.uneven import CASES, PLANS, WORDS, build_case, words
+from tests.presets import each_plan
 
 FAST = {
     ("llama", "tp4"), ("llama", "sp4"), ("llama", "dp4"), ("llama", "dp2_tp3"), ("llama_1_key_head", "tp4"),
@@ -60,9 +61,7 @@ def test_equals_one_device(name: str, plan: str) -> None:
         assert max(weight_shares(program)) < 1 / ranks + 0.25
 
 
-one_of_four = pytest.mark.parametrize(
-    "plan", ["dp2_tp2", *(pytest.param(plan, marks=pytest.mark.slow) for plan in ("tp4", "sp4", "dp4"))]
-)
+one_of_four = each_plan(("dp2_tp2", "tp4", "sp4", "dp4"), "dp2_tp2")
 
 
 @one_of_four
