@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import pytest
 import torch
 from torch import nn
 
@@ -20,6 +21,16 @@ TOLERANCES = {torch.float32: (1e-5, 1e-4), torch.float64: (1e-10, 1e-10)}
 """dtype -> the largest error of outputs, and of gradients, each relative to the tensor's scale."""
 
 Loss = Callable[[Any], torch.Tensor]
+
+
+def slow_but_for(names: str, values: Iterable[Any], *fast: Any) -> pytest.MarkDecorator:
+    """``pytest.mark.parametrize(names, values)``, where only ``fast`` run always."""
+    several = "," in names
+    marked = [
+        value if value in fast else pytest.param(*(value if several else (value,)), marks=pytest.mark.slow)
+        for value in values
+    ]
+    return pytest.mark.parametrize(names, marked)
 
 
 def tensors_of(value: Any, path: str = "") -> Iterator[tuple[str, torch.Tensor]]:

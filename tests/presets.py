@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
-
-import pytest
 
 from fxshard import Plan, context_parallel, data_parallel, sequence_parallel, tensor_parallel, zero
 
@@ -24,9 +21,3 @@ def preset(name: str) -> Plan:
 def presets(*names: str) -> dict[str, Plan]:
     """Name -> plan."""
     return {name: preset(name) for name in names}
-
-
-def each_plan(names: Iterable[str], *fast: str) -> pytest.MarkDecorator:
-    """A test of every plan, slow but for a few."""
-    marked = [name if name in fast else pytest.param(name, marks=pytest.mark.slow) for name in names]
-    return pytest.mark.parametrize("plan", marked)

@@ -12,7 +12,7 @@ from torch import nn
 import fxshard
 from fxshard.errors import PlanError
 from fxshard.passes.capture import signature_key
-from tests.presets import each_plan
+from tests.helpers import slow_but_for
 
 transformers = pytest.importorskip("transformers")
 
@@ -74,7 +74,7 @@ def ratios(model: nn.Module, program: fxshard.ParallelModule) -> list[float]:
     return [((a - e).norm() / (b - e).norm()).item() for a, b, e in pairs]
 
 
-@each_plan(PLANS, "sp4", "dp2_tp2")
+@slow_but_for("plan", PLANS, "sp4", "dp2_tp2")
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_llama_is_as_near_as_on_one_device(plan: str, dtype: torch.dtype) -> None:
     model = llama(dtype)
@@ -138,7 +138,7 @@ def test_autocast_around_a_float32_model(plan: str) -> None:
     assert (False, signature_key(model, (), INPUTS)) in program._captures
 
 
-@each_plan(PLANS, "sp4", "dp2_tp2")
+@slow_but_for("plan", PLANS, "sp4", "dp2_tp2")
 def test_verify_of_a_low_precision_model(plan: str) -> None:
     assert fxshard.verify(fxshard.parallelize(llama(torch.bfloat16), PLANS[plan], (), INPUTS), **INPUTS).ok
 

@@ -14,6 +14,7 @@ import torch.distributed as dist
 import fxshard
 from tests.distributed import killed, ranks, saving, state_dicts
 from tests.distributed.saving import AFTER, BEFORE, Run
+from tests.helpers import slow_but_for
 from tests.presets import presets
 
 pytestmark = pytest.mark.skipif(not dist.is_gloo_available(), reason="this torch has no gloo")
@@ -58,7 +59,7 @@ def test_pretrained_weights_of_two_ranks(tmp_path: Path) -> None:
     ranks.launch(2, state_dicts.pretrained, str(tmp_path))
 
 
-@pytest.mark.parametrize("times", [3, pytest.param(20, marks=pytest.mark.slow)])
+@slow_but_for("times", (3, 20), 3)
 def test_killed_while_saving(tmp_path: Path, times: int) -> None:
     """Two ranks save for ever; killed at a random moment, they lose nothing that was complete, and go on with it."""
     draw, done = random.Random(times), tmp_path / "done"

@@ -6,9 +6,10 @@ import pytest
 
 from tests.distributed import gradients
 from tests.distributed.ranks import launch
+from tests.helpers import slow_but_for
 
 
-@pytest.mark.parametrize("name", ["llama", pytest.param("gpt2", marks=pytest.mark.slow)])
+@slow_but_for("name", ("llama", "gpt2"), "llama")
 def test_a_step_communicates_what_the_program_says(name: str) -> None:
     cases = [(name, plan) for plan in ("tp2", "sp2", "dp2", "zero2")]
     launch(2, gradients.as_many_collectives_as_it_says, cases)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import product
 from typing import Any
 
 import pytest
@@ -12,9 +13,9 @@ from torch.export import Dim
 
 import fxshard
 from fxshard.errors import CaptureError, InputError
-from tests.helpers import problems_of, run_original, run_simulated
+from tests.helpers import problems_of, run_original, run_simulated, slow_but_for
 from tests.models.zoo import MODELS, build, dynamic, ids, images, padding, sized
-from tests.presets import each_plan, presets
+from tests.presets import presets
 
 PLANS = presets("tp2", "dp2", "sp2", "dp2_tp2", "dp2_sp2", "tp4", "sp4", "dp4")
 each_model = pytest.mark.parametrize("name", MODELS)
@@ -33,7 +34,7 @@ def check(program: fxshard.ParallelModule, name: str, batch: int, length: int) -
     return len(program._captures)
 
 
-@each_plan(PLANS, "dp2_tp2")
+@slow_but_for("plan", PLANS, "dp2_tp2")
 @each_model
 def test_one_capture_serves_many_sizes(name: str, plan: str) -> None:
     program = compiled(name, plan)
@@ -41,16 +42,7 @@ def test_one_capture_serves_many_sizes(name: str, plan: str) -> None:
     assert [check(program, name, batch, length) for batch, length in sizes] == [1, 1, 1]
 
 
-@pytest.mark.parametrize(
-    ("name", "plan"),
-    [
-        (name, plan)
-        if (name, plan) in (("llama", "dp2_sp2"), ("vit", "dp2"))
-        else pytest.param(name, plan, marks=pytest.mark.slow)
-        for name in MODELS
-        for plan in ("dp2", "sp4", "dp2_tp2", "dp2_sp2")
-    ],
-)
+@slow_but_for("name, plan", product(MODELS, ("dp2", "sp4", "dp2_tp2", "dp2_sp2")), ("llama", "dp2_sp2"), ("vit", "dp2"))
 def test_sizes_that_do_not_divide_are_captured_for_themselves(name: str, plan: str) -> None:
     """Each once; those that divide are still served by the first capture."""
     program = compiled(name, plan)

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import product
 from typing import Any
 
 import pytest
@@ -19,7 +20,7 @@ from torch.nn import functional as F
 import fxshard
 from fxshard import tensor_parallel
 from fxshard.placement import shard
-from tests.helpers import assert_equivalent
+from tests.helpers import assert_equivalent, slow_but_for
 from tests.models.zoo import ids, images, transformers
 
 HEADS, DIM = 6, 8
@@ -30,9 +31,7 @@ Tensors = Sequence[torch.Tensor]
 
 
 def some_ranks(*fast: int) -> pytest.MarkDecorator:
-    return pytest.mark.parametrize(
-        "ranks", [r if r in fast else pytest.param(r, marks=pytest.mark.slow) for r in (2, 3, 4)]
-    )
+    return slow_but_for("ranks", (2, 3, 4), *fast)
 
 
 def shares_of(units: int, ranks: int) -> tuple[int, ...]:
@@ -338,16 +337,7 @@ def in_layers(program: fxshard.ParallelModule) -> Counter[tuple[str, str]]:
     return found
 
 
-@pytest.mark.parametrize(
-    ("name", "ranks"),
-    [
-        (name, ranks)
-        if (name, ranks) in (("phi3", 4), ("falcon_new", 3))
-        else pytest.param(name, ranks, marks=pytest.mark.slow)
-        for name in MODELS
-        for ranks in (2, 3, 4)
-    ],
-)
+@slow_but_for("name, ranks", product(MODELS, (2, 3, 4)), ("phi3", 4), ("falcon_new", 3))
 def test_models(name: str, ranks: int) -> None:
     entry = MODELS[name]
     model, inputs = build(entry)

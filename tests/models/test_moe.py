@@ -20,9 +20,9 @@ import fxshard
 from fxshard import tensor_parallel
 from fxshard.errors import CaptureError
 from fxshard.placement import BlockShard, Shard
-from tests.helpers import Result, assert_equivalent, run_original
+from tests.helpers import Result, assert_equivalent, run_original, slow_but_for
 from tests.models.zoo import ids
-from tests.presets import each_plan, presets
+from tests.presets import presets
 
 transformers = pytest.importorskip("transformers")
 
@@ -89,7 +89,7 @@ def experts_of(program: fxshard.ParallelModule, model: nn.Module) -> dict[str, l
     return {name: list(plan[name]) if name in plan else [] for name in packed}
 
 
-@each_plan(PLANS, "tp2")
+@slow_but_for("plan", PLANS, "tp2")
 @pytest.mark.parametrize("name", MODELS)
 def test_as_the_original(name: str, plan: str) -> None:
     """Outputs and all gradients; grouped products have no double precision."""

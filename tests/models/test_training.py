@@ -13,8 +13,9 @@ import torch
 from torch.nn import functional as F
 
 import fxshard
+from tests.helpers import slow_but_for
 from tests.models.zoo import build, ids
-from tests.presets import each_plan, presets
+from tests.presets import presets
 
 STEPS = 20
 PLANS = presets("dp2_tp2", "dp2_sp2", "tp4", "sp4", "dp4")
@@ -57,7 +58,7 @@ def train_ranks(program: fxshard.ParallelModule) -> list[list[float]]:
     return losses
 
 
-@each_plan(PLANS, "dp2_tp2")
+@slow_but_for("plan", PLANS, "dp2_tp2")
 def test_losses_and_weights_are_one_devices(plan: str) -> None:
     model = copy.deepcopy(build("gpt2", training=True)[0])
     assert model.config.resid_pdrop == model.config.attn_pdrop == model.config.embd_pdrop == 0.1

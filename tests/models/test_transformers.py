@@ -10,9 +10,17 @@ import torch
 
 import fxshard
 from fxshard import data_parallel, tensor_parallel
-from tests.helpers import TOLERANCES, Result, assert_equivalent, problems_of, run_original, run_simulated
+from tests.helpers import (
+    TOLERANCES,
+    Result,
+    assert_equivalent,
+    problems_of,
+    run_original,
+    run_simulated,
+    slow_but_for,
+)
 from tests.models.zoo import MODELS, build, ids, labels_for, padding, sized
-from tests.presets import each_plan, preset, presets
+from tests.presets import preset, presets
 
 PLANS = presets(
     "tp2",
@@ -48,7 +56,7 @@ def check(name: str, plan: str, dtype: torch.dtype, training: bool = False) -> f
     return assert_equivalent(model, PLANS[plan], (), inputs, expected=original(name, dtype, training))
 
 
-@each_plan(PLANS, "tp2", "dp2_tp2", "dp2_sp2", "zero3_sp2", "cp2_tp2", "tp2_zero2")
+@slow_but_for("plan", PLANS, "tp2", "dp2_tp2", "dp2_sp2", "zero3_sp2", "cp2_tp2", "tp2_zero2")
 @each_model
 def test_float64(name: str, plan: str) -> None:
     program = check(name, plan, torch.float64)
@@ -60,13 +68,13 @@ def test_float64(name: str, plan: str) -> None:
     assert bool(program.plan.activations) == ("sp" in plan or "cp" in plan)
 
 
-@each_plan(PLANS, "dp2_tp2")
+@slow_but_for("plan", PLANS, "dp2_tp2")
 @each_model
 def test_float32(name: str, plan: str) -> None:
     check(name, plan, torch.float32)
 
 
-@each_plan(("tp2", "tp4", "sp2", "dp2", "dp2_tp2", "tp2_dp2", "dp2_sp2"), "dp2_sp2")
+@slow_but_for("plan", ("tp2", "tp4", "sp2", "dp2", "dp2_tp2", "tp2_dp2", "dp2_sp2"), "dp2_sp2")
 @each_model
 def test_dropout_draws_the_masks_of_one_device(name: str, plan: str) -> None:
     model, inputs = build(name, training=True)
@@ -116,7 +124,7 @@ def test_lazy_capture(name: str) -> None:
 # --- what the model computes beside logits --------------------------------------------------------------------------
 
 
-@each_plan(("tp2", "sp2", "dp2", "dp2_tp2"), "dp2_tp2")
+@slow_but_for("plan", ("tp2", "sp2", "dp2", "dp2_tp2"), "dp2_tp2")
 @each_model
 def test_loss_inside_the_model(name: str, plan: str) -> None:
     """A mean over the labels that count: by global counts, whatever part of them a rank has."""

@@ -6,28 +6,21 @@ Real ranks: ``tests/distributed/test_uneven.py``.
 from __future__ import annotations
 
 import functools
+from itertools import product
 
 import pytest
 import torch
 
 import fxshard
-from tests.helpers import TOLERANCES, Result, assert_equivalent, run_original
+from tests.helpers import TOLERANCES, Result, assert_equivalent, run_original, slow_but_for
 from tests.models.uneven import CASES, PLANS, WORDS, build_case, words
-from tests.presets import each_plan
 
 FAST = {
     ("llama", "tp4"), ("llama", "sp4"), ("llama", "dp4"), ("llama", "dp2_tp3"), ("llama_1_key_head", "tp4"),
     ("llama_2_key_heads", "sp4"), ("llama_2_heads", "tp4"), ("llama_few_rows", "dp4"), ("llama_one_row", "sp4"),
     ("gpt2", "sp4"),
 }  # fmt: skip
-every_case = pytest.mark.parametrize(
-    ("name", "plan"),
-    [
-        (name, plan) if (name, plan) in FAST else pytest.param(name, plan, marks=pytest.mark.slow)
-        for name in CASES
-        for plan in PLANS
-    ],
-)
+every_case = slow_but_for("name, plan", product(CASES, PLANS), *FAST)
 
 
 @functools.cache
@@ -61,7 +54,7 @@ def test_equals_one_device(name: str, plan: str) -> None:
         assert max(weight_shares(program)) < 1 / ranks + 0.25
 
 
-one_of_four = each_plan(("dp2_tp2", "tp4", "sp4", "dp4"), "dp2_tp2")
+one_of_four = slow_but_for("plan", ("dp2_tp2", "tp4", "sp4", "dp4"), "dp2_tp2")
 
 
 @one_of_four
