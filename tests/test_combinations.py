@@ -15,7 +15,7 @@ from fxshard import Plan, Shard, zero
 from fxshard.errors import PlanError
 from fxshard.placement import BlockShard
 from tests.distributed import combinations
-from tests.distributed.ranks import launch
+from tests.distributed.launch import launch
 from tests.helpers import assert_equivalent
 from tests.presets import preset
 

@@ -6,7 +6,6 @@ A job is one rank's script. What it raises is written into a file, with the time
 from __future__ import annotations
 
 import json
-import multiprocessing
 import os
 import signal
 import socket
@@ -26,7 +25,7 @@ from torch import nn
 import fxshard
 from fxshard import Plan, Shard, data_parallel, tensor_parallel
 from fxshard.errors import DistributedError
-from tests.distributed.ranks import PRELOADED
+from tests.distributed.launch import forked
 
 TIMEOUT_S = 12
 END_S = 60
@@ -61,8 +60,7 @@ def outcomes(
         stuck: the rank that is not waited for.
         tcp: rank 0 keeps the store, not a file.
     """
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([*PRELOADED, "fxshard", "pytest"])
+    context = forked()
     with tempfile.TemporaryDirectory() as folder:
         where = f"tcp://127.0.0.1:{free_port()}" if tcp else f"file://{folder}/rendezvous"
         arguments = (world, folder, where, timeout_s, job, args)

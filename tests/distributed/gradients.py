@@ -271,7 +271,10 @@ def gathering_again_whatever_python_frees() -> None:
 
     if dist.get_rank() == 1:
         Regather.note = holding  # type: ignore[method-assign]
-    as_many_collectives_as_it_says([("llama", "zero2")])
+    try:
+        as_many_collectives_as_it_says([("llama", "zero2")])
+    finally:
+        Regather.note = note  # type: ignore[method-assign]
     assert bool(held) == (dist.get_rank() == 1)
 
 

@@ -2,17 +2,12 @@
 
 from __future__ import annotations
 
-import multiprocessing
-import os
-import tempfile
 from collections.abc import Callable
-from datetime import timedelta
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 
 import fxshard
 from fxshard import Plan, Shard, data_parallel, tensor_parallel
@@ -24,39 +19,6 @@ from tests.models.zoo import Built, build, dynamic, ids, sized
 from tests.presets import presets
 
 PLANS = presets("tp2", "sp2", "dp2", "tp4", "sp4", "dp4", "dp2_tp2", "tp2_dp2", "dp2_sp2") | uneven.PLANS
-
-
-# The ranks are forked from a server that has imported these already; imported anew they would take most of the time.
-PRELOADED = [
-    "torch.distributed.tensor",
-    "torch.distributed.device_mesh",
-    "torch.export",
-    "sympy",
-    "transformers.models.gpt2.modeling_gpt2",
-    "transformers.models.llama.modeling_llama",
-]
-
-
-def launch(world: int, job: Callable[..., None], *args: Any, backend: str = "gloo") -> None:
-    """Runs ``job(*args)`` in ``world`` ranks; raises what the first failing rank raised."""
-    with tempfile.TemporaryDirectory() as folder:  # no port that another test could want, too
-        arguments = (world, f"file://{folder}/rendezvous", backend, job, args)
-        multiprocessing.set_forkserver_preload(PRELOADED)
-        mp.start_processes(_start, arguments, nprocs=world, start_method="forkserver")
-
-
-def _start(rank: int, world: int, where: str, backend: str, job: Callable[..., None], args: tuple[Any, ...]) -> None:
-    torch.set_num_threads(1)
-    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
-    if backend == "nccl":
-        torch.cuda.set_device(rank)
-    dist.init_process_group(backend, init_method=where, rank=rank, world_size=world, timeout=timedelta(seconds=120))
-    torch.manual_seed(0)
-    try:
-        job(*args)
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
 
 
 def run_rank(program: fxshard.ParallelModule, inputs: dict[str, Any]) -> Result:

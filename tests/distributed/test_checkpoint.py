@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import random
 import time
 from pathlib import Path
@@ -12,7 +11,8 @@ import torch
 import torch.distributed as dist
 
 import fxshard
-from tests.distributed import killed, ranks, saving, state_dicts
+from tests.distributed import killed, saving, state_dicts
+from tests.distributed.launch import forked, launch
 from tests.distributed.saving import AFTER, BEFORE, Run
 from tests.helpers import slow_but_for
 from tests.presets import presets
@@ -28,7 +28,7 @@ def matrix(run: Run, folder: Path, *names: str) -> None:
     expected = saving.train(run, model, optimizer, scheduler, 0, BEFORE + AFTER)
     model = run.model()
     assert saving.start_and_save(run, model, folder / "one") == expected[:BEFORE]
-    ranks.launch(4, saving.resume_on_every_mesh, run, plans, str(folder), expected)
+    launch(4, saving.resume_on_every_mesh, run, plans, str(folder), expected)
     for saved in ("one", *plans):
         losses = saving.load_and_go_on(run, model, folder / saved)
         torch.testing.assert_close(losses, expected[BEFORE:], rtol=1e-9, atol=0, msg=f"saved on {saved}: {losses}")
@@ -52,19 +52,18 @@ def test_sizes_that_nothing_divides(run: Run, tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_state_dicts_and_optimizers_of_four_ranks(tmp_path: Path) -> None:
-    ranks.launch(4, state_dicts.every_kind, str(tmp_path))
+    launch(4, state_dicts.every_kind, str(tmp_path))
 
 
 def test_pretrained_weights_of_two_ranks(tmp_path: Path) -> None:
-    ranks.launch(2, state_dicts.pretrained, str(tmp_path))
+    launch(2, state_dicts.pretrained, str(tmp_path))
 
 
 @slow_but_for("times", (3, 20), 3)
 def test_killed_while_saving(tmp_path: Path, times: int) -> None:
     """Two ranks save for ever; killed at a random moment, they lose nothing that was complete, and go on with it."""
     draw, done = random.Random(times), tmp_path / "done"
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(ranks.PRELOADED)
+    context = forked()
     before, interrupted = 0, 0
     for attempt in range(times):
         arguments = (f"file://{tmp_path}/rendezvous{attempt}", str(tmp_path))

@@ -7,7 +7,7 @@ import shutil
 import pytest
 
 from tests.distributed import compiling
-from tests.distributed.ranks import launch
+from tests.distributed.launch import launch
 
 TRACED = "aot_eager"
 """Traces forward and backward pass as inductor does, and runs the graphs as they are."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from tests.distributed import gradients
-from tests.distributed.ranks import launch
+from tests.distributed.launch import launch
 from tests.helpers import slow_but_for
 
 

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import save_file
 
 from tests.distributed import loading
-from tests.distributed.ranks import launch
+from tests.distributed.launch import launch
 
 
 @pytest.mark.slow
@@ -22,4 +22,4 @@ def test_loading_takes_the_memory_of_the_parts(tmp_path: Path) -> None:
         torch.save(model(torch.ones(2, loading.NARROW)), tmp_path / "expected.pt")
     save_file(dict(model.state_dict()), tmp_path / "model.safetensors")
     del model
-    launch(2, loading.load_and_measure, str(tmp_path))
+    launch(2, loading.load_and_measure, str(tmp_path), fresh=True)

@@ -7,7 +7,7 @@ import multiprocessing
 import pytest
 
 from tests.distributed import letting_go, memory
-from tests.distributed.ranks import launch
+from tests.distributed.launch import launch
 
 
 @pytest.mark.slow
@@ -17,7 +17,7 @@ def test_a_rank_holds_its_share_of_parameters_and_optimizer_states() -> None:
         results = manager.Queue()
         with context.Pool(1) as pool:
             single, single_grown = pool.apply(memory.of_one_device)
-        launch(4, memory.under_zero, results)
+        launch(4, memory.under_zero, results, fresh=True)
         ranks = results.get()
     for rank, (held, gathered, grown) in enumerate(ranks):
         print(
@@ -32,6 +32,6 @@ def test_a_rank_holds_its_share_of_parameters_and_optimizer_states() -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("plan", ["tp2", "zero2"])
 def test_a_rank_lets_the_model_go(plan: str) -> None:
-    launch(2, letting_go.a_rank_lets_the_model_go, plan)
+    launch(2, letting_go.a_rank_lets_the_model_go, plan, fresh=True)
     launch(2, letting_go.what_the_user_keeps_stays, plan)
     launch(2, letting_go.autocast_after_the_model_is_gone, plan)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from tests.distributed import overlapping
-from tests.distributed.ranks import launch
+from tests.distributed.launch import launch
 
 
 def test_products_beside_collectives_give_the_same() -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from tests.distributed import packing
-from tests.distributed.ranks import launch
+from tests.distributed.launch import launch
 
 
 @pytest.mark.parametrize("bucket_bytes", [2**20, 1200, 600, 0])

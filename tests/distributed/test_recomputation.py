@@ -6,7 +6,7 @@ import pytest
 import torch.distributed as dist
 
 from tests.distributed import recomputing
-from tests.distributed.ranks import launch
+from tests.distributed.launch import launch
 
 pytestmark = pytest.mark.skipif(not dist.is_gloo_available(), reason="this torch has no gloo")
 

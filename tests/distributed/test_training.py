@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from tests.distributed import training
-from tests.distributed.ranks import launch
+from tests.distributed.launch import launch
 
 NAMES = ("llama", "gpt2", "mixtral")
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from tests.distributed import beginning
-from tests.distributed.ranks import launch
+from tests.distributed.launch import launch
 
 ONE_KEY_HEAD = {"num_key_value_heads": 1, "attention_dropout": 0.0}
 

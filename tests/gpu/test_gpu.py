@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import fxshard
-from tests.distributed.ranks import launch
+from tests.distributed.launch import launch
 from tests.gpu import jobs
 from tests.helpers import assert_equivalent
 from tests.presets import preset

@@ -12,7 +12,7 @@ from torch import nn
 import fxshard
 from fxshard import Plan, Shard, data_parallel, expert_parallel, tensor_parallel
 from fxshard.runtime import groups
-from tests.distributed import ranks
+from tests.distributed.launch import launch
 from tests.helpers import assert_equivalent
 from tests.models import test_moe
 from tests.models.experts import KINDS, build
@@ -202,8 +202,8 @@ def test_without_experts_there_is_a_note() -> None:
 @pytest.mark.slow
 def test_on_real_ranks() -> None:
     cases = [(kind, plan) for kind in ("sorted", "unsorted", "picked", "batched") for plan in ("ep2", "same axis")]
-    ranks.launch(2, equal_on_ranks, cases, 3)
-    ranks.launch(4, equal_on_ranks, [("unsorted", "ep4"), ("sorted", "ep2 dp2"), ("unsorted", "ep2 tp2")], 5)
+    launch(2, equal_on_ranks, cases, 3)
+    launch(4, equal_on_ranks, [("unsorted", "ep4"), ("sorted", "ep2 dp2"), ("unsorted", "ep2 tp2")], 5)
 
 
 def equal_on_ranks(cases: list[tuple[str, str]], experts: int) -> None:

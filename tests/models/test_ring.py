@@ -21,7 +21,7 @@ from fxshard.placement import chunk_shares
 from fxshard.plan.plan import Plan as SavedPlan
 from fxshard.runtime import ring, rounds
 from fxshard.runtime.lockstep import Turns, lockstep_axes, run_ranks
-from tests.distributed import ranks
+from tests.distributed.launch import launch
 from tests.helpers import assert_equivalent
 from tests.models import zoo
 
@@ -229,8 +229,8 @@ def test_sizes_that_change() -> None:
 
 @pytest.mark.slow
 def test_on_real_ranks() -> None:
-    ranks.launch(2, equal_on_ranks, [12, 7])
-    ranks.launch(4, equal_on_ranks, [12, 3])
+    launch(2, equal_on_ranks, [12, 7])
+    launch(4, equal_on_ranks, [12, 3])
 
 
 def equal_on_ranks(lengths: list[int]) -> None:

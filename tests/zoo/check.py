@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
-import contextlib
+import functools
+import os
 import re
+import tempfile
 import time
 from collections import Counter
-from collections.abc import Container, Iterator, Mapping
+from collections.abc import Container, Mapping
 from dataclasses import dataclass
 from typing import Any
-from unittest import mock
 
 import torch
 from torch import nn
 
 import fxshard
-from fxshard import Plan, data_parallel, program, tensor_parallel
-from fxshard.errors import FxshardError
+from fxshard import Plan, data_parallel, tensor_parallel
+from fxshard.errors import CaptureError, FxshardError
 from fxshard.placement import is_shard
 from tests.helpers import Result, problems_of, run_original, run_simulated
 from tests.presets import presets
@@ -84,12 +85,20 @@ class Specimen:
         self.expected: Result = run_original(self.model, (), self.inputs)
         outputs = self.expected.outputs[0].values()
         assert not any(x.isnan().any() for x in outputs), "what is fed to it makes no numbers"
+        self._refused: FxshardError | None = None
         self._captured: Any = None
 
     def parallelize(self, plan: Plan) -> fxshard.ParallelModule:
-        """``fxshard.parallelize`` on the inputs; the model is captured, and the capture compared, only once."""
-        with self._capturing_once():
-            return fxshard.parallelize(self.model, plan, (), self.inputs)
+        """``fxshard.parallelize`` on the inputs; the model is captured, or refused, only once."""
+        if self._refused is not None:
+            raise self._refused
+        try:
+            made = fxshard.parallelize(self.model, plan, (), self.inputs, cache=captures())
+        except CaptureError as error:
+            self._refused = error
+            raise
+        self._captured = made.compiled.captured
+        return made
 
     @property
     def tolerances(self) -> Tolerances:
@@ -98,28 +107,15 @@ class Specimen:
         narrow = any(isinstance(value, torch.Tensor) and value.dtype == torch.float32 for value in values)
         return max(self.entry.tolerances, ISLANDS) if narrow else self.entry.tolerances
 
-    @contextlib.contextmanager
-    def _capturing_once(self) -> Iterator[None]:
-        """Capturing takes most of the time, and knows nothing of plans."""
-        capture, check = program.capture, program.check_fidelity
 
-        def captured(*args: Any, **kwargs: Any) -> Any:
-            if self._captured is None:
-                try:
-                    made = capture(*args, **kwargs)
-                    check(self.model, made, *args[1:])
-                    self._captured = made
-                except FxshardError as error:
-                    self._captured = error
-            if isinstance(self._captured, FxshardError):
-                raise self._captured
-            return self._captured
+def captures() -> str:
+    """Where captures are kept: capturing takes most of the time, and knows nothing of plans."""
+    return os.environ.get("FXSHARD_CACHE") or _folder().name
 
-        with (
-            mock.patch.object(program, "capture", captured),
-            mock.patch.object(program, "check_fidelity", return_value=None),
-        ):
-            yield
+
+@functools.cache
+def _folder() -> tempfile.TemporaryDirectory[str]:
+    return tempfile.TemporaryDirectory(prefix="fxshard-captures-")
 
 
 def check(specimen: Specimen, plan: str) -> Row:

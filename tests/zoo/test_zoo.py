@@ -76,7 +76,7 @@ def test_a_refusal_is_captured_only_once() -> None:
     refused = specimen("LongformerForMaskedLM", False)
     first, again = check(refused, "tp2"), check(refused, "dp2")
     assert first.error == again.error
-    assert refused._captured is not None
+    assert refused._refused is not None
 
 
 def test_a_wrong_result_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
