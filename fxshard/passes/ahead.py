@@ -33,14 +33,14 @@ def read_whole(fact: Facts, at: At, size: int, sizes: Sequence[int]) -> bool:
                 usable, out = _use(reader, value, where, size, sizes)
                 if not usable:
                     return True
-                further += [(reader, out)] if out is not None and len(reader.shapes) == 1 else []
+                further += [(reader, out)] if out is not None and not reader.is_list else []
         latest = further
     return False
 
 
 def _use(reader: Facts, value: Facts, at: At, size: int, sizes: Sequence[int]) -> tuple[bool, At | None]:
     """Whether a reader can use ``value`` split ``at``, and how its own result is then split, if it is."""
-    if any(len(o.shapes) > 1 for o in reader.operands):
+    if any(o.is_list for o in reader.operands):
         return False, None
     current = [o.current[0] if o.current else REPLICATE for o in reader.operands]
     recipe = recipe_of(reader, sizes, current)

@@ -45,10 +45,12 @@ from fxshard.placement import (
     same,
 )
 from fxshard.rules.lookup import draws, likeness
-from fxshard.rules.recipe import At, Factor, operands_of, shape_of, written
+from fxshard.rules.recipe import At, Factor, is_list, operands_of, shape_of, written
 from fxshard.runtime import collectives as run
 from fxshard.runtime.groups import group_rows
 from fxshard.torch_internals import OpOverload
+
+REPORT = "this is a bug of fxshard, or of a rule registered for this operator: please report the model and the plan"
 
 
 def check(graph: fx.Graph, mesh: Mesh) -> None:
@@ -56,14 +58,17 @@ def check(graph: fx.Graph, mesh: Mesh) -> None:
     graph.lint()
     checked: set[Any] = set()
     for node in graph.nodes:
-        if node.op != "call_function" or node.target in METADATA or node.target is operator.getitem:
+        if node.op != "call_function" or node.target in METADATA:
+            continue
+        if node.target is operator.getitem:
+            _check_getitem(node)
             continue
         if node.target in CONVERSIONS:
             _check_conversion(node, mesh)
             continue
         if node.target is group_rows:
             if any(map(_interesting, info_of(node.all_input_nodes[0]).placements)):
-                raise _refused(node, f"%{node.name} reads ends of groups that are not whole", "please report it")
+                raise _refused(node, f"%{node.name} reads ends of groups that are not whole", REPORT)
             continue
         info = info_of(node)
         operands = operands_of(node)
@@ -82,6 +87,16 @@ def check(graph: fx.Graph, mesh: Mesh) -> None:
             if not _follows(node, operands, facts, now, after, axis, mesh):
                 raise _unsound(node, operands, now, after, mesh.names[axis])
             checked.add(key)
+
+
+def _check_getitem(node: fx.Node) -> None:
+    """What is taken from a list of tensors is placed as it is there."""
+    source, index = node.args
+    assert isinstance(source, fx.Node)
+    if is_list(source):
+        there, here = info_of(source).outputs[index], info_of(node).placements  # type: ignore[index]
+        if not all(map(same, there, here)):
+            raise _refused(node, f"%{node.name} is not placed as result {index} of %{source.name}", REPORT)
 
 
 def _likeness(node: fx.Node, operands: Sequence[fx.Node], facts: Sequence[Info], info: Info, axis: int) -> Any:
@@ -126,7 +141,7 @@ def _follows(
     axis: int,
     mesh: Mesh,
 ) -> bool:
-    if any(isinstance(o.meta["val"], (list, tuple)) for o in operands):
+    if any(map(is_list, operands)):
         return False
     inputs = [(shape_of(o.meta["val"]), f.placements[:axis]) for o, f in zip(operands, facts, strict=True)]
     outputs = [(shape_of(v), o[:axis]) for v, o in zip(values_of(node), info_of(node).outputs, strict=True)]
@@ -262,7 +277,7 @@ def _unsound(
     return _refused(
         node,
         f"%{node.name} does not follow from its operands on mesh axis {axis!r}: ({given}) -> {result}",
-        "this is a bug of fxshard, or of a rule registered for this operator: please report the model and the plan",
+        REPORT,
     )
 
 

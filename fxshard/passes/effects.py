@@ -8,6 +8,9 @@ from typing import Any
 import torch
 from torch import fx
 
+from fxshard.rules.lookup import draws
+from fxshard.rules.recipe import written
+from fxshard.runtime.collectives import draw_apart, dropout_mask
 from fxshard.torch_internals import OpOverload
 
 
@@ -21,17 +24,29 @@ def is_mutating(target: Any) -> bool:
 
 
 @functools.cache
-def is_effect(target: Any) -> bool:
-    """Say whether a node must stay though nobody reads it: it writes, draws random numbers, or returns nothing."""
-    if not isinstance(target, OpOverload):
-        return False
-    return is_mutating(target) or torch.Tag.nondeterministic_seeded in target.tags or not target._schema.returns
+def _is_effect(target: Any) -> bool:
+    if target in (dropout_mask, draw_apart):
+        return True
+    return isinstance(target, OpOverload) and (is_mutating(target) or not target._schema.returns)
+
+
+def has_effect(node: fx.Node) -> bool:
+    """Say whether a call must stay though nobody reads it: it writes, draws random numbers, or returns nothing.
+
+    Running statistics are written by norms in training, whose schemas do not say so.
+    """
+    return _is_effect(node.target) or bool(written(node)) or draws(node)
+
+
+def is_dead(node: fx.Node) -> bool:
+    """Say whether a node may go: nobody reads what it gives, and it does nothing else."""
+    return not node.users and node.op in ("call_function", "get_attr") and not has_effect(node)
 
 
 def is_pure(node: fx.Node) -> bool:
     """Say whether a call gives one tensor, of a size that is known, and the same whenever its operands are."""
     value = node.meta.get("val")
-    if node.op != "call_function" or not isinstance(node.target, OpOverload) or is_effect(node.target):
+    if node.op != "call_function" or not isinstance(node.target, OpOverload) or has_effect(node):
         return False
     if not isinstance(value, torch.Tensor) or "empty" in node.target._schema.name:
         return False

@@ -25,7 +25,7 @@ from fxshard.placement import (
     local_shape,
 )
 from fxshard.rules.lookup import recipe_for
-from fxshard.rules.recipe import At, Factor, Recipe, Shape, operands_of, shape_of
+from fxshard.rules.recipe import At, Factor, Recipe, Shape, is_list, operands_of, shape_of
 from fxshard.runtime import collectives as run
 
 
@@ -34,6 +34,7 @@ class Facts:
     """One node: its operands and readers, and how it is placed on the axes decided so far.
 
     Attributes:
+        is_list: whether it gives a list of tensors, of which others take one.
         given: the placements that the plan fixes; None leaves an axis open.
         differentiable: whether a gradient may flow through it.
         stored: whether it is a weight, or a view of one.
@@ -42,6 +43,7 @@ class Facts:
 
     node: fx.Node
     shapes: tuple[Shape, ...]
+    is_list: bool
     num_bytes: int
     is_float: bool
     given: tuple[Placement | None, ...] | None
@@ -63,7 +65,7 @@ class Facts:
             size *= dim if isinstance(dim, int) else 64  # a symbolic size weighs as a typical one in comparisons
         itemsize = values[0].element_size() if values and isinstance(values[0], torch.Tensor) else 1
         given = info_of(node).given if has_info(node) else None
-        return Facts(node, shapes, size * itemsize, any(map(is_float, values)), given)
+        return Facts(node, shapes, is_list(node), size * itemsize, any(map(is_float, values)), given)
 
     def close(self, choice: Choice | None) -> None:
         """Records the decision of one axis."""
@@ -78,7 +80,7 @@ class Facts:
 
     def _set_current(self) -> None:
         choice = self.choices[-1]
-        self.current = choice.outputs if choice else (REPLICATE,) * max(len(self.shapes), 1)
+        self.current = choice.outputs if choice else (REPLICATE,) * len(self.shapes)
         self.per_axis[-1] = self.current
 
 

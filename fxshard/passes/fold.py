@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from fxshard.passes.effects import is_effect, is_mutating, is_pure
+from fxshard.passes.effects import is_dead, is_mutating, is_pure
 from fxshard.passes.typing import copy_graph, is_float
 from fxshard.runtime.collectives import chunk
 from fxshard.runtime.module import place
@@ -56,7 +56,7 @@ def fold(graph: fx.Graph, root: torch.nn.Module) -> fx.Graph:
             made.meta = {**node.meta, "is_parameter": False, "requires_grad": False}
             node.replace_all_uses_with(made)
     for node in reversed(graph.nodes):
-        if node.op == "call_function" and not node.users and not is_effect(node.target):
+        if node.op == "call_function" and is_dead(node):
             graph.erase_node(node)
     return graph
 

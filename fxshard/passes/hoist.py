@@ -42,7 +42,7 @@ def hoist_cuts(facts: Sequence[Facts], size: int, sizes: Sequence[int]) -> None:
         if fact.node.op != "call_function" or not fact.differentiable or fact.stored or not _is_whole(fact):
             continue
         wanted = _wanted_by_all(fact)
-        if wanted is None or len(fact.shapes) != 1 or any(len(o.shapes) > 1 for o in fact.operands):
+        if wanted is None or fact.is_list or any(o.is_list for o in fact.operands):
             continue
         choice = _split(fact, wanted, size, sizes)
         if choice is not None and _moves(fact, choice) <= fact.num_bytes and _may_follow(fact, wanted, order):
@@ -70,7 +70,7 @@ def hoist_varies(facts: Sequence[Facts]) -> None:
     less for it: every rank runs the same call, so its gradients sum before the call as well as behind it.
     """
     for fact in reversed(facts):
-        if not fact.differentiable or len(fact.shapes) != 1 or fact.current[0] is not REPLICATE:
+        if not fact.differentiable or fact.is_list or fact.current[0] is not REPLICATE:
             continue
         readers = list(dict.fromkeys(fact.readers))
         found = [chain for r in readers if (chain := _varied(r, fact, CHAIN)) is not None]
@@ -107,7 +107,7 @@ def _varied(call: Facts, operand: Facts, depth: int) -> tuple[list[Facts], list[
 def _may_vary(call: Facts, operand: Facts) -> bool:
     if call.choices[-1:] != [None] or call.node.op != "call_function" or not call.differentiable or call.stored:
         return False
-    if len(call.shapes) != 1 or len(call.readers) < len(call.node.users) or not call.readers:
+    if call.is_list or len(call.readers) < len(call.node.users) or not call.readers:
         return False
     if draws(call.node) or written(call.node) or not isinstance(call.node.target, OpOverload):
         return False

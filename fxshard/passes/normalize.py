@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import functools
 import operator
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -36,7 +37,7 @@ from fxshard.passes.autocast import (
     stay_under_autocast,
     with_occurrences,
 )
-from fxshard.passes.effects import is_effect, is_mutating
+from fxshard.passes.effects import has_effect, is_dead, is_mutating
 from fxshard.passes.functionalize import (
     functionalize_graph,
     infer_value,
@@ -284,7 +285,7 @@ def _simplify(graph: fx.Graph, root: fx.GraphModule) -> None:
             _name_sizes(graph, node)
     read_masks(graph)
     for node in reversed(graph.nodes):
-        if not node.users and node.op in ("call_function", "get_attr") and not _has_effect(node, root):
+        if is_dead(node) and not any(has_effect(item) for item in _within(node, root)):
             graph.erase_node(node)
 
 
@@ -337,11 +338,12 @@ def _name_sizes(graph: fx.Graph, node: fx.Node) -> None:
     node.target, node.args = _SIZED[node.target], (source, sizes)
 
 
-def _has_effect(node: fx.Node, root: fx.GraphModule) -> bool:
-    if node.target is _aten.batch_norm.default:
-        return node.args[5] is True and node.args[3] is not None  # it updates its running statistics
-    inner = nested_graphs(node, root)
-    return is_effect(node.target) or any(_has_effect(item, owner) for owner in inner for item in owner.graph.nodes)
+def _within(node: fx.Node, root: fx.GraphModule) -> Iterator[fx.Node]:
+    """The nodes of the graphs that a higher-order operator calls."""
+    for owner in nested_graphs(node, root):
+        for item in owner.graph.nodes:
+            yield item
+            yield from _within(item, owner)
 
 
 def _keep_non_persistent(gm: fx.GraphModule, result: fx.GraphModule) -> None:

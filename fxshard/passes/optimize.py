@@ -20,11 +20,11 @@ from __future__ import annotations
 import torch
 from torch import fx
 
-from fxshard.passes.effects import is_effect
+from fxshard.passes.effects import is_dead
 from fxshard.passes.reduce_in_place import reduce_in_place, reduces_in_place
 from fxshard.passes.typing import copy_graph, info_of, set_info
 from fxshard.passes.weights import convert_weights, converts_weights
-from fxshard.runtime.collectives import concat, dropout_mask, vary
+from fxshard.runtime.collectives import concat, vary
 
 aten = torch.ops.aten
 
@@ -32,7 +32,7 @@ aten = torch.ops.aten
 def optimize(graph: fx.Graph) -> fx.Graph:
     """Applies the rewrites of the module's text to a copy; a graph with nothing to do comes back as it is."""
     todo = (
-        n.meta.get("split_bias") or _is_dead(n) or _varied_cast(n) or reduces_in_place(n) or _joins(n)
+        n.meta.get("split_bias") or is_dead(n) or _varied_cast(n) or reduces_in_place(n) or _joins(n)
         for n in graph.nodes
     )
     idle = not any(todo)
@@ -46,7 +46,7 @@ def optimize(graph: fx.Graph) -> fx.Graph:
         if node.target is vary:
             _vary_before_casts(graph, node)
     for node in reversed(graph.nodes):
-        if _is_dead(node):
+        if is_dead(node):
             graph.erase_node(node)
     convert_weights(graph)
     for node in graph.nodes:
@@ -117,9 +117,3 @@ def _join(graph: fx.Graph, node: fx.Node) -> None:
     parts.meta = dict(node.meta)
     node.replace_all_uses_with(parts)
     graph.erase_node(node)
-
-
-def _is_dead(node: fx.Node) -> bool:
-    if node.users or node.op not in ("call_function", "get_attr"):
-        return False
-    return not (node.target is dropout_mask or is_effect(node.target))

@@ -131,7 +131,7 @@ def _propagate_axis(facts: Sequence[Facts], axis: int, mesh: Mesh, rings: Collec
             fact.close(Choice("given", (), (at,), reason="the plan") if at is not REPLICATE else None)
         elif node.op == "output":
             fact.close(None)
-        elif node.target is operator.getitem and len(fact.operands) == 1 and len(fact.operands[0].shapes) > 1:
+        elif node.target is operator.getitem and fact.operands and fact.operands[0].is_list:
             at = fact.operands[0].current[node.args[1]]  # type: ignore[index]
             fact.close(Choice("split", (None,), (at,)) if at is not REPLICATE else None)
         elif node.target is constrain and fact.given is not None:
@@ -170,8 +170,8 @@ def _choose_once(
     if key in known:
         return known[key][0]
     choice = _choose(fact, size, sizes, axis, rings)
-    single = all(len(o.shapes) == 1 for o in fact.operands)
-    recipe = recipe_of(fact, sizes, current) if single else None
+    lists = any(o.is_list for o in fact.operands)
+    recipe = None if lists else recipe_of(fact, sizes, current)
     ahead = recipe is not None and any(factor.lowering in LOOKS_AHEAD for factor in recipe.factors)
     if not ahead and not written(fact.node):
         known[key] = choice, tuple(fact.choices)  # kept, so that their ids stay theirs
@@ -180,7 +180,7 @@ def _choose_once(
 
 def _choose(fact: Facts, size: int, sizes: Sequence[int], axis: int, rings: Collection[int]) -> Choice:
     current = [o.current[0] for o in fact.operands]
-    if any(len(o.shapes) > 1 for o in fact.operands):
+    if any(o.is_list for o in fact.operands):
         return _whole(fact, frozenset(), "reads a list of tensors")
     recipe = recipe_of(fact, sizes, current)
     if recipe is None:
@@ -259,7 +259,7 @@ def _scatter_ahead(
             asked = (reader.given[axis] if reader.given else None) or REPLICATE
             wanted = At.of(asked)
             return _back_through(chain, wanted, size) if wanted else None
-        if any(len(o.shapes) > 1 for o in reader.operands):
+        if any(o.is_list for o in reader.operands):
             return None
         current = [o.current[0] if o.current else REPLICATE for o in reader.operands]
         found = recipe_of(reader, sizes, current)
@@ -277,7 +277,7 @@ def _scatter_ahead(
 
 
 def _only_reader(fact: Facts) -> tuple[Facts | None, int]:
-    if len(fact.node.users) != 1 or len(fact.shapes) != 1:
+    if len(fact.node.users) != 1 or fact.is_list:
         return None, 0
     reader = fact.readers[0]
     if reader.node.op != "call_function":
@@ -303,7 +303,7 @@ def _back_through(chain: Sequence[tuple[Recipe, int]], wanted: At, size: int) ->
 
 def _whole(fact: Facts, unread: frozenset[int], reason: str) -> Choice:
     inputs = tuple(None if i in unread else REPLICATE for i in range(len(fact.operands)))
-    return Choice("whole", inputs, (REPLICATE,) * max(len(fact.shapes), 1), reason=reason)
+    return Choice("whole", inputs, (REPLICATE,) * len(fact.shapes), reason=reason)
 
 
 def _pass_partial(fact: Facts, recipe: Recipe, partial: frozenset[int]) -> Choice:
@@ -319,7 +319,7 @@ def _floats(fact: Facts, partial: frozenset[int], sizes: Sequence[int]) -> bool:
     much smaller that it pays to sum the gradients of the other operands instead, as those of the weights of a token's
     experts.
     """
-    if len(fact.shapes) > 1:
+    if fact.is_list:
         return False
     sources = [fact.operands[i] for i in partial]
     waiting = sum(s.num_bytes for s in sources)
@@ -337,7 +337,7 @@ def _smallest_ahead(fact: Facts, sizes: Sequence[int]) -> int:
     smallest = fact.num_bytes
     for _ in range(LOOK_AHEAD):
         reader, position = _only_reader(fact)
-        if reader is None or any(len(o.shapes) > 1 for o in reader.operands):
+        if reader is None or any(o.is_list for o in reader.operands):
             break
         current = [o.current[0] if o.current else REPLICATE for o in reader.operands]
         recipe = recipe_of(reader, sizes, current)

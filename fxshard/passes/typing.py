@@ -11,6 +11,7 @@ from torch import fx
 
 from fxshard.mesh import Mesh
 from fxshard.placement import REPLICATE, Placement, Placements, is_shard, local_size
+from fxshard.rules.recipe import is_list
 from fxshard.torch_internals import Graph
 
 _KEY = "fxshard"
@@ -79,9 +80,7 @@ def set_info(node: fx.Node, info: Info) -> None:
 def values_of(node: fx.Node) -> tuple[Any, ...]:
     """The tensors that a node gives: one, or those of a list."""
     value = node.meta.get("val")
-    if isinstance(value, (list, tuple)):
-        return tuple(value)
-    return (value,)
+    return tuple(value) if is_list(node) else (value,)
 
 
 def is_float(value: Any) -> bool:

@@ -9,7 +9,7 @@ from torch import fx
 
 from fxshard.placement import REPLICATE, chunk_shares
 from fxshard.rules.lookup import WEIGHT_VIEWS, recipe_for
-from fxshard.rules.recipe import Dim, Factor, Recipe, Shape, divides, operands_of, shape_of
+from fxshard.rules.recipe import Dim, Factor, Recipe, Shape, divides, is_list, operands_of, shape_of
 from fxshard.rules.table import name_of
 
 CUTS = {"aten.split", "aten.split_with_sizes", "aten.chunk", "aten.slice", "aten.narrow"}
@@ -66,10 +66,10 @@ class Graph:
         """The recipe of a call on whole operands; None where it has no rule."""
         if node not in self.recipes:
             shapes = [self.shapes[o] for o in self.operands[node]]
-            single = all(len(s) == 1 for s in shapes)
-            inputs = tuple(s[0] for s in shapes)
+            lists = any(map(is_list, self.operands[node]))
+            inputs = () if lists else tuple(s[0] for s in shapes)
             current = (REPLICATE,) * len(inputs)
-            self.recipes[node] = recipe_for(node, inputs, self.shapes[node], current) if single else None
+            self.recipes[node] = None if lists else recipe_for(node, inputs, self.shapes[node], current)
         return self.recipes[node]
 
 
@@ -81,7 +81,7 @@ def is_parameter(node: fx.Node) -> bool:
 def shapes_of(node: fx.Node) -> tuple[Shape, ...]:
     """The shapes of a node's results."""
     value = node.meta.get("val")
-    return tuple(map(shape_of, value)) if isinstance(value, (list, tuple)) else (shape_of(value),)
+    return tuple(map(shape_of, value)) if is_list(node) else (shape_of(value),)
 
 
 def contraction(node: fx.Node, facts: Graph) -> tuple[Factor, int, int] | None:

@@ -285,13 +285,24 @@ def bind(node: fx.Node) -> dict[str, Any]:
     return out
 
 
+RUNNING = {
+    "aten::batch_norm": "training",
+    "aten::instance_norm": "use_input_stats",
+    "aten::native_batch_norm": "training",
+    "aten::cudnn_batch_norm": "training",
+    "aten::miopen_batch_norm": "training",
+    "aten::_batch_norm_impl_index": "training",
+}
+"""Norms that update running statistics, which their schemas do not say: the argument by which they are asked to."""
+
+
 def written(node: fx.Node) -> dict[str, fx.Node]:
     """The tensors that a call updates in place, by argument: a buffer, the running statistics of a batch_norm."""
     if not isinstance(node.target, OpOverload):
         return {}
     names = [a.name for a in node.target._schema.arguments if a.alias_info is not None and a.alias_info.is_write]
-    training = node.target is torch.ops.aten.batch_norm.default and bind(node)["training"]
-    if training:
+    trains = RUNNING.get(node.target._schema.name)
+    if trains is not None and bind(node)[trains]:
         names += ["running_mean", "running_var"]
     if not names:
         return {}
@@ -302,6 +313,11 @@ def written(node: fx.Node) -> dict[str, fx.Node]:
 def is_tensor(node: Any) -> bool:
     """Whether a node of the graph is one tensor."""
     return isinstance(node, fx.Node) and isinstance(node.meta.get("val"), torch.Tensor)
+
+
+def is_list(node: fx.Node) -> bool:
+    """Whether a node gives a list of tensors, of one or none as well, and not a tensor."""
+    return isinstance(node.meta.get("val"), (list, tuple))
 
 
 def operands_of(node: fx.Node) -> list[fx.Node]:
