@@ -35,7 +35,7 @@ from fxshard.runtime.autocast import ambient, using
 from fxshard.runtime.buckets import Buckets, Synchronization, defer
 from fxshard.runtime.collectives import Axis, ProcessAxisGroup
 from fxshard.runtime.devices import target_device
-from fxshard.runtime.faults import calling, compared
+from fxshard.runtime.faults import calling, compared, told_to_others
 from fxshard.runtime.loading import KEY, describe_parts, load_state_dict
 from fxshard.runtime.meeting import meet
 from fxshard.runtime.module import RankModule, find, load, local_part, place, share
@@ -403,6 +403,7 @@ class ParallelModule(nn.Module):
 
     # --- state dicts: docs/checkpoints.md --------------------------------------------------------------------------
 
+    @told_to_others
     def full_state_dict(self, rank0_only: bool = False) -> dict[str, Any]:
         """The whole model's state dict, under the original names; collective under torchrun.
 
@@ -427,6 +428,7 @@ class ParallelModule(nn.Module):
         """
         return self._weights().sharded_state_dict()
 
+    @told_to_others
     def sharded_optimizer_state_dict(self, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
         """The state of an optimizer over ``parameters()``, under their original names; collective under torchrun.
 
@@ -449,6 +451,7 @@ class ParallelModule(nn.Module):
             metadata[prefix[:-1]][KEY] = describe_parts(self._weights())
         return out
 
+    @told_to_others
     def load_state_dict(
         self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False
     ) -> IncompatibleKeys:
@@ -519,6 +522,7 @@ class ParallelModule(nn.Module):
                         if isinstance(found := find(module, name), torch.Tensor) and found.is_meta:
                             place(module, name, find(compiled.root, name).detach().to(self._device), persistent=False)
 
+    @told_to_others
     def full_grads(self) -> dict[str, torch.Tensor]:
         """The whole gradients, under the names of ``model.named_parameters()``; collective under torchrun.
 

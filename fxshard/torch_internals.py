@@ -21,6 +21,9 @@ from torch._subclasses import FakeTensor, FakeTensorMode
 from torch.autograd import forward_ad
 from torch.autograd.function import _SingleLevelFunction as SingleLevelFunction
 from torch.distributed import distributed_c10d
+from torch.distributed.checkpoint._traverse import set_element
+from torch.distributed.checkpoint.filesystem import _StorageInfo as StorageInfo
+from torch.distributed.checkpoint.filesystem import _StoragePrefix as StoragePrefix
 from torch.distributions import Distribution
 from torch.export import _trace as exporter
 from torch.fx._lazy_graph_module import _LazyGraphModule as LazyGraphModule
@@ -55,6 +58,8 @@ __all__ = [
     "OperatorBase",
     "PrefixStore",
     "SingleLevelFunction",
+    "StorageInfo",
+    "StoragePrefix",
     "Store",
     "TorchDispatchMode",
     "after_backward",
@@ -78,6 +83,7 @@ __all__ = [
     "pytree",
     "record",
     "saving_hooks",
+    "set_element",
     "trusted_distributions",
     "vmap_level",
     "will_accumulate",

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 import fxshard
-from fxshard import Mesh, Plan, Shard, data_parallel, tensor_parallel
+from fxshard import Mesh, Plan, Replicate, Shard, data_parallel, tensor_parallel
 from fxshard.errors import CaptureError, DivisibilityError, FxshardError, InputError, MeshError, PlanError
 from fxshard.placement import BlockShard
 
@@ -136,6 +136,39 @@ def test_every_offender_is_listed() -> None:
 def test_what_the_plan_contradicts_itself_on() -> None:
     error = refused(PlanError, Plan({"tp": 2}, params={"up.*": Shard(0), "up.weight": Shard(1)}))
     says(error, r"up.weight is asked to be both Shard\(0\) and Shard\(1\) on axis 'tp'", "let one entry")
+
+
+class Unread(Net):
+    """Has a weight that it does not use."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.spare = nn.Parameter(torch.ones(8, 8))
+
+
+UNEVEN = BlockShard(0, shares=(4, 4, 2, 2))
+
+
+@pytest.mark.parametrize(
+    ("entries", "said"),
+    [
+        ({"params": {"*.weight": Shard(0), "up.weight": UNEVEN}}, "up.weight is asked to be both Shard"),
+        ({"params": {"up.weight": UNEVEN, "up.w*": Shard(0)}}, "up.weight is asked to be both Shard"),
+        ({"params": {"up.weight": BlockShard(0, (1, 2)), "up.*": Shard(0)}}, "up.weight is asked to be both Shard"),
+        ({"params": {"spare": Shard(0), "spar?": Shard(1)}}, "spare is asked to be both Shard"),
+        ({"inputs": {"x": Shard(0), "*": Replicate()}}, "x is asked to be both Shard"),
+        ({"activations": {"up": Shard(-1), "u*": Shard(0)}}, "up is asked to be both Shard"),
+        ({"outputs": {"*": {"tp": Shard(0)}, "0": {"tp": Shard(1)}}}, "output 0 is asked to be both Shard"),
+    ],
+)
+def test_no_entry_of_a_plan_is_dropped_for_another(entries: dict[str, Any], said: str) -> None:
+    says(refused(PlanError, Plan({"tp": 4}, **entries), model=Unread()), said, "let one entry")
+
+
+def test_what_is_asked_twice_alike_is_asked_once() -> None:
+    twice = {"*.weight": Shard(0), "up.weight": Shard(0), "up.weigh?": Shard(-2)}
+    program = fxshard.parallelize(Net(), Plan({"tp": 4}, params=twice, outputs={"*": Shard(0), "0": Shard(-2)}), (X,))
+    assert program.placements_of("up.weight") == (Shard(0),)
 
 
 def test_no_mesh() -> None:

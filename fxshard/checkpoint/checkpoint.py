@@ -10,6 +10,7 @@ parts need. Nothing in it knows of the mesh.
 
 from __future__ import annotations
 
+import json
 import os
 import warnings
 from collections.abc import Iterator, Mapping
@@ -21,16 +22,18 @@ from typing import Any
 import torch
 from torch import nn
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
+from torch.distributed.checkpoint.filesystem import FileSystemWriter
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 
 from fxshard.checkpoint.contents import allocated, pickled, set_random_state, tree_of, unpickled
 from fxshard.checkpoint.folders import begin, finish, latest_checkpoint
-from fxshard.errors import CheckpointError
+from fxshard.checkpoint.reading import CHECKSUMS, FOREIGN, METADATA, REPLACED, Planner, Reader, stored
+from fxshard.errors import CheckpointError, DistributedError
 from fxshard.program import ParallelModule
+from fxshard.runtime.faults import guarded, told_to_others
+from fxshard.runtime.files import checksums_of, keep_from_others
 from fxshard.runtime.loading import load_state_dict
-from fxshard.runtime.materialize import make_real
 from fxshard.runtime.optimizer_state import (
     load_optimizer_state_dict,
     matching_groups,
@@ -39,7 +42,9 @@ from fxshard.runtime.optimizer_state import (
     template,
 )
 from fxshard.runtime.parts import local_of, same
-from fxshard.runtime.together import on_first_rank, refuse
+from fxshard.runtime.session import said
+from fxshard.runtime.staging import Staging
+from fxshard.runtime.together import is_spread, on_every_rank, on_first_rank, refuse
 from fxshard.runtime.weights import Weights
 
 OWN = "fxshard"
@@ -60,6 +65,7 @@ class Checkpoint:
     extra: Any
 
 
+@told_to_others
 def save_checkpoint(
     folder: str | os.PathLike[str],
     program: nn.Module,
@@ -79,14 +85,17 @@ def save_checkpoint(
         program: what ``parallelize`` returned, or a plain module.
         optimizer: a torch optimizer over its parameters.
         step: a number to find it by, returned by ``load_checkpoint``.
-        extra: anything that pickles, as rank 0 has it: the state of a scheduler, of a data loader.
+        extra: plain data, as rank 0 has it: numbers, strings, lists, dicts, tensors and arrays; the state of a
+            scheduler, of a data loader. Other classes must be named in ``torch.serialization.add_safe_globals``, here
+            and where it is loaded.
         keep: how many complete checkpoints to keep, this one included; None for all.
 
     Returns:
         The folder of this checkpoint.
 
     Raises:
-        CheckpointError: where the optimizer keeps state that no other mesh could take, or nothing could be written.
+        CheckpointError: on all ranks, where the optimizer keeps state that no other mesh could take, ``extra`` is no
+            plain data, or nothing could be written.
 
     >>> import tempfile, fxshard
     >>> model = nn.Linear(2, 2)
@@ -108,40 +117,64 @@ def save_checkpoint(
 
     def start() -> Path:
         own.append(pickled(step, extra))
+        for name, value in state.get("optimizer", {}).items():
+            _check_plain(value, f"the optimizer's {name}")
         return begin(Path(folder), step)
 
-    partial = on_first_rank(start)
+    partial = on_first_rank(start, f"cannot write a checkpoint into {folder}", WRITABLE)
     if own:  # of rank 0 alone
         state[OWN] = {"run": own[0]}
-    with _errors(f"cannot write the checkpoint {partial}"):
+    with _errors("save", f"cannot write the checkpoint {partial}", WRITABLE):
         save(state, storage_writer=FileSystemWriter(partial, single_file_per_rank=True))
-    return on_first_rank(lambda: _finish(partial, keep))
+    return on_first_rank(lambda: _finish(partial, keep), f"cannot complete the checkpoint {partial}", WRITABLE)
 
 
+WRITABLE = "give a folder that every rank can write to, on a disk with room"
+
+
+def _check_plain(value: Any, what: str) -> None:
+    """Raises ``CheckpointError`` where something could not be loaded again without running what stands in it."""
+    if isinstance(value, Mapping):
+        for key, each in value.items():
+            _check_plain(each, f"{what}, {key}")
+    elif isinstance(value, list | tuple):
+        for each in value:
+            _check_plain(each, what)
+    elif not isinstance(value, torch.Tensor | int | float | str | bool | None):
+        stored(value, what)
+
+
+@told_to_others
 def load_checkpoint(
     folder: str | os.PathLike[str],
     program: nn.Module,
     optimizer: torch.optim.Optimizer | None = None,
     *,
     random_state: bool = True,
+    verify: bool = True,
 ) -> Checkpoint:
     """Loads the newest complete checkpoint, whatever mesh and plan it was saved on.
 
-    Every rank must call it, and reads what its own parts need. The weights are loaded in place. The state of the
-    optimizer is allocated as the checkpoint has it: it need not have stepped.
+    Every rank must call it, and reads what its own parts need, beside what it has: the weights change, in place, when
+    all ranks have read all of theirs, and not at all where one fails. The state of the optimizer is allocated as the
+    checkpoint has it: it need not have stepped. Nothing that stands in the files is run.
 
     Args:
         folder: what ``save_checkpoint`` was given, or one of the checkpoints in it.
         program: what ``parallelize`` returned, or a plain module.
         optimizer: a torch optimizer over its parameters, in the groups that it had.
         random_state: whether to go on with the random numbers of the run, too.
+        verify: whether to hold what is read against the checksums that were written with it, and to refuse files that
+            other users could have written.
 
     Raises:
-        CheckpointError: where there is none, or it does not fit; everything that does not fit is listed.
+        CheckpointError: on all ranks, where there is none, it is damaged, or it does not fit; everything that does not
+            fit is listed. The weights are then as they were.
     """
     weights = weights_of(program)
-    path = on_first_rank(lambda: _newest(Path(folder)))
-    reader = FileSystemReader(path)
+    path = on_first_rank(lambda: _newest(Path(folder)), f"cannot read {folder}", "give a folder that all ranks see")
+    reader = Reader(path, verify)
+    refuse(reader.problems(), f"the checkpoint {path} may hold what another user wrote:", FOREIGN)
     saved = _saved(reader)
     _check_model(weights, saved.get("model", {}), path)
     if optimizer is not None:
@@ -152,20 +185,26 @@ def load_checkpoint(
     if optimizer is not None:
         small["optimizer"] = {"param_groups": saved["optimizer"]["param_groups"]}
     _load(small, reader)
+    own = on_every_rank(lambda: _of_run(small), f"cannot read the checkpoint {path}:", REPLACED)
     state: dict[str, Any] = {}
-    if optimizer is not None:  # all that may be refused is looked at before anything changes
+    if optimizer is not None:
         matching_groups(weights, optimizer, small["optimizer"]["param_groups"])
         state["optimizer"] = {"state": template(weights, optimizer, saved["optimizer"].get("state", {}))}
-    make_real(weights, saved["model"])
-    state["model"] = _targets(weights, saved["model"])
+    staging = Staging(weights, list(saved["model"]))
+    state["model"] = _targets(weights, staging, saved["model"])
     _load(state, reader)
-    _install(weights, program, state["model"])
+    _check_tied(weights, state["model"])  # and from here on nothing fails
+    _install(weights, staging, program, state["model"])
     if optimizer is not None:
         load_optimizer_state_dict(weights, optimizer, small["optimizer"] | state["optimizer"])
-    own: dict[str, Any] = unpickled(small[OWN]["run"]) if OWN in small else {"step": 0, "extra": None}
     if random_state and "random" in own:
         set_random_state(own["random"])
     return Checkpoint(path, own["step"], own["extra"])
+
+
+def _of_run(small: Mapping[str, Any]) -> dict[str, Any]:
+    """The state of the run: the step, what was added, the random state."""
+    return unpickled(small[OWN]["run"]) if OWN in small else {"step": 0, "extra": None}
 
 
 def weights_of(program: nn.Module) -> Weights:
@@ -174,25 +213,51 @@ def weights_of(program: nn.Module) -> Weights:
 
 
 @contextmanager
-def _errors(what: str) -> Iterator[None]:
-    """The errors of torch.distributed.checkpoint as ours; without its warning that only one process runs."""
+def _errors(name: str, what: str, fix: str) -> Iterator[None]:
+    """The errors of torch.distributed.checkpoint as ours; without its warning that only one process runs.
+
+    Where a rank dies or hangs in between, the others say which.
+    """
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), guarded(None, name, torch.empty(0)):
             warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
-            yield
-    except (CheckpointException, OSError, RuntimeError, ValueError) as error:
-        raise CheckpointError(f"{what}: {error}") from error
+            try:
+                yield
+            except CheckpointException as error:  # of one rank or more, and all know it
+                raise _CannotGoOn(_told(error)) from error
+    except _CannotGoOn as error:
+        raise CheckpointError(f"{what}: {error}", fix=fix) from error.__cause__
+    except (CheckpointError, DistributedError):
+        raise
+    except Exception as error:
+        raise CheckpointError(f"{what}: {said(error)}", fix=fix) from error
+
+
+class _CannotGoOn(Exception):
+    """Why, in words: not an error of the backend."""
+
+
+def _told(error: CheckpointException) -> str:
+    """What went wrong on which rank."""
+    found = {rank: failure[0] if isinstance(failure, tuple) else failure for rank, failure in error.failures.items()}
+    texts = {rank: each.what if isinstance(each, CheckpointError) else said(each) for rank, each in found.items()}
+    if not is_spread():
+        return "; ".join(texts.values())
+    return "; ".join(f"rank {rank}: {text}" for rank, text in texts.items())
 
 
 def _finish(partial: Path, keep: int | None) -> Path:
     """Completes a checkpoint, if every file of it is there."""
-    for stored in FileSystemReader(partial).read_metadata().storage_data.values():
-        path = partial / stored.relative_path
-        if not path.is_file() or path.stat().st_size < stored.offset + stored.length:
+    for each in Reader(partial, verify=False).read_metadata().storage_data.values():
+        path = partial / each.relative_path
+        if not path.is_file() or path.stat().st_size < each.offset + each.length:
             raise CheckpointError(
                 f"a rank wrote {path.name}, and rank 0 does not find it in {partial}",
                 fix="give a folder that all ranks see",
             )
+    with open(partial / METADATA, "rb") as file:
+        (partial / CHECKSUMS).write_text(json.dumps({METADATA: list(checksums_of(file))}), encoding="utf-8")
+    keep_from_others([partial, *partial.iterdir()])
     return finish(partial, keep)
 
 
@@ -205,21 +270,15 @@ def _newest(folder: Path) -> Path:
     return found
 
 
-def _saved(reader: FileSystemReader) -> dict[str, Any]:
+def _saved(reader: Reader) -> dict[str, Any]:
     """The tree of a checkpoint."""
-    saved: dict[str, Any] = {}
-    problems = []
-    try:
-        saved = tree_of(reader.read_metadata())
-    except Exception as error:
-        problems.append(f"{type(error).__name__}: {error}")
-    refuse(problems, f"cannot read the checkpoint {reader.checkpoint_id}:", "give a folder that all ranks see")
-    return saved
+    what = f"cannot read the checkpoint {reader.folder}:"
+    return on_every_rank(lambda: tree_of(reader.read_metadata()), what, "give a folder that all ranks see")
 
 
-def _load(state: dict[str, Any], reader: FileSystemReader) -> None:
-    with _errors(f"cannot read the checkpoint {reader.checkpoint_id}"):
-        load(state, storage_reader=reader)
+def _load(state: dict[str, Any], reader: Reader) -> None:
+    with _errors("load", f"cannot read the checkpoint {reader.folder}", REPLACED):
+        load(state, storage_reader=reader, planner=Planner())
 
 
 def _check_model(weights: Weights, saved: Mapping[str, Any], path: Path) -> None:
@@ -241,34 +300,36 @@ def _check_model(weights: Weights, saved: Mapping[str, Any], path: Path) -> None
     )
 
 
-def _targets(weights: Weights, saved: Mapping[str, Any]) -> dict[str, Any]:
-    """What to load into: the parts in place, and for a second name of one tensor memory of its own, to compare."""
+def _targets(weights: Weights, staging: Staging, saved: Mapping[str, Any]) -> dict[str, Any]:
+    """What to load into: the new values of the parts, and for a second name of one tensor other memory, to compare."""
     out: dict[str, Any] = {name: allocated(saved[name]) for name in weights.extras if name in saved}
     seen = set()
     for name in (name for name in weights.names if name in saved):
-        part = weights.part(name)
         if weights.is_simulated:
-            out[name] = torch.empty(weights.layout(name).shape, dtype=part.dtype)
+            out[name] = torch.empty(weights.layout(name).shape, dtype=weights.part(name).dtype)
         else:
-            first = weights.first_names[name] not in seen
-            out[name] = weights.sharded(name, part if first else torch.empty_like(part))
+            new = staging.of(name)
+            out[name] = weights.sharded(name, torch.empty_like(new) if weights.first_names[name] in seen else new)
         seen.add(weights.first_names[name])
     return out
 
 
-def _install(weights: Weights, program: nn.Module, state: Mapping[str, Any]) -> None:
-    """After the parts were loaded in place: second names, extra state, the parts of simulated ranks."""
-    problems = []
+def _check_tied(weights: Weights, state: Mapping[str, Any]) -> None:
+    """Raises ``CheckpointError`` where two names of one tensor have two values."""
+    found = [(name, weights.first_names[name]) for name in weights.names if name in state]
+    pairs = [(first, name) for name, first in found if first != name and first in state]
+    problems = [f"{a} and {b}" for a, b in pairs if not same(local_of(state[a]), local_of(state[b]))]
+    refuse(problems, "one tensor of the model is two in the checkpoint, and they differ:", "untie them in the model")
+
+
+def _install(weights: Weights, staging: Staging, program: nn.Module, state: Mapping[str, Any]) -> None:
+    """Puts what was loaded in place: the parts, those of simulated ranks, the extra state of modules."""
+    extras = {name: state[name] for name in weights.extras if name in state}
     if weights.is_simulated:
         load_state_dict(weights, state, strict=False)
     else:
-        for name in weights.names:
-            again = name in state and weights.first_names[name] != name
-            if again and not same(local_of(state[name]), weights.part(name)):
-                problems.append(f"{weights.first_names[name]} and {name}")
-        extras = {name: state[name] for name in weights.extras if name in state}
         if extras:
             weights.model.load_state_dict(extras, strict=False)
-    refuse(problems, "one tensor of the model is two in the checkpoint, and they differ:", "untie them in the model")
+        staging.install()
     if isinstance(program, ParallelModule):
         program._loaded(weights.names)

@@ -10,16 +10,18 @@ from typing import Any
 import torch
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 
+from fxshard.checkpoint.reading import REPLACED, loaded, stored
+from fxshard.errors import CheckpointError
 from fxshard.torch_internals import pytree
 
 
 def tree_of(metadata: Metadata) -> dict[str, Any]:
     """The nested dicts and lists that were saved: tensors on the meta device, and None for everything else."""
     out: dict[str, Any] = {}
-    for key, stored in metadata.state_dict_metadata.items():
+    for key, each in metadata.state_dict_metadata.items():
         value = None
-        if isinstance(stored, TensorStorageMetadata):
-            value = torch.empty(stored.size, dtype=stored.properties.dtype, device="meta")
+        if isinstance(each, TensorStorageMetadata):
+            value = torch.empty(each.size, dtype=each.properties.dtype, device="meta")
         put(out, (metadata.planner_data or {}).get(key, (key,)), value)
     return out
 
@@ -48,15 +50,23 @@ def allocated(tree: Any) -> Any:
 
 
 def pickled(step: int, extra: Any) -> bytes:
-    """The state of the run, this process's random state included."""
-    stream = io.BytesIO()
-    torch.save({"step": step, "extra": extra, "random": _random_state()}, stream)
-    return stream.getvalue()
+    """The state of the run, this process's random state included.
+
+    Raises:
+        CheckpointError: where ``extra`` holds something else than plain data.
+    """
+    return stored({"step": step, "extra": extra, "random": _random_state()}, "extra")
 
 
 def unpickled(run: bytes) -> dict[str, Any]:
-    """What ``pickled`` was given, and the random state."""
-    out: dict[str, Any] = torch.load(io.BytesIO(run), map_location="cpu", weights_only=False)
+    """What ``pickled`` was given, and the random state.
+
+    Raises:
+        CheckpointError: where it is not that.
+    """
+    out = loaded(io.BytesIO(run))
+    if not isinstance(out, dict) or not {"step", "extra"} <= out.keys():
+        raise CheckpointError("the state of the run is not what save_checkpoint writes", fix=REPLACED)
     return out
 
 

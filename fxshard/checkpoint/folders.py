@@ -16,6 +16,8 @@ import re
 import shutil
 from pathlib import Path
 
+from fxshard.runtime.files import keep_from_others
+
 COMPLETE = re.compile(r"(\d{6,})-step-(-?\d+)")
 PARTIAL = ".partial"
 
@@ -38,7 +40,9 @@ def latest_checkpoint(folder: str | os.PathLike[str]) -> Path | None:
 
 def begin(folder: Path, step: int) -> Path:
     """Deletes leftovers, and makes the folder to write into."""
-    folder.mkdir(parents=True, exist_ok=True)
+    if not folder.is_dir():
+        folder.mkdir(parents=True)
+        keep_from_others([folder])
     for path in folder.iterdir():
         if path.name.endswith(PARTIAL) and COMPLETE.fullmatch(path.name.removesuffix(PARTIAL)):
             shutil.rmtree(path)

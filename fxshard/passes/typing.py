@@ -79,7 +79,7 @@ def set_info(node: fx.Node, info: Info) -> None:
 
 def values_of(node: fx.Node) -> tuple[Any, ...]:
     """The tensors that a node gives: one, or those of a list."""
-    value = node.meta.get("val")
+    value: Any = node.meta.get("val")
     return tuple(value) if is_list(node) else (value,)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import operator
 from dataclasses import dataclass, field
+from typing import Any
 
 from torch import fx
 
@@ -80,7 +81,7 @@ def is_parameter(node: fx.Node) -> bool:
 
 def shapes_of(node: fx.Node) -> tuple[Shape, ...]:
     """The shapes of a node's results."""
-    value = node.meta.get("val")
+    value: Any = node.meta.get("val")
     return tuple(map(shape_of, value)) if is_list(node) else (shape_of(value),)
 
 

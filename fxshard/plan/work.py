@@ -22,6 +22,7 @@ from fxshard.placement import (
     chunk_shares,
     cut_of,
     describe,
+    same,
     shard,
 )
 from fxshard.plan.detect import Split, find_split
@@ -162,19 +163,18 @@ class Work:
         checked = self._check(name, shape, axis, placement, asked_by, known)
         if checked is None:
             return
-        if node is None:
-            self.explicit[part].setdefault(name, {})[axis] = checked
-            return
-        have = self.nodes.setdefault(node, {})
-        if axis in have and repr(have[axis]) != repr(checked):
-            earlier = have[axis]
-            if isinstance(earlier, BlockShard) and earlier.dim == getattr(checked, "dim", None):
-                return
-            text = f"{name} is asked to be both {describe(have[axis])} and {describe(checked)} on axis {axis!r}"
-            self.problems.append(PlanError(f"{text} (by {asked_by})", fix="let one entry of the plan match it"))
-            return
-        have[axis] = checked
-        self.explicit[part].setdefault(name, {})[axis] = checked
+        explicit = self.explicit[part].setdefault(name, {})
+        have = explicit if node is None else self.nodes.setdefault(node, {})
+        if self._agrees(have, name, axis, checked, asked_by):
+            have[axis] = explicit[axis] = checked
+
+    def _agrees(self, have: Mapping[str, Placement], name: str, axis: str, placement: Placement, asked_by: str) -> bool:
+        """Whether nothing else was asked for on an axis; a problem where it was."""
+        if axis not in have or same(have[axis], placement):
+            return True
+        text = f"{name} is asked to be both {describe(have[axis])} and {describe(placement)} on axis {axis!r}"
+        self.problems.append(PlanError(f"{text} (by {asked_by})", fix="let one entry of the plan match it"))
+        return False
 
     def _check(
         self,
@@ -299,7 +299,7 @@ class Work:
                     if glob == "*" and isinstance(placement, Shard) and not shape:
                         continue  # a scalar among the outputs is whole
                     checked = self._check(f"output {i}", shape, axis, placement, "outputs", out[i])
-                    if checked is not None:
+                    if checked is not None and self._agrees(out[i], f"output {i}", axis, checked, f"outputs {glob!r}"):
                         out[i][axis] = checked
         return out
 

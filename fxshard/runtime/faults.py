@@ -12,9 +12,10 @@ the most, and raises ``DistributedError``.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import functools
+from collections.abc import Callable, Iterable, Mapping
 from types import TracebackType
-from typing import Any, Protocol
+from typing import Any, ParamSpec, Protocol, TypeVar
 
 import torch
 
@@ -23,6 +24,9 @@ from fxshard.runtime.devices import backends
 from fxshard.runtime.position import COMPARING, POSITION, RUNNING
 from fxshard.runtime.session import plain, said
 from fxshard.runtime.watch import Report, Watch, current
+
+P = ParamSpec("P")
+T = TypeVar("T")
 
 SHOWN = 8
 """How many other ranks an error tells of."""
@@ -87,13 +91,13 @@ def is_of_backend(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and not isinstance(error, FxshardError | torch.OutOfMemoryError)
 
 
-class calling:
-    """``with calling():`` around a call of a program: counts it, and tells the others if it fails on this rank."""
+class telling:
+    """``with telling():`` around what all ranks do together: tells the others if it fails on this rank."""
 
     __slots__ = ()
 
     def __enter__(self) -> None:
-        POSITION.begin()
+        return None
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
@@ -102,6 +106,26 @@ class calling:
             watch = current()
             if watch is not None:
                 watch.tell(said(error), own=True)
+
+
+class calling(telling):
+    """``telling`` around a call of a program: counts it, too."""
+
+    __slots__ = ()
+
+    def __enter__(self) -> None:
+        POSITION.begin()
+
+
+def told_to_others(function: Callable[P, T]) -> Callable[P, T]:
+    """A function that all ranks call together, and whose errors the others learn of."""
+
+    @functools.wraps(function)
+    def call(*args: P.args, **kwargs: P.kwargs) -> T:
+        with telling():
+            return function(*args, **kwargs)
+
+    return call
 
 
 def failure(error: BaseException, group: Communicates | None) -> DistributedError:

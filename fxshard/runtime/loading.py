@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from torch.distributed.tensor import DTensor
 
-from fxshard.runtime.layout import dtensor_placements, fill
-from fxshard.runtime.materialize import make_real
+from fxshard.runtime.layout import Layout, dtensor_placements, fill
 from fxshard.runtime.parts import BlockTensor, local_of, same
+from fxshard.runtime.staging import Staging
 from fxshard.runtime.together import gathered, refuse
 from fxshard.runtime.weights import Weights
 from fxshard.torch_internals import IncompatibleKeys
@@ -50,13 +50,20 @@ def load_state_dict(weights: Weights, state: Mapping[str, Any], strict: bool) ->
         f"cannot load the state dict into {type(weights.model).__name__}:",
         "give a state dict of this model: whole tensors, DTensors, or what this rank's program.state_dict() returned",
     )
-    make_real(weights, found)
-    for name in found:
-        if weights.first_names[name] == name or weights.first_names[name] not in found:
-            _load(weights, name, state[name], name in parts)
+    staging = Staging(weights, found)
+    once = [name for name in found if weights.first_names[name] == name or weights.first_names[name] not in found]
+    staged = [name for name in once if isinstance(state[name], DTensor | BlockTensor) or weights.part(name).is_meta]
+    for name in staged:
+        value, is_part = _value(weights, name, state[name], name in parts)
+        for rank in weights.modules:
+            _fill(staging.of(name, rank), weights.layout(name, rank), value, is_part)
     extras = {name: state[name] for name in weights.extras if name in state}
     if extras:
         weights.model.load_state_dict(extras, strict=False)
+    staging.install()
+    for name in (name for name in once if name not in staged):  # what the caller has in memory, and fits
+        for rank in weights.modules:
+            _fill(weights.part(name, rank), weights.layout(name, rank), state[name], name in parts)
     return IncompatibleKeys(missing, unexpected)
 
 
@@ -92,18 +99,20 @@ def _untied(weights: Weights, found: list[str], state: Mapping[str, Any]) -> lis
     return problems
 
 
-def _load(weights: Weights, name: str, value: torch.Tensor, is_part: bool) -> None:
-    layout = weights.layout(name)
+def _value(weights: Weights, name: str, value: torch.Tensor, is_part: bool) -> tuple[torch.Tensor, bool]:
+    """A plain tensor, and whether that is this rank's part; collective where a ``DTensor`` lies in another way."""
     if isinstance(value, DTensor | BlockTensor):
         is_part = _lies_alike(value, weights, name)
         value = local_of(value) if is_part else value.full_tensor()
+    return value, is_part
+
+
+def _fill(part: torch.Tensor, layout: Layout, value: torch.Tensor, is_part: bool) -> None:
     with torch.no_grad():
-        for rank in weights.modules:
-            part = weights.part(name, rank)
-            if is_part:
-                part.copy_(value)
-            else:
-                fill(part, layout.of(rank).boxes, lambda box: value[box.of_whole])  # used at once
+        if is_part:
+            part.copy_(value)
+        else:
+            fill(part, layout.boxes, lambda box: value[box.of_whole])
 
 
 def _lies_alike(value: DTensor | BlockTensor, weights: Weights, name: str) -> bool:

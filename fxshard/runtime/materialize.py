@@ -28,15 +28,18 @@ def is_on_meta(weights: Weights) -> bool:
     return any(weights.part(name).is_meta for name in weights.tensors)
 
 
-def make_real(weights: Weights, given: Collection[str]) -> None:
-    """Gives parts on the meta device memory, where ``given`` is to be loaded; nothing to do where there are none.
+def check_values(weights: Weights, given: Collection[str]) -> dict[str, torch.Tensor]:
+    """Whether every part on the meta device will have a value, once ``given`` is loaded; nothing is changed.
+
+    Returns:
+        The whole values of those that the model makes by itself.
 
     Raises:
-        CheckpointError: where something would be left without a value; nothing has changed then.
+        CheckpointError: where something would be left without a value.
     """
-    if not is_on_meta(weights):
-        return
     made: dict[str, torch.Tensor] = {}
+    if not is_on_meta(weights):
+        return made
     problems = problems_of(weights, given, made)
     refuse(
         problems,
@@ -44,7 +47,7 @@ def make_real(weights: Weights, given: Collection[str]) -> None:
         "load a value for every weight; keep other tensors off the meta device when the model is made, or give their "
         "module a reset_parameters() that fills them",
     )
-    materialize(weights, made)
+    return made
 
 
 def problems_of(weights: Weights, given: Collection[str], made: dict[str, torch.Tensor]) -> list[str]:
@@ -67,11 +70,11 @@ def problems_of(weights: Weights, given: Collection[str], made: dict[str, torch.
 
 
 def materialize(weights: Weights, made: dict[str, torch.Tensor]) -> None:
-    """Gives every part memory, under the same parameter: an optimizer that has it keeps it.
+    """Gives every part that is on the meta device memory.
 
     Args:
         weights: those of the program.
-        made: whole values for some; others are cut from the model where it has them, and are to be loaded else.
+        made: whole values for some; others are cut from the model where it has them.
     """
     device = target_device(weights.tensors.values())
     for rank, module in weights.modules.items():
@@ -79,14 +82,13 @@ def materialize(weights: Weights, made: dict[str, torch.Tensor]) -> None:
             part = find(module, name)
             if weights.first_names[name] != name or not part.is_meta:
                 continue
-            whole = made.get(name, tensor)
-            if whole.is_meta:
-                new = torch.empty(part.shape, dtype=part.dtype, device=device)
-            else:
-                new = local_part(whole, weights.placements[name], weights.mesh, rank).to(device, part.dtype)
-            if isinstance(part, nn.Parameter):
-                new = nn.Parameter(new, part.requires_grad)
-            torch.utils.swap_tensors(part, new)
+            whole = local_part(made.get(name, tensor), weights.placements[name], weights.mesh, rank)
+            swap(part, whole.to(device, part.dtype))
+
+
+def swap(part: torch.Tensor, new: torch.Tensor) -> None:
+    """Gives a part other memory, under the same parameter: an optimizer that has it keeps it."""
+    torch.utils.swap_tensors(part, nn.Parameter(new, part.requires_grad) if isinstance(part, nn.Parameter) else new)
 
 
 def made_by_itself(model: nn.Module, name: str) -> torch.Tensor | None:

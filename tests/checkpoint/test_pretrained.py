@@ -64,13 +64,13 @@ def test_pieces_of_any_size_make_the_same_whole(tmp_path: Path, monkeypatch: pyt
 
 def test_a_file_that_changes_while_it_is_read_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     fxshard.save_pretrained(program_of(Net()), tmp_path)
-    make_real = pretrained.make_real
+    staging = pretrained.Staging
 
-    def replaced(*args: Any) -> None:
-        make_real(*args)
+    def replaced(*args: Any) -> Any:
         fxshard.save_pretrained(program_of(Net(1)), tmp_path)
+        return staging(*args)
 
-    monkeypatch.setattr(pretrained, "make_real", replaced)
+    monkeypatch.setattr(pretrained, "Staging", replaced)
     with pytest.raises(CheckpointError, match="was written to while it was read"):
         fxshard.load_pretrained(program_of(Net(2)), tmp_path)
 
@@ -78,7 +78,7 @@ def test_a_file_that_changes_while_it_is_read_is_refused(tmp_path: Path, monkeyp
 def test_a_module_of_ones_own(tmp_path: Path) -> None:
     model = Net()
     fxshard.save_pretrained(program_of(model), tmp_path)
-    assert [path.name for path in tmp_path.iterdir()] == ["model.safetensors"]
+    assert {path.name for path in tmp_path.iterdir()} == {"model.safetensors", "checksums.json"}
     with safetensors.safe_open(tmp_path / "model.safetensors", "pt") as file:
         assert sorted(file.keys()) == ["qkv.bias", "qkv.weight", "scale", "table.weight"]
         assert file.metadata() == {"head.weight": "table.weight", "format": "pt"}

@@ -25,6 +25,7 @@ from torch import nn
 import fxshard
 from fxshard import Plan, Shard, data_parallel, tensor_parallel
 from fxshard.errors import DistributedError
+from fxshard.runtime.weights import Weights
 from tests.distributed.launch import forked
 
 TIMEOUT_S = 12
@@ -290,3 +291,30 @@ def alone(rank: int) -> None:
         program.full_state_dict()
     else:
         train(program, batch())
+
+
+# --- while saving and loading ----------------------------------------------------------------------------------------
+
+SAVES: dict[str, Callable[[fxshard.ParallelModule, str], Any]] = {
+    "save_checkpoint": lambda program, folder: fxshard.save_checkpoint(folder, program),
+    "load_checkpoint": lambda program, folder: fxshard.load_checkpoint(folder, program),
+    "save_pretrained": lambda program, folder: fxshard.save_pretrained(program, folder),
+    "load_pretrained": lambda program, folder: fxshard.load_pretrained(program, folder),
+    "full_state_dict": lambda program, folder: program.full_state_dict(),
+}
+
+
+def ending_while_saving(rank: int, what: str, how: str, folder: str) -> None:
+    """A rank is killed, stopped, or fails by an error of its own, when it begins to save or to load."""
+    program = parallelize(plan=tensor_parallel(dist.get_world_size()))
+    train(program, batch())
+    fxshard.save_checkpoint(folder, program)
+    fxshard.save_pretrained(program, folder)
+    fault()
+    if rank == 1 and how == "killed":
+        die()
+    elif rank == 1 and how == "stopped":
+        os.kill(os.getpid(), signal.SIGSTOP)
+    elif rank == 1:
+        Weights.names.func = lambda weights: 1 // 0  # type: ignore[attr-defined]
+    SAVES[what](program, folder)

@@ -19,6 +19,7 @@ from fxshard.runtime.process import checksum
 from fxshard.runtime.session import Session
 from tests.distributed import faulty
 from tests.distributed.faulty import TIMEOUT_S, Outcome, outcomes
+from tests.helpers import slow_but_for
 
 pytestmark = [
     pytest.mark.skipif(not dist.is_gloo_available(), reason="this torch has no gloo"),
@@ -145,6 +146,20 @@ def test_shapes_that_both_were_captured_end_the_process_in_gloo() -> None:
     aborted = [rank for rank, each in enumerate(out) if each.code == -signal.SIGABRT]
     assert len(aborted) == 1
     says(out[1 - aborted[0]], *died(aborted[0]))
+
+
+@slow_but_for(
+    "what,how",
+    [(what, how) for what in faulty.SAVES for how in ("killed", "stopped", "raises")],
+    ("save_checkpoint", "stopped"),
+    ("load_checkpoint", "killed"),
+)
+def test_a_rank_that_ends_while_others_save(tmp_path: Path, what: str, how: str) -> None:
+    stuck = 1 if how == "stopped" else -1
+    out = outcomes(3, faulty.ending_while_saving, what, how, str(tmp_path), timeout_s=5, stuck=stuck)
+    said = {"killed": "rank 1 died", "stopped": "rank 1 does not answer", "raises": "rank 1 failed first"}[how]
+    for rank in (0, 2):
+        says(out[rank], said, within_s=7)
 
 
 # --- whole scripts ---------------------------------------------------------------------------------------------------
