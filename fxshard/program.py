@@ -149,7 +149,7 @@ class ParallelModule(nn.Module):
             if not settled:
                 self._placements = placed
                 self._settle(compiled)
-            self._original.empty([captured.graph_module, compiled.root])
+            self._original.empty([captured.root, compiled.root])
             for note in notes_of(compiled):
                 logger.warning(note)
             for fallback in self.fallbacks():
@@ -570,8 +570,8 @@ class ParallelModule(nn.Module):
 
     @property
     def graph_module(self) -> fx.GraphModule:
-        """The final graph, over this rank's weights; for reading."""
-        return fx.GraphModule(self.compiled.root, self.graph_after("optimize"))
+        """The final graph, over this rank's weights, for reading; names that are none in Python get others."""
+        return self.compiled.root.over(self.graph_after("optimize")).as_graph_module()
 
     def graph_after(self, stage: str) -> fx.Graph:
         """The graph after a stage of the pipeline: see ``fxshard.passes.pipeline.STAGES``."""

@@ -26,7 +26,6 @@ from torch.distributed.checkpoint.filesystem import _StorageInfo as StorageInfo
 from torch.distributed.checkpoint.filesystem import _StoragePrefix as StoragePrefix
 from torch.distributions import Distribution
 from torch.export import _trace as exporter
-from torch.fx._lazy_graph_module import _LazyGraphModule as LazyGraphModule
 from torch.fx.traceback import annotate, preserve_node_meta
 from torch.nn.modules.module import _IncompatibleKeys as IncompatibleKeys
 from torch.utils import _pytree as pytree
@@ -52,7 +51,6 @@ __all__ = [
     "Graph",
     "HigherOrderOperator",
     "IncompatibleKeys",
-    "LazyGraphModule",
     "OpOverload",
     "OpOverloadPacket",
     "OperatorBase",

@@ -16,8 +16,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import fx, nn
 
-from fxshard.passes.capture import Captured, attribute, root_over, tensors_of
+from fxshard.passes.capture import Captured, root_over, tensors_of
+from fxshard.passes.root import Root
 from fxshard.passes.trees import teach
+from fxshard.runtime.module import find
 from fxshard.torch_internals import FakeTensor, FakeTensorMode, Graph, HigherOrderOperator, OpOverload
 
 
@@ -60,8 +62,8 @@ def dump(captured: Captured, model: nn.Module) -> bytes:
     if captured.ranges:
         raise NotStorable("sizes that may change")
     own, _ = tensors_of(model)
-    graph = _as_data(captured.graph_module, set(own))
-    rest = replace(captured, graph_module=None, signature=None)  # type: ignore[arg-type]
+    graph = _as_data(captured.root, set(own))
+    rest = replace(captured, root=None, signature=None)  # type: ignore[arg-type]
     out = io.BytesIO()
     try:
         _Pickler(out, protocol=pickle.HIGHEST_PROTOCOL).dump((graph, rest))
@@ -84,20 +86,20 @@ def restore(data: bytes, model: nn.Module) -> Captured:
         if node.target not in attributes:
             attributes[node.target] = own[node.target]
     root = root_over(model, attributes, nodes)
-    captured: Captured = replace(rest, graph_module=root, signature=inspect.signature(model.forward))
+    captured: Captured = replace(rest, root=root, signature=inspect.signature(model.forward))
     return captured
 
 
-def _as_data(root: fx.GraphModule, own: set[str]) -> _Graph:
+def _as_data(root: Root | fx.GraphModule, own: set[str]) -> _Graph:
     places: dict[fx.Node, Any] = {node: _Place(i) for i, node in enumerate(root.graph.nodes)}
     nodes, attributes = [], {}
     for node in root.graph.nodes:
         args, kwargs = fx.map_arg((node.args, node.kwargs), lambda each: places[each])
         nodes.append(_Node(node.op, node.name, node.target, args, kwargs, node.meta))
         if node.op == "get_attr" and node.target not in own:
-            value = attribute(root, node.target)
+            value = find(root, node.target)
             attributes[node.target] = _as_data(value, set()) if isinstance(value, fx.GraphModule) else value
-    return _Graph(nodes, attributes, type(root).__name__)
+    return _Graph(nodes, attributes, root.title if isinstance(root, Root) else type(root).__name__)
 
 
 def _from_data(data: _Graph) -> tuple[fx.Graph, dict[str, Any]]:

@@ -17,7 +17,7 @@ from fxshard.codegen.members import Members
 from fxshard.codegen.naming import PASSED_ON, Scope, hint, identifier, operator_name, source_line, trace_of, user_names
 from fxshard.codegen.regions import Region, is_empty
 from fxshard.codegen.spelling import literal, spell
-from fxshard.codegen.text import WIDTH, statement, summarize
+from fxshard.codegen.text import WIDTH, in_comment, in_docstring, is_index, statement, summarize
 from fxshard.codegen.types import describe_local
 from fxshard.mesh import Mesh
 from fxshard.passes.origins import module_of
@@ -109,7 +109,7 @@ class Body:
         where = summarize(self.each.paths) if self.region.path else "The whole model."
         if self.region.function:
             where = f"{self.region.function} in {summarize(self.each.paths) or 'the model'}"
-        first, *more = wrap(where, WIDTH - 10, break_long_words=False, break_on_hyphens=False)
+        first, *more = wrap(in_docstring(where), WIDTH - 10, break_long_words=False, break_on_hyphens=False) or [""]
         yield f'    """{first}' + ("" if more else '"""')
         yield from (*(f"    {line}" for line in more), '    """') if more else ()
         yield ""
@@ -167,7 +167,7 @@ class Body:
         where, code, _ = source_line(trace_of(node))
         if where and where != self.source and node.target not in PASSED_ON:
             self.source = where
-            yield f"        # {where}: {code}"[:120].rstrip()
+            yield f"        # {in_comment(f'{where}: {code}')}"[:120].rstrip()
 
     def _give(self, node: fx.Node, wishes: Iterable[str], at: int) -> str:
         name = self.scope.name(node, wishes, at)
@@ -191,7 +191,7 @@ class Body:
             yield names[0]
         leaf = module_of(node)
         last = leaf.rpartition(".")[2]
-        if leaf != self.region.path and last and not last.isdigit():
+        if leaf != self.region.path and last and not is_index(last):
             yield identifier(last)
         elif len(names) == 1 and self._leads(node):
             yield names[0]
@@ -339,5 +339,5 @@ class Body:
 def _result_name(node: fx.Node, region: Region) -> str:
     """What a call's result is called: as the user does, else as the module."""
     last = region.path.rpartition(".")[2]
-    is_named_by_user = user_names(node) or last.isdigit() or len(region.outputs) > 1
+    is_named_by_user = user_names(node) or is_index(last) or len(region.outputs) > 1
     return hint(node) if is_named_by_user else identifier(last)

@@ -29,11 +29,14 @@ from fxshard.codegen.members import made
 from fxshard.codegen.naming import RESERVED
 from fxshard.codegen.regions import regions_of
 from fxshard.codegen.spelling import OURS, is_ours
-from fxshard.codegen.text import WIDTH, statement
+from fxshard.codegen.text import WIDTH, in_docstring, quoted, statement
 from fxshard.mesh import Mesh
+from fxshard.runtime.module import is_word
 
 _WORD = re.compile(r"(?<![\w.\"'])[A-Za-z_]\w*")
-WORDS = {"self", "m", "aten", "torch", "F", "operator", "math", "device", "axes", "build", "checkpoint"}
+HELPERS = {"checkpoint": "fxshard.runtime.recompute", "find": "fxshard.runtime.module"}
+"""Functions that generated code calls, beside those of its nodes, and where they are."""
+WORDS = {"self", "m", "aten", "torch", "F", "operator", "math", "device", "axes", "build", *HELPERS}
 WORDS |= {word for module in OURS.values() for word in dir(module)}
 
 
@@ -48,7 +51,7 @@ def emit(graph: fx.Graph, mesh: Mesh, title: str, is_uneven: bool = False) -> st
     file = File(
         mesh,
         classes,
-        {a: a if a.isidentifier() and a not in RESERVED | WORDS else f'axes["{a}"]' for a in mesh.names},
+        {a: a if is_word(a) and a not in RESERVED | WORDS else f"axes[{quoted(a)}]" for a in mesh.names},
         frozenset(taken | {each.name for each in classes.all}),
         graph.find_nodes(op="placeholder"),
         next(iter(reversed(graph.nodes))),
@@ -64,13 +67,13 @@ def _head(title: str, graph: fx.Graph, file: File, body: Sequence[str]) -> Itera
     """The lines above the classes: the title, what is imported, where the other names come from."""
     code = [line.partition("  # ")[0] for line in body if not line.lstrip().startswith(("#", '"""'))]
     words = {word for line in code for word in _WORD.findall(line)}
-    yield f'"""{title}"""'
+    yield f'"""{in_docstring(title)}"""'
     modules = file.imports | ({"torch"} if words & {"torch", "aten"} else set())
     for at, group in enumerate((sorted(modules - {"torch"}), sorted(modules & {"torch"}))):
         lines = [f"import {name}" for name in group]
         lines += ["from torch.nn import functional as F"] if at and "F" in words else []
         yield from ["", *lines] if lines else ()
-    used: dict[str, set[str]] = {"fxshard.runtime.recompute": {"checkpoint"}} if "checkpoint" in words else {}
+    used = {module: {name} for name, module in HELPERS.items() if name in words}
     for node in graph.nodes:
         if is_ours(node.target):
             used.setdefault(node.target.__module__, set()).add(node.target.__name__)

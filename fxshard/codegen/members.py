@@ -7,7 +7,8 @@ from collections.abc import Iterator, Sequence
 from fxshard.codegen.classes import Class, Classes, own_weights
 from fxshard.codegen.naming import RESERVED, identifier
 from fxshard.codegen.regions import Region
-from fxshard.codegen.text import attribute, statement
+from fxshard.codegen.text import is_index, quoted, statement
+from fxshard.runtime.module import RankModule, is_word
 
 
 class Members:
@@ -112,9 +113,9 @@ class Members:
         name = ""
         for count in range(1, len(parts) + 1):
             last = parts[-count:]
-            if last[0].isdigit() and count < len(parts):
+            if is_index(last[0]) and count < len(parts):
                 continue
-            name = identifier("_".join(last)) if not last[0].isdigit() else f"layer_{'_'.join(last)}"
+            name = identifier("_".join([*["layer"] * is_index(last[0]), *last]))
             name += "_" if name in RESERVED else ""
             if name not in self._taken:
                 break
@@ -131,7 +132,7 @@ def _lists(calls: Sequence[tuple[str, int]]) -> dict[str, list[int]]:
     found: dict[str, dict[int, list[int]]] = {}
     for path, number in calls:
         prefix, _, last = path.rpartition(".")
-        if prefix and last.isdigit():
+        if prefix and is_index(last):
             found.setdefault(prefix, {}).setdefault(int(last), []).append(number)
     return {
         prefix: [items[i][0] for i in range(len(items))]
@@ -150,9 +151,12 @@ def _from_m(path: str) -> str:
 def access(owner: str, name: str, is_item: bool = True) -> str:
     """How ``name`` of ``owner`` is written; a module under a number is an item, a tensor is not.
 
-    >>> access("m.layers", "3"), access("m", "norm"), access("m.scales", "0", is_item=False)
-    ('m.layers[3]', 'm.norm', 'getattr(m.scales, "0")')
+    Names that Python reads in another way, or that modules have already, are looked up.
+
+    >>> access("m.layers", "3"), access("m", "norm"), access("m.scales", "0", is_item=False), access("m", "forward")
+    ('m.layers[3]', 'm.norm', 'find(m.scales, "0")', 'find(m, "forward")')
     """
-    if is_item and name.isdigit():
+    if is_item and is_index(name):
         return f"{owner}[{name}]"
-    return attribute(owner, name)
+    is_plain = is_word(name) and not name.startswith("__") and not hasattr(RankModule, name)
+    return f"{owner}.{name}" if is_plain else f"find({owner}, {quoted(name)})"

@@ -21,7 +21,7 @@ from fxshard.torch_internals import OpOverload
 
 _TORCH_DIR = str(Path(torch.__file__).parent)
 _FRAME = re.compile(r'File "([^"]+)", line (\d+), in (\S+)\n *(.*)')
-_TARGET = re.compile(r"([A-Za-z]\w*(?:, [A-Za-z_]\w*)*)(?:: [\w.\[\], |]+)? = ")
+_TARGET = re.compile(r"([A-Za-z]\w*(?:, [A-Za-z_]\w*)*)(?:: [\w.\[\], |]+)? = ", re.ASCII)
 
 OPERATOR_NAMES = {
     "scaled_dot_product_attention": "attention",
@@ -79,7 +79,7 @@ def trace_of(node: fx.Node) -> str:
 
 def identifier(text: str) -> str:
     """``text`` as a part of a Python name."""
-    text = re.sub(r"\W+", "_", text).strip("_")
+    text = re.sub(r"\W+", "_", text, flags=re.ASCII).strip("_")
     return text if text and not text[0].isdigit() else f"x{text}"
 
 

@@ -27,6 +27,7 @@ from torch import fx
 
 from fxshard.passes.fold import PREFIX
 from fxshard.passes.origins import checkpoint_of, clean_path
+from fxshard.runtime.module import is_word
 
 Path: TypeAlias = tuple[str, ...]
 Item: TypeAlias = "fx.Node | Region"
@@ -118,7 +119,8 @@ class _Stacks:
         module = clean_path(path)
         name = kind if isinstance(kind, str) else getattr(kind, "__name__", "")
         name = name.rsplit(".", 1)[-1]
-        self.modules[key] = (module, name if name.isidentifier() else "Module")
+        name = name if is_word(name) and not name.startswith("__") else "Module"  # which classes read as another name
+        self.modules[key] = (module, name)
         if checkpoint_of(key) is None and not module:
             self.root = name
             return False

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from fxshard.codegen.text import attribute
+from fxshard.codegen.text import attribute, quoted
 from fxshard.passes.insert_collectives import CONVERSIONS
 from fxshard.passes.under_way import BEGIN
 from fxshard.rules.recipe import is_tensor
@@ -203,6 +203,6 @@ def literal(value: Any) -> str:
         return "device"
     if isinstance(value, float) and (value != value or abs(value) == float("inf")):
         return f'float("{value}")'
-    if isinstance(value, str) and '"' not in value and "\\" not in repr(value):
-        return f'"{value}"'
+    if isinstance(value, str):
+        return quoted(value)
     return repr(value).replace("e+", "e") if isinstance(value, float) else repr(value)

@@ -2,21 +2,46 @@
 
 from __future__ import annotations
 
-import keyword
 import math
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
+
+from fxshard.runtime.module import is_word
 
 WIDTH = 120
 PATHS_NAMED = 8
 """How many modules, or runs of layers, a docstring names."""
 
-_NUMBER = re.compile(r"(?<![^.])\d+(?![^.])")
+_NUMBER = re.compile(r"(?<![^.])(?:0|[1-9][0-9]*)(?![^.])")
+_CONTROL = re.compile(r"[^\S ]|[\x00-\x1f\x7f-\x9f]")
+
+
+def is_index(text: str) -> bool:
+    """Whether a text is a number as Python writes it.
+
+    >>> is_index("0"), is_index("12"), is_index("00"), is_index("\N{SUPERSCRIPT TWO}")
+    (True, True, False, False)
+    """
+    return bool(_NUMBER.fullmatch(text))
+
+
+def in_comment(text: str) -> str:
+    """A text that a comment can hold: in one line."""
+    return _CONTROL.sub(" ", text)
+
+
+def in_docstring(text: str) -> str:
+    r"""A text that a docstring can hold.
+
+    >>> print(in_docstring('layers.a"b'))
+    layers.a\"b
+    """
+    return in_comment(text).replace("\\", "\\\\").replace('"', '\\"')
 
 
 def statement(indent: int, code: str, comment: str = "") -> Iterator[str]:
     """The lines of one statement: the comment behind it where it fits, else above it; long calls broken."""
-    space = " " * indent
+    space, comment = " " * indent, in_comment(comment)
     line = f"{space}{code}"
     if not comment:
         yield from fit(line)
@@ -94,15 +119,20 @@ def summarize(paths: Iterable[str]) -> str:
     >>> summarize(["layers.0.mlp", "layers.1.mlp", "layers.2.mlp", "layers.7.mlp", "head"])
     'layers.0.mlp to layers.2.mlp, layers.7.mlp, head'
     """
-    groups: dict[str, set[tuple[int, ...]]] = {}
+    groups: dict[tuple[str, ...], set[tuple[int, ...]]] = {}
     for path in paths:
-        groups.setdefault(_NUMBER.sub("{}", path), set()).add(tuple(map(int, _NUMBER.findall(path))))
+        groups.setdefault(tuple(_NUMBER.split(path)), set()).add(tuple(map(int, _NUMBER.findall(path))))
     out: list[str] = []
-    for shape, numbers in groups.items():
+    for between, numbers in groups.items():
         for first, last in _runs(sorted(numbers)):
-            several = [] if first == last else [" to " if math.dist(first, last) > 1 else ", ", shape.format(*last)]
-            out.append("".join([shape.format(*first), *several]))
+            several = [] if first == last else [" to " if math.dist(first, last) > 1 else ", ", _path(between, last)]
+            out.append("".join([_path(between, first), *several]))
     return ", ".join(out[:PATHS_NAMED]) + (f", and {len(out) - PATHS_NAMED} more" if len(out) > PATHS_NAMED else "")
+
+
+def _path(between: Sequence[str], numbers: Sequence[int]) -> str:
+    """A path from what stands between its numbers, and these."""
+    return between[0] + "".join(f"{number}{text}" for number, text in zip(numbers, between[1:], strict=True))
 
 
 def _runs(points: list[tuple[int, ...]]) -> Iterator[tuple[tuple[int, ...], tuple[int, ...]]]:
@@ -126,5 +156,13 @@ def attribute(owner: str, name: str) -> str:
     ('m.norm', 'getattr(m, "class")', 'getattr(m, "__norm")', 'm.__len__')
     """
     private = name.startswith("__") and not name.endswith("__")
-    is_plain = name.isidentifier() and not keyword.iskeyword(name) and not private
-    return f"{owner}.{name}" if is_plain else f'getattr({owner}, "{name}")'
+    return f"{owner}.{name}" if is_word(name) and not private else f"getattr({owner}, {quoted(name)})"
+
+
+def quoted(text: str) -> str:
+    """A text as a literal of Python.
+
+    >>> print(quoted("norm"), quoted('a"b'))
+    "norm" 'a"b'
+    """
+    return f'"{text}"' if '"' not in text and "\\" not in repr(text) else repr(text)

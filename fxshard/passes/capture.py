@@ -18,8 +18,7 @@ Reference: PyTorch 2, https://dl.acm.org/doi/10.1145/3620665.3640366 (section 3,
 
 from __future__ import annotations
 
-import contextlib
-import functools
+import copy
 import inspect
 from collections.abc import Callable, Container, Hashable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -27,6 +26,7 @@ from typing import Any
 
 import torch
 from torch import fx, nn
+from torch.export.graph_signature import InputKind, OutputKind
 from torch.fx.graph import CodeGen
 
 from fxshard.errors import CaptureError
@@ -42,10 +42,11 @@ from fxshard.passes.calls import (
 from fxshard.passes.export import Outputs, export, fits_graph, has_meta, quiet
 from fxshard.passes.guards import guards_of
 from fxshard.passes.origins import module_of, source_of
+from fxshard.passes.root import Root
 from fxshard.passes.trees import flatten, paths, reorder
 from fxshard.passes.vmaps import unmap
 from fxshard.runtime.autocast import State, ambient
-from fxshard.runtime.module import place
+from fxshard.runtime.module import find, place
 from fxshard.torch_internals import is_vmapped, pytree
 
 __all__ = ["Captured", "capture", "number_constants", "signature_key"]
@@ -59,7 +60,7 @@ class Captured:
     """A model as a flat graph, and the way from a call to the graph's leaves and back.
 
     Attributes:
-        graph_module: ``graph_module(*leaves)`` returns a tuple of leaves.
+        root: the graph, and what it reads: ``root(*leaves)`` returns a tuple of leaves.
         in_spec: the tree of ``((args...), {kwargs...})`` in canonical order: by keyword wherever possible.
         out_spec: the tree of what the model returns.
         placeholders: the placeholders' names, one for each input leaf, in order.
@@ -75,7 +76,7 @@ class Captured:
         autocast: the autocast that surrounded the capture; the graph computes what the model does under the same.
     """
 
-    graph_module: fx.GraphModule
+    root: Root
     in_spec: pytree.TreeSpec
     out_spec: pytree.TreeSpec
     placeholders: tuple[str, ...]
@@ -139,7 +140,7 @@ def capture(
 
     Example:
         >>> captured = capture(nn.Linear(3, 2), (torch.ones(4, 3),))
-        >>> [str(node.target) for node in captured.graph_module.graph.nodes]
+        >>> [str(node.target) for node in captured.root.graph.nodes]
         ['input', 'weight', 'bias', 'aten.linear.default', 'output']
     """
     signature = inspect.signature(model.forward)
@@ -149,13 +150,13 @@ def capture(
     outputs = Outputs()
     program = export(model, tree, shapes, outputs, _seen_on(model, device))
     guards = guards_of(program)
-    graph_module, placeholders, aliases = _flat_graph(model, program, outputs)
+    root, placeholders, aliases = _flat_graph(model, program, outputs)
     if has_meta(model):
-        _replace_meta_device(graph_module, leaves)
-    values = [node.meta.get("val") for node in graph_module.graph.find_nodes(op="placeholder")]
+        _replace_meta_device(root, leaves)
+    values = [node.meta.get("val") for node in root.graph.find_nodes(op="placeholder")]
     info = tuple(leaf_of(path, leaf, value) for path, leaf, value in zip(paths(tree), leaves, values, strict=True))
     return Captured(
-        graph_module=graph_module,
+        root=root,
         in_spec=in_spec,
         out_spec=outputs.spec or program.call_spec.out_spec,  # of a GraphModule, export calls no hooks
         placeholders=placeholders,
@@ -188,10 +189,10 @@ def number_constants(captured: Captured, number: int, names: Container[str]) -> 
         number: of the capture.
         names: those of the model's own tensors, which stay.
     """
-    root = captured.graph_module
+    root = captured.root
     for node in root.graph.find_nodes(op="get_attr"):
         if node.target not in names:
-            value = attribute(root, node.target)
+            value = find(root, node.target)
             node.target = f"{node.target}_{number}"
             place(root, node.target, value, persistent=False)
 
@@ -221,14 +222,10 @@ def _hashable(value: Any) -> Hashable:
 
 def _flat_graph(
     model: nn.Module, program: torch.export.ExportedProgram, outputs: Outputs
-) -> tuple[fx.GraphModule, tuple[str, ...], dict[str, str]]:
+) -> tuple[Root, tuple[str, ...], dict[str, str]]:
     """Turn export's program into a flat graph over the original parameters, each under one name."""
-    with quiet():
-        lifted = program.module(check_guards=False)
-    assert isinstance(lifted, fx.GraphModule)
     names, aliases = tensors_of(model)
-    graph = lifted.graph
-    graph.set_codegen(CodeGen())
+    graph, held = _unlifted(program)
     with quiet():
         unmap(graph)
     first: dict[str, fx.Node] = {}
@@ -241,7 +238,7 @@ def _flat_graph(
                 graph.erase_node(node)
                 continue
             first[target] = node
-            attributes[target] = names[target] if target in names else attribute(lifted, node.target)
+            attributes[target] = names[target] if target in names else held(node.target)
             node.target = target
         elif node.op == "output":
             node.args = (outputs.merge(node.args[0]),)
@@ -260,11 +257,35 @@ def _flat_graph(
     return root_over(model, attributes, graph), tuple(node.name for node in placeholders), aliases
 
 
-def root_over(model: nn.Module, attributes: dict[str, Any], graph: fx.Graph) -> fx.GraphModule:
-    """A captured graph as a module: ``attributes`` are what it reads, under the names that it reads them by."""
-    root = fx.GraphModule(attributes, graph, class_name=type(model).__name__)
-    _mark_non_persistent(root, _non_persistent(model))
-    return root.train(model.training)
+def _unlifted(program: torch.export.ExportedProgram) -> tuple[fx.Graph, Callable[[str], Any]]:
+    """Export's graph, reading the model's tensors by their names, where export has inputs; and what gives them.
+
+    ``ExportedProgram.module()`` does the same, and generates Python code in which the names stand.
+    """
+    graph = copy.deepcopy(program.graph)
+    graph.set_codegen(CodeGen())
+    kinds = (InputKind.PARAMETER, InputKind.BUFFER, InputKind.CONSTANT_TENSOR, InputKind.CUSTOM_OBJ)
+    outputs = [spec.kind for spec in program.graph_signature.output_specs]
+    assert set(outputs) <= {OutputKind.USER_OUTPUT}, "the training form of export changes tensors in place"
+    given = graph.find_nodes(op="placeholder")
+    for node, spec in zip(given, program.graph_signature.input_specs, strict=True):
+        if spec.kind in kinds:
+            with graph.inserting_after(node):
+                read = graph.create_node("get_attr", spec.target, name=spec.target.replace(".", "_"))
+            read.meta = node.meta
+            node.replace_all_uses_with(read)
+            graph.erase_node(node)
+    held = {**program.constants, **program.state_dict}
+
+    def find_held(name: str) -> Any:
+        return held[name] if name in held else find(program.graph_module, name)
+
+    return graph, find_held
+
+
+def root_over(model: nn.Module, attributes: dict[str, Any], graph: fx.Graph) -> Root:
+    """A captured graph with what it reads: ``attributes``, under the names that it reads them by."""
+    return Root(graph, attributes, type(model).__name__, _non_persistent(model))
 
 
 def tensors_of(model: nn.Module) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
@@ -285,11 +306,6 @@ def tensors_of(model: nn.Module) -> tuple[dict[str, torch.Tensor], dict[str, str
     return names, aliases
 
 
-def attribute(root: nn.Module, target: str) -> Any:
-    """What a module holds under a path."""
-    return functools.reduce(getattr, target.split("."), root)
-
-
 def _non_persistent(model: nn.Module) -> frozenset[str]:
     return frozenset(
         f"{prefix}.{name}" if prefix else name
@@ -298,25 +314,17 @@ def _non_persistent(model: nn.Module) -> frozenset[str]:
     )
 
 
-def _mark_non_persistent(graph_module: fx.GraphModule, names: frozenset[str]) -> None:
-    for target in names:
-        prefix, _, name = target.rpartition(".")
-        with contextlib.suppress(AttributeError):
-            owner = graph_module.get_submodule(prefix)
-            if name in owner._buffers:
-                owner._non_persistent_buffers_set.add(name)
-
-
-def _replace_meta_device(graph_module: fx.GraphModule, leaves: list[Any]) -> None:
+def _replace_meta_device(root: Root, leaves: list[Any]) -> None:
     """Where a meta model was captured with real inputs, tensors made in the graph go to the inputs' device."""
     real = next((leaf.device for leaf in leaves if isinstance(leaf, torch.Tensor) and not leaf.is_meta), None)
     if real is None:
         return
     meta = torch.device("meta")
-    nested = [module for module in graph_module.modules() if isinstance(module, fx.GraphModule)]
-    for module in nested:
-        for node in module.graph.nodes:
+    nested = [module for module in root.modules() if isinstance(module, fx.GraphModule)]
+    for graph in (root.graph, *(module.graph for module in nested)):
+        for node in graph.nodes:
             node.args = tuple(real if arg == meta else arg for arg in node.args)
             if "device" in node.kwargs and node.kwargs["device"] == meta:
                 node.kwargs = {**node.kwargs, "device": real}
+    for module in nested:
         module.recompile()

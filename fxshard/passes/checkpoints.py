@@ -85,4 +85,4 @@ def _name(function: Any) -> str:
     while isinstance(function, functools.partial):
         function = function.func
     name = getattr(function, "__name__", type(function).__name__)
-    return name if name.isidentifier() else ""
+    return name if name.isascii() and name.isidentifier() else ""

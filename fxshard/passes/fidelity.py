@@ -40,9 +40,8 @@ def check_fidelity(model: nn.Module, captured: Captured, args: tuple[Any, ...], 
     if "meta" in devices or len(devices) > 1:
         return
     want, want_buffers = _run(model, model, lambda a, k: model(*a, **k), args, kwargs)
-    root = captured.graph_module
-    graph = fx.Interpreter(root)  # not its generated code, where the user's names may hide fx's own
-    got, got_buffers = _run(model, root, lambda a, k: graph.run(*captured.flatten_inputs(a, k)), args, kwargs)
+    root = captured.root
+    got, got_buffers = _run(model, root, lambda a, k: root(*captured.flatten_inputs(a, k)), args, kwargs)
     for index, value in captured.output_constants.items():
         got[index] = value
     rows = [(f"output {i}", a, b) for i, (a, b) in enumerate(zip(got, want, strict=True))]

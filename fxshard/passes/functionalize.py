@@ -29,6 +29,8 @@ from torch.fx.node import map_arg
 from fxshard.errors import CaptureError
 from fxshard.passes.effects import is_mutating
 from fxshard.passes.origins import module_of, source_of
+from fxshard.passes.root import Root
+from fxshard.runtime.module import find
 from fxshard.torch_internals import Graph, HigherOrderOperator, OpOverload
 
 __all__ = [
@@ -59,14 +61,14 @@ _PERHAPS_VIEWS = frozenset(("to", "contiguous", "type_as", "reshape", "reshape_a
 _COMPARISONS = ("eq_", "ne_", "lt_", "le_", "gt_", "ge_", "logical_", "greater", "less", "not_equal_")
 
 
-def functionalize(gm: fx.GraphModule) -> fx.GraphModule:
-    """Return ``gm`` with every in-place operator replaced; ``gm`` itself is not changed.
+def functionalize(root: Root) -> Root:
+    """Return ``root`` with every in-place operator replaced; ``root`` itself is not changed.
 
     Raises:
         CaptureError: an operator mutates its operand and has no functional counterpart, or writes through a view
             that cannot be inverted.
     """
-    return fx.GraphModule(gm, functionalize_graph(gm.graph, gm))
+    return root.over(functionalize_graph(root.graph, root))
 
 
 def functionalize_graph(graph: fx.Graph, root: torch.nn.Module) -> fx.Graph:
@@ -89,7 +91,7 @@ def nested_graphs(node: fx.Node, root: torch.nn.Module) -> list[fx.GraphModule]:
     if not isinstance(node.target, HigherOrderOperator):
         return []
     targets = [operand.target for operand in node.all_input_nodes if operand.op == "get_attr"]
-    owners = [functools.reduce(getattr, str(target).split("."), root) for target in targets]
+    owners = [find(root, str(target)) for target in targets]
     return [owner for owner in owners if isinstance(owner, fx.GraphModule)]
 
 
@@ -432,7 +434,7 @@ class _Functionalizer:
             if _name(item.target) == "detach" or (isinstance(val, torch.Tensor) and not _differentiable(val)):
                 continue
             if item.op == "get_attr":
-                owner = functools.reduce(getattr, str(item.target).split("."), self.root)
+                owner = find(self.root, str(item.target))
                 if getattr(owner, "requires_grad", False):
                     return True
             elif item.op == "placeholder" and getattr(val, "requires_grad", False):

@@ -46,8 +46,10 @@ from fxshard.passes.functionalize import (
     same_shape,
 )
 from fxshard.passes.masks import read_masks
+from fxshard.passes.root import Root
 from fxshard.runtime.autocast import State, entered
-from fxshard.torch_internals import EXIT_AUTOCAST, MODE_MARKS, SET_GRAD, Graph, LazyGraphModule, OpOverload
+from fxshard.runtime.module import find
+from fxshard.torch_internals import EXIT_AUTOCAST, MODE_MARKS, SET_GRAD, Graph, OpOverload
 
 __all__ = ["normalize"]
 
@@ -81,11 +83,11 @@ _SIZED = {
 _DROPOUTS = frozenset(("dropout", "feature_dropout", "alpha_dropout", "feature_alpha_dropout"))
 
 
-def normalize(gm: fx.GraphModule, autocast: State = ()) -> fx.GraphModule:
-    """Return the normal form of a captured graph; ``gm`` itself is not changed.
+def normalize(root: Root, autocast: State = ()) -> Root:
+    """Return the normal form of a captured graph; ``root`` itself is not changed.
 
     Args:
-        gm: what ``capture`` gave.
+        root: what ``capture`` gave.
         autocast: the autocast under which it was captured; the result has its casts, and runs without.
 
     Raises:
@@ -94,15 +96,12 @@ def normalize(gm: fx.GraphModule, autocast: State = ()) -> fx.GraphModule:
     Example:
         >>> from fxshard.passes.capture import capture
         >>> captured = capture(torch.nn.Linear(3, 2), (torch.ones(4, 3),))
-        >>> [str(node.target) for node in normalize(captured.graph_module).graph.nodes][3:]
+        >>> [str(node.target) for node in normalize(captured.root).graph.nodes][3:]
         ['aten.linear.default', 'aten.add.Tensor', 'output']
     """
-    graph = functionalize_graph(_Inliner(gm, autocast).run(), gm)
-    _simplify(graph, gm)
-    # Its Python code is written when it is first called or printed: most stages are only read by the next one.
-    result = LazyGraphModule(gm, graph, class_name=type(gm).__name__)
-    _keep_non_persistent(gm, result)
-    return result
+    graph = functionalize_graph(_Inliner(root, autocast).run(), root)
+    _simplify(graph, root)
+    return root.over(graph)
 
 
 @functools.cache
@@ -136,7 +135,7 @@ class _Mode:
 class _Inliner:
     """Copies a graph without its guards, and with the graphs of wrappers in place of the wrappers."""
 
-    root: fx.GraphModule
+    root: Root
     autocast: State = ()
     graph: fx.Graph = field(default_factory=Graph)
     without_grad: set[fx.Node] = field(default_factory=set)
@@ -150,10 +149,10 @@ class _Inliner:
 
     @functools.cached_property
     def mutates(self) -> bool:
-        graphs = [module.graph for module in self.root.modules() if isinstance(module, fx.GraphModule)]
+        graphs = [module.graph for module in self.root.modules() if isinstance(module, Root | fx.GraphModule)]
         return any(is_mutating(node.target) for graph in graphs for node in graph.nodes)
 
-    def _region(self, owner: fx.GraphModule, prefix: str, env: dict[fx.Node, Any], mode: _Mode) -> Any:
+    def _region(self, owner: Root | fx.GraphModule, prefix: str, env: dict[fx.Node, Any], mode: _Mode) -> Any:
         """Copy the graph of ``owner``, whose operands are in ``env``; return what it returns."""
         outside: dict[fx.Node, _Mode] = {}
         for node in owner.graph.nodes:
@@ -199,11 +198,13 @@ class _Inliner:
         device, dtype, enabled, _ = node.args
         return replace(mode, autocast=entered(mode.autocast, device, dtype, enabled), depth=mode.depth + 1)  # type: ignore[arg-type]
 
-    def _inline(self, node: fx.Node, owner: fx.GraphModule, prefix: str, env: dict[fx.Node, Any], mode: _Mode) -> Any:
+    def _inline(
+        self, node: fx.Node, owner: Root | fx.GraphModule, prefix: str, env: dict[fx.Node, Any], mode: _Mode
+    ) -> Any:
         """Copy the graph that the wrapper ``node`` calls; return the values of its result."""
         name, *operands = node.args
         assert isinstance(name, fx.Node)
-        inner = functools.reduce(getattr, str(name.target).split("."), owner)
+        inner = find(owner, str(name.target))
         assert isinstance(inner, fx.GraphModule)
         values = [env[operand] if isinstance(operand, fx.Node) else operand for operand in operands]
         inputs = dict(zip(inner.graph.find_nodes(op="placeholder"), values, strict=True))
@@ -246,7 +247,7 @@ class _Inliner:
             return value.dtype == torch.float32 and bool(value.requires_grad)
         if operand.op != "get_attr" or value.dtype != torch.float32:
             return False
-        return bool(functools.reduce(getattr, str(operand.target).split("."), self.root).requires_grad)
+        return bool(find(self.root, str(operand.target)).requires_grad)
 
     def _quiet(self, node: Any) -> Any:
         """Return ``node`` as an operator sees it that runs without gradient."""
@@ -262,7 +263,7 @@ class _Inliner:
         if not isinstance(val, torch.Tensor) or not (val.is_floating_point() or val.is_complex()):
             return False
         if node.op == "get_attr" and not self.mutates:
-            return bool(functools.reduce(getattr, str(node.target).split("."), self.root).requires_grad)
+            return bool(find(self.root, str(node.target)).requires_grad)
         return node.op != "call_function" or bool(node.all_input_nodes)
 
 
@@ -273,7 +274,7 @@ def _is_fresh_constant(node: fx.Node) -> bool:
     return source.op == "get_attr" or (source.target is _aten.lift_fresh_copy.default and len(source.users) == 1)
 
 
-def _simplify(graph: fx.Graph, root: fx.GraphModule) -> None:
+def _simplify(graph: fx.Graph, root: Root) -> None:
     """Drop identities, split biases off, and drop what nobody reads."""
     for node in graph.nodes:
         kind = _kind(node.target) if node.op == "call_function" else ""
@@ -338,18 +339,9 @@ def _name_sizes(graph: fx.Graph, node: fx.Node) -> None:
     node.target, node.args = _SIZED[node.target], (source, sizes)
 
 
-def _within(node: fx.Node, root: fx.GraphModule) -> Iterator[fx.Node]:
+def _within(node: fx.Node, root: torch.nn.Module) -> Iterator[fx.Node]:
     """The nodes of the graphs that a higher-order operator calls."""
     for owner in nested_graphs(node, root):
         for item in owner.graph.nodes:
             yield item
             yield from _within(item, owner)
-
-
-def _keep_non_persistent(gm: fx.GraphModule, result: fx.GraphModule) -> None:
-    """A graph module makes every buffer persistent; keep those out of the state dict that were."""
-    owners = dict(result.named_modules())
-    for prefix, module in gm.named_modules():
-        if module._non_persistent_buffers_set and prefix in owners:
-            names = module._non_persistent_buffers_set & owners[prefix]._buffers.keys()
-            owners[prefix]._non_persistent_buffers_set |= names

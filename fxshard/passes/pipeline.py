@@ -28,6 +28,7 @@ from fxshard.passes.origins import module_of
 from fxshard.passes.overlap import bring_together, edges, length_of, overlap
 from fxshard.passes.propagate import propagate
 from fxshard.passes.recompute import recompute
+from fxshard.passes.root import Root
 from fxshard.passes.typing import has_info, info_of, values_of
 from fxshard.passes.under_way import under_way
 from fxshard.passes.weights import Packed, packs_of
@@ -85,7 +86,7 @@ class Compiled:
     captured: Captured
     resolved: Resolved
     mesh: Mesh
-    root: fx.GraphModule
+    root: Root
     stages: Mapping[str, fx.Graph]
     times_s: Mapping[str, float]
     options: Options = Options()
@@ -262,7 +263,7 @@ def _compile(
     captured: Captured, plan: Plan, model: torch.nn.Module, capture_s: float, options: Options, settled: bool
 ) -> Compiled:
     mesh: Mesh = plan.mesh
-    stages: dict[str, fx.Graph] = {"capture": captured.graph_module.graph}
+    stages: dict[str, fx.Graph] = {"capture": captured.root.graph}
     times: dict[str, float] = {"capture": capture_s}
 
     def stage(name: str, run: Callable[..., Any], *args: Any) -> Any:
@@ -273,7 +274,7 @@ def _compile(
             stages[name] = out
         return out
 
-    root: fx.GraphModule = stage("normalize", normalize, captured.graph_module, captured.autocast)
+    root: Root = stage("normalize", normalize, captured.root, captured.autocast)
     graph = stages["normalize"] = root.graph
     graph, notes = stage("recompute", recompute, graph, options.checkpoint, dict(model.named_modules()))
     mark_parameters(graph, root)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import keyword
 import linecache
 from collections.abc import Callable, Mapping
 from functools import lru_cache
@@ -58,8 +59,10 @@ def place(module: nn.Module, name: str, tensor: Any, persistent: bool = True) ->
         module._buffers[last] = tensor
         if not persistent:
             module._non_persistent_buffers_set.add(last)
-    else:
+    elif isinstance(tensor, nn.Module):
         module._modules[last] = tensor
+    else:
+        module.__dict__[last] = tensor
 
 
 def find(module: nn.Module, name: str) -> Any:
@@ -77,6 +80,15 @@ def find(module: nn.Module, name: str) -> Any:
         if last in held:
             return held[last]
     return module.__dict__.get(last)
+
+
+def is_word(text: str) -> bool:
+    """Whether a text may stand in code as a name: Python reads some others as another one, or not at all.
+
+    >>> is_word("up_proj"), is_word("class"), is_word("\N{LATIN SMALL LIGATURE FI}le"), is_word("2")
+    (True, False, False, False)
+    """
+    return text.isascii() and text.isidentifier() and not keyword.iskeyword(text)
 
 
 def share(source: nn.Module, target: nn.Module) -> None:

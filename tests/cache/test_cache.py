@@ -59,13 +59,13 @@ def test_a_capture_is_read_back_as_it_was(name: str) -> None:
     model, inputs = build(name, torch.float32)
     made = capture(model, (), inputs)
     read = restore(dump(made, model), model)
-    assert str(read.graph_module.graph) == str(made.graph_module.graph)
-    assert dict(read.graph_module.named_parameters()).keys() == dict(made.graph_module.named_parameters()).keys()
-    for was, now in zip(made.graph_module.graph.nodes, read.graph_module.graph.nodes, strict=True):
+    assert str(read.root.graph) == str(made.root.graph)
+    assert dict(read.root.named_parameters()).keys() == dict(made.root.named_parameters()).keys()
+    for was, now in zip(made.root.graph.nodes, read.root.graph.nodes, strict=True):
         assert now.meta.keys() == was.meta.keys()
         assert [now.meta[k] for k in was.meta if k != "val"] == [was.meta[k] for k in was.meta if k != "val"]
         assert repr(now.meta.get("val")) == repr(was.meta.get("val"))
-    for field in Captured.__dataclass_fields__.keys() - {"graph_module"}:
+    for field in Captured.__dataclass_fields__.keys() - {"root"}:
         assert getattr(read, field) == getattr(made, field), field
     check_fidelity(model, read, (), inputs)
 
@@ -230,7 +230,7 @@ def test_an_edited_file_is_captured_anew(tmp_path: Path, monkeypatch: pytest.Mon
 
     def operators() -> list[str]:
         program = fxshard.parallelize(Helped(), PLAN, (torch.ones(2, 8, device="meta"),), cache=tmp_path / "cache")
-        return [str(n.target) for n in program.compiled.captured.graph_module.graph.nodes if n.op == "call_function"]
+        return [str(n.target) for n in program.compiled.captured.root.graph.nodes if n.op == "call_function"]
 
     assert operators()[-1] == operators()[-1] == "aten.add.Tensor"
     file.write_text("def helped(x):\n    return x * 22\n")

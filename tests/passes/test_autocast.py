@@ -148,12 +148,11 @@ def assert_equal(got: list[Any], want: list[Any]) -> None:
 def test_region_is_inlined_exactly(name: str) -> None:
     model = Net(EXACT[name])
     want = results(model, model)
-    gm = normalize(capture(model, (torch.randn(2, 4, 8, requires_grad=True),)).graph_module)
+    gm = normalize(capture(model, (torch.randn(2, 4, 8, requires_grad=True),)).root)
     targets = [node.target for node in gm.graph.nodes]
     assert torch.ops.higher_order.wrap_with_autocast not in targets
     assert under_autocast not in targets
-    gm.graph = optimize(gm.graph)
-    gm.recompile()
+    gm = gm.over(optimize(gm.graph))
     got = results(model, gm)
     assert_equal(got[0], want[0])
     assert_equal(got[1], want[1])
@@ -177,9 +176,8 @@ def test_capture_under_autocast_runs_without(name: str) -> None:
     with low():
         captured = capture(model, (torch.randn(2, 4, 8, requires_grad=True),))
     assert captured.autocast == (("cpu", LOW),)
-    gm = normalize(captured.graph_module, captured.autocast)
-    gm.graph = optimize(gm.graph)
-    gm.recompile()
+    gm = normalize(captured.root, captured.autocast)
+    gm = gm.over(optimize(gm.graph))
     got = results(model, gm)
     assert_equal(got[0], want[0])
     assert_equal(got[1], want[1])
@@ -192,9 +190,9 @@ def test_what_cannot_be_written_out_stays_under_autocast(capfd: pytest.CaptureFi
 
     model, x = Net(compute(branch)), torch.randn(2, 4, 8)
     captured = capture(model, (x,))
-    gm = normalize(captured.graph_module)
+    gm = normalize(captured.root)
     assert [node.args[1] for node in gm.graph.nodes if node.target is under_autocast] == ["higher_order.cond"]
-    want = captured.graph_module(x)[0]
+    want = captured.root(x)[0]
     assert torch.equal(gm(x)[0], want)
     assert not torch.equal(want, m_in_float32(model, x)), "it computed in bfloat16"
     program = fxshard.parallelize(model, fxshard.data_parallel(2), (x,))

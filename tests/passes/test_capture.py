@@ -24,7 +24,7 @@ torch.set_num_threads(1)
 
 
 def run(captured: Any, *args: Any, **kwargs: Any) -> Any:
-    return captured.unflatten_outputs(captured.graph_module(*captured.flatten_inputs(args, kwargs)))
+    return captured.unflatten_outputs(captured.root(*captured.flatten_inputs(args, kwargs)))
 
 
 @dataclasses.dataclass
@@ -56,7 +56,7 @@ class MLP(nn.Module):
 
 def test_graph_is_flat_and_keeps_the_names() -> None:
     captured = capture(MLP(), (torch.randn(2, 4),))
-    nodes = captured.graph_module.graph.nodes
+    nodes = captured.root.graph.nodes
     targets = {str(node.target) for node in nodes if node.op == "get_attr"}
     assert targets == {"up.weight", "up.bias", "down.weight", "down.bias"}
     assert captured.placeholders == ("x",)
@@ -73,7 +73,7 @@ def test_parameters_are_shared_and_the_model_is_unchanged() -> None:
     model = MLP()
     before = copy.deepcopy(model.state_dict())
     captured = capture(model, (torch.randn(2, 4),))
-    assert captured.graph_module.get_parameter("up.weight") is model.up.weight
+    assert captured.root.get_parameter("up.weight") is model.up.weight
     assert not model._forward_hooks
     assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
 
@@ -202,15 +202,15 @@ def test_tied_and_non_persistent_and_constant() -> None:
 
     model, ids = Tied(), torch.tensor([1, 2])
     captured = capture(model, (ids,))
-    targets = [str(n.target) for n in captured.graph_module.graph.find_nodes(op="get_attr")]
+    targets = [str(n.target) for n in captured.root.graph.find_nodes(op="get_attr")]
     assert targets.count("emb.weight") == 1
     assert "head.weight" not in targets
     assert captured.aliases == {"head.weight": "emb.weight"}
     assert captured.non_persistent == {"table"}
-    assert "table" not in captured.graph_module.state_dict()
+    assert "table" not in captured.root.state_dict()
     assert model.calls == 0
     got = run(captured, ids)
-    assert captured.graph_module.calls is model.calls
+    assert captured.root.calls is model.calls
     assert model.calls == 1
     assert torch.equal(got, model(ids))
 
@@ -220,7 +220,7 @@ def test_user_traced_graph_module() -> None:
     traced, x = fx.symbolic_trace(nn.Sequential(layers)), torch.randn(2, 4)
     captured = capture(traced, (x,))
     assert torch.equal(run(captured, x), traced(x))
-    linears = [n for n in captured.graph_module.graph.nodes if "linear" in str(n.target)]
+    linears = [n for n in captured.root.graph.nodes if "linear" in str(n.target)]
     assert [module_of(n) for n in linears] == ["up", "down"]
 
 
@@ -234,10 +234,10 @@ def test_meta_model(device: str) -> None:
         model = Model()
     model.table = nn.Buffer(torch.ones(4))  # a real one among meta ones
     captured = capture(model, (torch.randn(2, 4, device=device),))
-    arange = next(n for n in captured.graph_module.graph.nodes if "arange" in str(n.target))
+    arange = next(n for n in captured.root.graph.nodes if "arange" in str(n.target))
     assert arange.kwargs["device"] == torch.device(device)
-    assert captured.graph_module.get_parameter("up.weight") is model.up.weight
-    assert captured.graph_module.table is model.table
+    assert captured.root.get_parameter("up.weight") is model.up.weight
+    assert captured.root.table is model.table
     assert not model.table.is_meta
 
 
@@ -277,7 +277,7 @@ class Custom(nn.Module):
 def test_custom_autograd_function_keeps_its_backward() -> None:
     model, x = Custom(), torch.randn(2, 4)
     captured = capture(model, (x,))
-    (call,) = (n for n in captured.graph_module.graph.nodes if getattr(n.target, "namespace", "") == NAMESPACE)
+    (call,) = (n for n in captured.root.graph.nodes if getattr(n.target, "namespace", "") == NAMESPACE)
     assert str(call.target).endswith("Square.default")
     assert module_of(call) == "inner.down"
     assert source_of(call).startswith("test_capture.py:")
@@ -328,7 +328,7 @@ class Calls(nn.Module):
 def test_custom_autograd_function_of_several_tensors_that_draws() -> None:
     model, x = Calls(lambda h: sum(Several.apply(h, 2, h * 3)) + sum(Several.apply(h, 3, h))), torch.randn(2, 4)
     captured = capture(model, (x,))
-    nodes = captured.graph_module.graph.nodes
+    nodes = captured.root.graph.nodes
     calls = [n.target for n in nodes if getattr(n.target, "namespace", "") == NAMESPACE]
     assert len(set(calls)) == 2, "other constants, another operator"
     assert all(torch.Tag.nondeterministic_seeded in target.tags for target in calls)
@@ -360,7 +360,7 @@ def mapped(h: torch.Tensor) -> torch.Tensor:
 def test_vmap_is_written_out() -> None:
     model, x = Calls(mapped), torch.randn(3, 4)
     captured = capture(model, (x,))
-    assert all(n.op != "call_function" or "aten" in str(n.target) for n in captured.graph_module.graph.nodes)
+    assert all(n.op != "call_function" or "aten" in str(n.target) for n in captured.root.graph.nodes)
     grads = []
     for out in (run(captured, x), model(x)):
         torch.testing.assert_close(out, model(x))

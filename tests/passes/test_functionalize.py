@@ -45,10 +45,10 @@ def check(model: nn.Module, *inputs: Tensor, change: Callable[..., Any] = functi
     for stage in (lambda gm: gm, change, normalize):
         own = copy.deepcopy(model)
         captured: Captured = capture(own, inputs)
-        text = str(captured.graph_module.graph)
-        gm = stage(captured.graph_module)
+        text = str(captured.root.graph)
+        gm = stage(captured.root)
         gm.graph.lint()
-        assert str(captured.graph_module.graph) == text, "the input graph was changed"
+        assert str(captured.root.graph) == text, "the input graph was changed"
 
         def call(*args: Tensor, c: Captured = captured, g: fx.GraphModule = gm) -> Any:
             return c.unflatten_outputs(g(*c.flatten_inputs(args, {})))
@@ -270,7 +270,7 @@ def test_a_buffer_is_written_once_at_the_end() -> None:
 
 
 def test_a_graph_without_mutation_is_left_alone() -> None:
-    gm = capture(nn.Linear(3, 2), (torch.ones(4, 3),)).graph_module
+    gm = capture(nn.Linear(3, 2), (torch.ones(4, 3),)).root
     assert str(functionalize(gm).graph) == str(gm.graph)
 
 
@@ -287,7 +287,7 @@ def test_dynamic_sizes() -> None:
     shapes = {"args": ({0: torch.export.Dim("batch", min=2)},)}
     captured = capture(model, (torch.ones(3, 4),), dynamic_shapes=shapes)
     for change in (functionalize, normalize):
-        gm = change(captured.graph_module)
+        gm = change(captured.root)
         assert not mutating(gm)
         x = torch.randn(5, 4)
         torch.testing.assert_close(gm(x)[0], model(x))
@@ -302,7 +302,7 @@ def test_gradient_that_eager_hides_is_refused() -> None:
 
     captured = capture(Fn(fn), (torch.ones(3, 4),))
     with pytest.raises(CaptureError, match="hidden from autograd") as info:
-        normalize(captured.graph_module)
+        normalize(captured.root)
     assert info.value.source.startswith("test_functionalize.py:")
 
 
@@ -313,7 +313,7 @@ def test_writing_through_what_cannot_be_undone_is_refused() -> None:
         return y
 
     with pytest.raises(CaptureError, match="cannot be undone") as info:
-        functionalize(capture(Fn(fn), (torch.ones(4),)).graph_module)
+        functionalize(capture(Fn(fn), (torch.ones(4),)).root)
     assert info.value.op == "aten.add_.Tensor"
     assert info.value.fix
 
@@ -329,7 +329,7 @@ def test_operator_without_counterpart_is_refused() -> None:
             torch.ops.fxshard_test.bump(y)
             return y
 
-        gm = capture(Fn(fn), (torch.ones(4),)).graph_module
+        gm = capture(Fn(fn), (torch.ones(4),)).root
         with pytest.raises(CaptureError, match=r"fxshard_test\.bump\.default changes its operand") as info:
             functionalize(gm)
     assert info.value.source.startswith("test_functionalize.py:")

@@ -42,7 +42,7 @@ class Masked(nn.Module):
 
 
 def attention_of(module: nn.Module, x: torch.Tensor) -> fx.Node:
-    graph = normalize(capture(module, (x,)).graph_module).graph
+    graph = normalize(capture(module, (x,)).root).graph
     (node,) = graph.find_nodes(op="call_function", target=aten.scaled_dot_product_attention.default)
     return node
 

@@ -46,7 +46,7 @@ def check(model: nn.Module, kwargs: dict[str, Any], **options: Any) -> fx.GraphM
     for stage in (lambda gm: gm, normalize):
         own = copy.deepcopy(model)
         captured = capture(own, (), double, **options)
-        gm = stage(captured.graph_module)
+        gm = stage(captured.root)
         gm.graph.lint()
         assert stage is not normalize or all("val" in n.meta for n in gm.graph.nodes if n.op != "output")
 
@@ -207,7 +207,7 @@ def test_gradient_is_off_where_the_model_turned_it_off() -> None:
             z = m.linear(x)
         return x.float() * y, z
 
-    out = normalize(capture(Fn(fn), (X,)).graph_module)(X)
+    out = normalize(capture(Fn(fn), (X,)).root)(X)
     assert not out[0].requires_grad
     assert out[1].requires_grad
 
@@ -217,7 +217,7 @@ def test_dynamic_batch_and_sequence() -> None:
     model, kwargs = llama(transformers, torch.randint(2, 20, (2, 6)))
     dims = {0: torch.export.Dim("batch", min=2), 1: torch.export.Dim("length", min=2, max=64)}
     captured = capture(model, (), kwargs, dynamic_shapes={"input_ids": dims, "labels": dims})
-    gm = normalize(captured.graph_module)
+    gm = normalize(captured.root)
     ids = torch.randint(2, 20, (3, 9))
     got = captured.unflatten_outputs(gm(*captured.flatten_inputs((ids,), {"labels": ids})))
     expected = model(ids, labels=ids)
@@ -229,7 +229,7 @@ def test_meta_device() -> None:
     transformers = pytest.importorskip("transformers")
     with torch.device("meta"):
         model, kwargs = gpt2(transformers, torch.randint(2, 20, (2, 6)))
-    gm = normalize(capture(model, (), kwargs).graph_module)
+    gm = normalize(capture(model, (), kwargs).root)
     assert all(p.is_meta for p in gm.parameters())
     assert gm(*kwargs.values())[1].shape == (2, 6, 20)
 
@@ -237,10 +237,10 @@ def test_meta_device() -> None:
 def test_the_input_is_unchanged_and_parameters_are_shared() -> None:
     model = Fn(lambda m, x: m.linear(x) + m.buf)
     captured = capture(model, (X,))
-    text = str(captured.graph_module.graph)
-    gm = normalize(captured.graph_module)
-    assert str(captured.graph_module.graph) == text
-    assert not any(n.meta.get("split_bias") for n in captured.graph_module.graph.nodes)
+    text = str(captured.root.graph)
+    gm = normalize(captured.root)
+    assert str(captured.root.graph) == text
+    assert not any(n.meta.get("split_bias") for n in captured.root.graph.nodes)
     assert gm.get_parameter("linear.weight") is model.linear.weight
     assert "buf" not in gm.state_dict()
     assert str(normalize(gm).graph) == str(gm.graph)

@@ -103,7 +103,7 @@ class Specimen:
     @property
     def tolerances(self) -> Tolerances:
         """The entry's; wider where the model computes a part in float32, though its weights are float64."""
-        values = [node.meta.get("val") for node in self._captured.graph_module.graph.nodes]
+        values = [node.meta.get("val") for node in self._captured.root.graph.nodes]
         narrow = any(isinstance(value, torch.Tensor) and value.dtype == torch.float32 for value in values)
         return max(self.entry.tolerances, ISLANDS) if narrow else self.entry.tolerances
 

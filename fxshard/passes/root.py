@@ -1,0 +1,80 @@
+"""A graph, and the tensors that it reads.
+
+``fx.GraphModule`` makes attributes and Python code of the names of what its graph reads. These are the names of the
+user's modules, which may be anything: keywords, quotes, ``code``, ``graph``. A :class:`Root` holds them as torch does,
+in dicts, and runs its graph without generating code.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from typing import Any
+
+from torch import fx, nn
+
+from fxshard.passes.typing import copy_graph
+from fxshard.runtime.module import find, is_word, place
+
+
+class Root(nn.Module):
+    """A graph over what it reads.
+
+    Args:
+        graph: the graph.
+        attributes: the name by which it reads something -> the tensor, or the graph of a higher-order operator.
+        title: the name of the model's class.
+        non_persistent: names of buffers that are not part of the state dict.
+    """
+
+    def __init__(
+        self, graph: fx.Graph, attributes: Mapping[str, Any], title: str, non_persistent: Collection[str] = ()
+    ) -> None:
+        super().__init__()
+        self._graph, self._title, self._non_persistent = graph, title, frozenset(non_persistent)
+        for name, value in attributes.items():
+            place(self, name, value, name not in self._non_persistent)
+
+    @property
+    def graph(self) -> fx.Graph:
+        """The graph."""
+        return self._graph
+
+    @property
+    def title(self) -> str:
+        """The name of the model's class."""
+        return self._title
+
+    def over(self, graph: fx.Graph) -> Root:
+        """Another graph over the same tensors: those that it reads."""
+        names = dict.fromkeys(str(node.target) for node in graph.find_nodes(op="get_attr"))
+        return Root(graph, {name: find(self, name) for name in names}, self._title, self._non_persistent)
+
+    def as_graph_module(self) -> fx.GraphModule:
+        """The same as torch has it, under names that Python can read."""
+        graph, attributes, empty = copy_graph(self._graph), {}, fx.GraphModule({}, fx.Graph())
+        for number, node in enumerate(graph.find_nodes(op="get_attr")):
+            value, parts = find(self, str(node.target)), str(node.target).split(".")
+            if not all(is_word(part) or part.isdecimal() for part in parts) or hasattr(empty, parts[0]):
+                node.target = f"attribute_{number}"
+            attributes[node.target] = value
+        return fx.GraphModule(attributes, graph, class_name="GraphModule")
+
+    def forward(self, *leaves: Any) -> Any:
+        """Runs the graph."""
+        return Interpreter(self).run(*leaves)
+
+
+class Interpreter(fx.Interpreter):
+    """Runs a graph whose names may be anything.
+
+    Args:
+        root: holds what the graph reads.
+        graph: the graph; by default the root's own.
+    """
+
+    def __init__(self, root: nn.Module, graph: fx.Graph | None = None, keep: bool = False) -> None:
+        super().__init__(root, garbage_collect_values=not keep, graph=graph)
+
+    def get_attr(self, target: Any, args: Any, kwargs: Any) -> Any:
+        """See ``fx.Interpreter.get_attr``."""
+        return find(self.module, str(target))
