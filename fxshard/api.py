@@ -116,7 +116,7 @@ def parallelize(
     program = ParallelModule(model, asked, device_mesh, dynamic_shapes, options, Path(folder) if folder else None)
     if args or kwargs:
         program.capture(tuple(args), kwargs)
-        program._eager = True
+        program._captures.fixed = True
     return program
 
 

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from fxshard.program import ParallelModule
 
 NEW, HELD, LAZY = "new", "held", "lazy"
-DRAWS, UNEVEN, RING, EVERY_CALL, STARRED = "draws", "uneven", "ring", "every_call", "starred"
+DRAWS, UNEVEN, RING, EVERY_CALL, STARRED, EFFECTS = "draws", "uneven", "ring", "every_call", "starred", "effects"
 
 REASONS = {
     NEW: "fxshard has not captured such inputs in this mode. Call the program once with them, outside of torch.compile",
@@ -43,6 +43,7 @@ REASONS = {
     UNEVEN: "the ranks' parts differ in size, so each rank would compile another graph: choose sizes that divide",
     RING: "ring attention passes blocks from rank to rank while it computes, which has no functional collective",
     EVERY_CALL: "compare='every_call' compares the ranks outside of the graph: give 'first_call'",
+    EFFECTS: "the model changes its attributes, or the containers that it is given, which no graph does",
     STARRED: "the model's forward takes *args, which compiled code does not bind",
 }
 """Why a call runs eagerly, as torch tells it."""
@@ -52,7 +53,7 @@ class Entry:
     """A capture as compiled code finds and runs it: what dynamo reads of it are plain numbers, strings and modules.
 
     Attributes:
-        training: the capture's mode.
+        serves: whether it serves calls in the present state of the program: see ``fxshard.captures``.
         autocast: the autocast that surrounded it.
         obstacle: why it cannot be traced, a key of ``REASONS``; empty where it can.
         binding: which calls it serves.
@@ -67,7 +68,7 @@ class Entry:
     def __init__(self, program: ParallelModule, compiled: Compiled) -> None:
         captured = compiled.captured
         self.compiled = compiled
-        self.training, self.autocast = captured.training, captured.autocast
+        self.serves, self.autocast = True, captured.autocast
         self.binding = Binding(captured, compiled.multiples)
         self.obstacle = STARRED if self.binding.starred else obstacle(compiled)
         self.out_spec = captured.out_spec
@@ -129,6 +130,7 @@ def obstacle(compiled: Compiled) -> str:
         UNEVEN: compiled.is_uneven,
         RING: any(node.target is ring_attention for node in compiled.graph.nodes),
         EVERY_CALL: compiled.options.compare == "every_call",
+        EFFECTS: bool(compiled.captured.written) or compiled.captured.changes_inputs,
     }
     return next((reason for reason, is_so in found.items() if is_so), "")
 
@@ -173,13 +175,13 @@ def _holder(module: torch.nn.Module, name: str) -> tuple[dict[str, Any], str]:
 
 def traced_call(program: ParallelModule, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """A call of the program, while a tracer looks on."""
-    why = NEW if program._eager else LAZY
+    why = NEW if program._captures.fixed else LAZY
     if program._synchronization.held:
         why = HELD
-    if why == NEW:
+    if why == NEW and program._captures.changes.version >= 0:  # on which the tracer then guards
         make_entries(program)
         for entry in reversed(program._entries):
-            if entry.training == program.training and entry.autocast == ambient():
+            if entry.serves and entry.autocast == ambient():
                 leaves = entry.binding.leaves_of(args, kwargs)
                 if leaves is not None:
                     if not entry.obstacle:
@@ -195,7 +197,12 @@ def traced_call(program: ParallelModule, args: tuple[Any, ...], kwargs: dict[str
 def make_entries(program: ParallelModule) -> bool:
     """Makes what is missing; collective where it is. Dynamo does not trace this: it calls it, once a graph."""
     known = {id(entry.compiled) for entry in program._entries}
-    for compiled in program._captures.values():
+    model, captures = program._original.get(), program._captures
+    with captures.changes.on(model):
+        serving = {id(held.compiled) for held in captures.all if held.conditions.hold(model, captures.changes)}
+    for entry in program._entries:
+        entry.serves = id(entry.compiled) in serving
+    for compiled in [held.compiled for held in captures.all if id(held.compiled) in serving]:
         if id(compiled) not in known:
             with calling(), no_modes():  # export is in the middle of tracing
                 if id(compiled) not in program._functions:
@@ -207,7 +214,7 @@ def make_entries(program: ParallelModule) -> bool:
 
 def _eagerly(program: ParallelModule, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     out = program.run(args, kwargs)
-    if program._eager:
+    if program._captures.fixed:
         make_entries(program)  # of what was captured just now; the next call is traced anew, and finds it
     return out
 

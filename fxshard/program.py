@@ -2,34 +2,38 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 import os
-from collections.abc import Hashable, Iterable, Mapping
+import threading
+import types
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 import torch.distributed as dist
 from torch import fx, nn
 
 from fxshard.cache import cached
+from fxshard.captures import Captures, Held, check_apart
 from fxshard.codegen.emit import emit
 from fxshard.compiling import Entry, traced_call
-from fxshard.errors import CheckpointError, DistributedError, FxshardError, SoundnessError
+from fxshard.errors import CheckpointError, DistributedError, FxshardError, InputError, SoundnessError
 from fxshard.inspect.fallbacks import Fallback, fallbacks_of
 from fxshard.inspect.fingerprint import fingerprint
 from fxshard.inspect.report import Collective, collectives_of, explain, notes_of, table
 from fxshard.mesh import Mesh
 from fxshard.passes.annotate import placements
-from fxshard.passes.capture import Captured, capture, number_constants, signature_key
+from fxshard.passes.capture import LOCK, Captured, capture, number_constants
 from fxshard.passes.fidelity import check_fidelity
-from fxshard.passes.known_calls import KnownCalls, describe
 from fxshard.passes.pipeline import STAGES, Compiled, Options, compile_graph
+from fxshard.passes.serves import Changes, Conditions
 from fxshard.passes.weights import dim_of
-from fxshard.placement import Placements, join_all
+from fxshard.placement import Placements, is_shard, join_all
 from fxshard.plan.plan import Plan
 from fxshard.runtime.autocast import ambient, using
 from fxshard.runtime.buckets import Buckets, Synchronization, defer
@@ -38,6 +42,7 @@ from fxshard.runtime.devices import target_device
 from fxshard.runtime.faults import calling, compared, told_to_others
 from fxshard.runtime.loading import KEY, describe_parts, load_state_dict
 from fxshard.runtime.meeting import meet
+from fxshard.runtime.mirror import WHOLE_WRAP, check_unmoved, mirror, refuse, refuse_replacing
 from fxshard.runtime.module import RankModule, find, load, local_part, place, share
 from fxshard.runtime.optimizer_state import load_optimizer_state_dict, sharded_optimizer_state_dict
 from fxshard.runtime.original import Original
@@ -84,11 +89,12 @@ class ParallelModule(nn.Module):
         self._dynamic_shapes = dynamic_shapes
         self._cache = cache
         self.options = options or Options()
-        self._captures: dict[tuple[bool, Hashable], Compiled] = {}
-        self._known: KnownCalls[Compiled] = KnownCalls()
+        self._captures = Captures(Changes())
+        self.__dict__["_shown"] = None
+        self._lock = threading.RLock()
         self._latest: Compiled | None = None
-        self._eager = False
         self._ranks: dict[int, RankModule] = {}
+        self._seen: dict[int, list[tuple[str, tuple[int, int]]]] = {}
         self._sources: dict[tuple[int, int], str] = {}
         self._functions: dict[int, Any] = {}
         self._checksums: dict[str, int] = {}
@@ -103,59 +109,190 @@ class ParallelModule(nn.Module):
         self._placements: dict[str, Placements] = {}
         self.training = model.training
 
+    # --- a module like the model -----------------------------------------------------------------------------------
+
+    def __getattr__(self, name: str) -> Any:
+        """What the model has, and a program has not: ``config``, ``dtype``, ``get_input_embeddings``."""
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name.startswith("__") or "_original" not in self.__dict__:
+                raise
+        if name.startswith("_ddp_"):
+            refuse("the program is no replica", WHOLE_WRAP)
+        shown = self.__dict__["_shown"]
+        if shown is not None:
+            return getattr(shown, name)
+        value = getattr(self._original.get(), name)
+        if isinstance(value, torch.Tensor | nn.Module | types.MethodType):
+            raise FxshardError(
+                f"the program has no {name!r} before the model was captured",
+                fix="pass example inputs to parallelize, or call the program once",
+            )
+        return value
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Modes and the model's plain attributes mean another capture; weights and modules cannot be replaced."""
+        refuse_replacing("", name, value)
+        if name == "__class__":
+            refuse("the program cannot become another class", "wrap the model before parallelize")
+        shown = self.__dict__.get("_shown")
+        if shown is not None:
+            if name == "training":
+                self._captures.changes.set_mode("", value)
+            elif name not in self.__dict__ and not hasattr(type(self), name) and hasattr(shown, name):
+                setattr(shown, name, value)
+                return
+        super().__setattr__(name, value)
+
+    def __delattr__(self, name: str) -> None:
+        """What the program's code reads stays."""
+        if name not in self.__dict__:
+            refuse(f"{name} cannot be deleted: the program's code reads it", "change the model, and parallelize again")
+        super().__delattr__(name)
+
+    def _refuse_adding(self, name: str, *args: Any, **kwargs: Any) -> NoReturn:
+        refuse(f"nothing can be added to a program ({name!r})", "change the model, and parallelize again")
+
+    register_parameter = register_buffer = add_module = register_module = _refuse_adding
+
+    def train(self, mode: bool = True) -> ParallelModule:
+        """As ``nn.Module.train``; another mode is another capture."""
+        if self._shown is None:
+            changes = self._captures.changes
+            for path, _ in self._original.get().named_modules():
+                changes.set_mode(path, mode)
+        return super().train(mode)
+
+    def requires_grad_(self, requires_grad: bool = True) -> ParallelModule:
+        """As ``nn.Module.requires_grad_``, for all ranks that this process holds."""
+        if self._shown is None:
+            refuse(
+                "the program has no weights before the model was captured",
+                "say so of the model, pass example inputs to parallelize, or call the program once",
+            )
+        for module in self._ranks.values():
+            module.requires_grad_(requires_grad)
+        return self
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """As ``nn.Module.zero_grad``, for all ranks that this process holds."""
+        for module in self._ranks.values():
+            module.zero_grad(set_to_none)
+
+    def _apply(self, function: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> ParallelModule:
+        """``to``, ``half``, ``cuda``: nothing that would change a tensor's dtype or device."""
+        check_unmoved(self._original.get() if self._shown is None else self, function)
+        return self
+
+    def _replicate_for_data_parallel(self) -> NoReturn:
+        refuse("the program is no replica", WHOLE_WRAP)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> ParallelModule:
+        """A program of its own, with weights of its own; its first call is collective under torchrun.
+
+        >>> import copy, fxshard
+        >>> model, x = nn.Linear(4, 4), torch.randn(2, 4)
+        >>> program = fxshard.parallelize(model, fxshard.data_parallel(1), (x,))
+        >>> average = copy.deepcopy(program)
+        >>> torch.equal(average(x), program(x)), average.weight is program.weight
+        (True, False)
+        """
+        model = self._original.get() if self._shown is not None else copy.deepcopy(self._original.get(), memo)
+        made = type(self)(model, self._asked, self._device_mesh, self._dynamic_shapes, self.options, self._cache)
+        memo[id(self)] = made
+        made.__dict__["_original"] = self._original if self._shown is not None else made._original
+        changes = made._captures.changes
+        changes.attributes = dict(self._captures.changes.attributes)
+        made._captures.fixed = self._captures.fixed
+        made.__dict__["training"] = self.training
+        if self._shown is None:
+            changes.modes = dict(self._captures.changes.modes)
+            return made
+        for held in self._captures.all:
+            made._captures.add(held)
+        made.plan, made._latest, made._placements = self.plan, self._latest, dict(self._placements)
+        made._ranks = {rank: copy.deepcopy(module, memo) for rank, module in self._ranks.items()}
+        made._device = self._device
+        made._show(made.rank_module(made.rank))
+        for (_, own), (_, mine) in zip(made.named_modules(), self.named_modules(), strict=True):
+            if own.training != mine.training:
+                own.training = mine.training
+        for name, value in self.__dict__.items():
+            if name not in made.__dict__:
+                made.__dict__[name] = copy.deepcopy(value, memo)
+        return made
+
+    def __reduce_ex__(self, protocol: Any) -> NoReturn:
+        """A program cannot be pickled: it runs in a process group, over code that was made for one rank of it."""
+        raise FxshardError(
+            "a program cannot be pickled, nor saved with torch.save",
+            fix="save fxshard.save_checkpoint(program, ...) or program.full_state_dict(), and parallelize the model in "
+            "the process that loads it",
+        )
+
     # --- capture ---------------------------------------------------------------------------------------------------
 
-    def capture(
-        self, args: tuple[Any, ...], kwargs: Mapping[str, Any] | None = None, *, exact: bool = False
-    ) -> Compiled:
-        """Captures and compiles the model for these inputs, once per signature, training mode and autocast.
+    def capture(self, args: tuple[Any, ...], kwargs: Mapping[str, Any] | None = None) -> Compiled:
+        """Captures and compiles the model for these inputs, unless that was done before: see ``fxshard.captures``.
 
         Args:
             args: the inputs.
             kwargs: likewise, by name.
-            exact: for inputs of these very sizes, even if ``dynamic_shapes`` says that they may change.
         """
-        kwargs = dict(kwargs or {})
+        held, _ = self._serving(args, dict(kwargs or {}))
+        return held.compiled
+
+    def _serving(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Held, list[Any]]:
+        """The capture that serves a call, which becomes the latest, and the call's leaves."""
         model = self._original.get()
-        if model.training != self.training:
-            model.train(self.training)
-        key = exact, signature_key(model, args, kwargs)
-        if key not in self._captures:
-            shapes = None if exact else self._dynamic_shapes
+        found = self._captures.look_up(args, kwargs, model)
+        if found is None:
+            with self._lock, LOCK, torch.inference_mode(False), self._captures.changes.on(model):
+                make = partial(self._capture, model, args, kwargs)
+                found = self._captures.find(args, kwargs, model, make)
+        if self._latest is not found[0].compiled:
+            self._latest = found[0].compiled
+        return found
 
-            device = target_device(()) if self._device.type == "meta" else self._device
-            is_there = all(t.device.type == device.type for _, t in self._tensors())
+    def _capture(self, model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], exact: bool) -> Held:
+        shapes = None if exact else self._dynamic_shapes
+        device = target_device(()) if self._device.type == "meta" else self._device
+        is_there = all(t.device.type == device.type for _, t in self._tensors())
+        has_values = self._original.has_values and (is_there or not ambient())
 
-            def check(made: Captured) -> None:
-                if self._original.has_values and (is_there or not ambient()):
-                    check_fidelity(model, made, args, kwargs)
+        with_grad = torch.is_grad_enabled()
 
-            kept = self._cache if shapes is None else None
-            make = partial(capture, model, args, kwargs, dynamic_shapes=shapes, device=device)
-            captured, seconds = cached(kept, model, args, kwargs, device, make, check)
-            settled = self._latest is not None
-            if settled:  # a rank's module holds the constants of all captures
-                number_constants(captured, len(self._captures), self._placements)
-            compiled = compile_graph(captured, self._pinned(), model, seconds, self.options, settled)
-            placed = self._placed(compiled)
-            if settled and placed != self._placements:
-                wrong = next(name for name, each in placed.items() if each != self._placements[name])
-                raise SoundnessError(
-                    f"a later capture reads {wrong!r} as {placed[wrong]}, but it lies as {self._placements[wrong]}",
-                    fix="this is a bug of fxshard: please report the model and the plan",
-                )
-            self._captures[key] = self._latest = compiled
-            self._known.clear()
-            if not settled:
-                self._placements = placed
-                self._settle(compiled)
-            self._original.empty([captured.root, compiled.root])
-            for note in notes_of(compiled):
-                logger.warning(note)
-            for fallback in self.fallbacks():
-                logger.warning(str(fallback))
-        self._latest = self._captures[key]
-        return self._latest
+        def check(made: Captured, stored: bool) -> bool:
+            return has_values and check_fidelity(model, made, args, kwargs, backward=stored or with_grad)
+
+        kept = self._cache if shapes is None else None
+        make = partial(capture, model, args, kwargs, dynamic_shapes=shapes, device=device)
+        captured, seconds = cached(kept, model, args, kwargs, device, make, check)
+        settled = self._latest is not None
+        if settled:  # a rank's module holds the constants of all captures
+            number_constants(captured, len(self._captures.all), self._placements)
+        compiled = compile_graph(captured, self._pinned(), model, seconds, self.options, settled)
+        placed = self._placed(compiled)
+        if settled and placed != self._placements:
+            wrong = next(name for name, each in placed.items() if each != self._placements[name])
+            raise SoundnessError(
+                f"a later capture reads {wrong!r} as {placed[wrong]}, but it lies as {self._placements[wrong]}",
+                fix="this is a bug of fxshard: please report the model and the plan",
+            )
+        conditions = Conditions.of(captured, model, self._captures.changes, captured.flatten_inputs(args, kwargs))
+        held = Held(compiled, conditions, exact)
+        self._captures.add(held)
+        self._latest = compiled
+        if not settled:
+            self._placements = placed
+            self._settle(compiled)
+        self._original.empty([captured.root, compiled.root])
+        for note in notes_of(compiled):
+            logger.warning(note)
+        for fallback in self.fallbacks():
+            logger.warning(str(fallback))
+        return held
 
     def _pinned(self) -> Plan:
         """The plan as asked; after the first capture the weights lie as they lie."""
@@ -170,11 +307,23 @@ class ParallelModule(nn.Module):
         if not (dist.is_available() and dist.is_initialized()) and "RANK" not in os.environ:
             for rank in range(self.mesh.world_size):  # all ranks hold the weights of this moment
                 self.rank_module(rank)
+            self.check_alike()
         elif dist.is_initialized() and self.mesh.world_size > 1:
             self._checksums = {name: checksum(tensor) for name, tensor in self._tensors()}
-        share(self.rank_module(self.rank), self)
+        self._show(self.rank_module(self.rank))
         if is_spread():  # this rank needs its parts only
             self._original.release()
+
+    def _show(self, module: RankModule) -> None:
+        """Shows a rank's weights as those of this module, in modules of the model's classes."""
+        model, changes = self._original.get(), self._captures.changes
+        share(module, self)
+        shown = mirror(model, module, changes)
+        self.__dict__["_modules"] = dict(shown._modules)
+        self.__dict__["_shown"] = shown
+        changes.modes = {path: each.training for path, each in model.named_modules()}
+        changes.parameters = dict(module.named_parameters(remove_duplicate=False))
+        changes.version += 1
 
     def _placed(self, compiled: Compiled) -> dict[str, Placements]:
         """How a capture takes each parameter and buffer to lie."""
@@ -284,27 +433,9 @@ class ParallelModule(nn.Module):
         Raises:
             InputError: when the inputs do not fit what was captured with example inputs.
         """
-        now = (self.training, ambient())
-        key = describe(args, kwargs, now) if self._eager else None
-        if key is not None and (known := self._known.find(key, args, kwargs)):
-            if self._latest is not known[0]:
-                self._latest = known[0]
-            return known
-        fitting = [
-            c
-            for (exact, _), c in self._captures.items()
-            if not exact and (c.captured.training, c.captured.autocast) == now
-        ]
-        if self._eager and fitting:
-            compiled = self._latest = fitting[-1]
-        else:
-            compiled = self.capture(args, kwargs)
-        leaves = compiled.captured.flatten_inputs(args, kwargs)
-        if not compiled.fits(leaves):  # uneven parts are of static sizes
-            compiled = self.capture(args, kwargs, exact=True)
-        if key is not None:
-            self._known.add(key, args, kwargs, compiled, compiled.captured)
-        return compiled, leaves
+        held, leaves = self._serving(args, kwargs)
+        check_apart(held.compiled, leaves)
+        return held.compiled, leaves
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Runs this rank's part; collective. Give every rank the same whole inputs."""
@@ -331,17 +462,49 @@ class ParallelModule(nn.Module):
                 self.axes[axis].group.packed = packed
             regathers = compiled.regathers and torch.is_grad_enabled()
             if not (regathers or ambient()):
-                return compiled.captured.unflatten_outputs(run(*leaves))
+                return self.finish(compiled, run(*leaves), args, kwargs)
             saving = self._regather.saving() if regathers else nullcontext()
             with using(()), saving:  # the casts are in the code
-                return compiled.captured.unflatten_outputs(run(*leaves))
+                return self.finish(compiled, run(*leaves), args, kwargs)
+
+    def check_alike(self) -> None:
+        """Raises where the weights of this process's rank were changed since the last time, and no other rank's.
+
+        In simulation ``parameters()`` are those of one rank, and an optimizer over them trains no other.
+        """
+        now = {
+            rank: [(n, (p._version, p.data_ptr())) for n, p in m.named_parameters()] for rank, m in self._ranks.items()
+        }
+        before, self._seen = self._seen, now
+        if len(now) < 2 or before.keys() != now.keys():
+            return
+        changed = {rank: {n for (n, a), (_, b) in zip(now[rank], before[rank], strict=True) if a != b} for rank in now}
+        others = set.union(*(names for rank, names in changed.items() if rank != self.rank))
+        for name in sorted(changed[self.rank] - others):
+            parts = [find(module, name) for module in self._ranks.values()]
+            whole = not any(is_shard(placed) for placed in self._placements[name])
+            if not (whole and all(torch.equal(parts[0], part) for part in parts[1:])):
+                raise InputError(
+                    f"the ranks differ: {name} was changed on rank {self.rank}, and on no other",
+                    fix="an optimizer over program.parameters() steps this rank's parts: in simulation make one a "
+                    "rank, over program.rank_module(r).parameters(), and step them all",
+                )
+
+    def finish(self, compiled: Compiled, leaves: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+        """What a call returns, after what the model does beside: to its attributes, to what it is given."""
+        for each in compiled.captured.written:
+            self._captures.changes.write(each)
+            if self._shown is not None:
+                each.again(self._shown)
+        return compiled.captured.unflatten_outputs(leaves, (args, kwargs))
 
     def _compare_ranks(self, compiled: Compiled, leaves: list[Any] | None) -> None:
         """Raises ``DistributedError`` where other ranks are about to run something else; collective."""
         check_world(self.mesh)
         watch = current()
         if watch is not None:
-            sections = fingerprint(compiled, self._original.get(), leaves, self._checksums)
+            modes = self._captures.changes.modes
+            sections = fingerprint(compiled, self._original.get(), leaves, self._checksums, modes)
             about = ", ".join(f"{name}: {text}" for name, text in sections["inputs"].items.items())
             meet(watch, sections, f"with {about}")
             self._checksums = {}
@@ -516,7 +679,7 @@ class ParallelModule(nn.Module):
             self._device = part.device
             self._functions.clear()
             self._entries.clear()
-            for compiled in self._captures.values():
+            for compiled in [held.compiled for held in self._captures.all]:
                 for module in self._ranks.values():
                     for name in compiled.attributes:
                         if isinstance(found := find(module, name), torch.Tensor) and found.is_meta:

@@ -77,6 +77,9 @@ def simulate(program: ParallelModule, *args: Any, **kwargs: Any) -> Simulation:
         args: the model's inputs, whole, as the model takes them.
         kwargs: likewise.
 
+    Raises:
+        InputError: when the weights of one rank were changed since the last run, and those of the others were not.
+
     >>> import fxshard
     >>> model = torch.nn.Sequential(torch.nn.Linear(8, 16), torch.nn.ReLU(), torch.nn.Linear(16, 8))
     >>> x = torch.randn(4, 8)
@@ -86,17 +89,24 @@ def simulate(program: ParallelModule, *args: Any, **kwargs: Any) -> Simulation:
     True
     """
     compiled, leaves = program.compile_call(args, kwargs)
+    program.check_alike()
     world = program.mesh.world_size
     shared = [
         _Share.apply(x, world) if isinstance(x, torch.Tensor) and x.requires_grad else (x,) * world  # type: ignore[no-untyped-call]
         for x in leaves
     ]
+    for index in compiled.overwritten_inputs:
+        shared[index] = tuple(x.clone() for x in shared[index])
     turns = Turns(world, program._device)
     axes = lockstep_axes(program.mesh, turns, program.options.reduce_dtype)
     functions = [program.function(compiled, rank, axes[rank]) for rank in range(world)]
 
     def run(rank: int) -> Any:
-        out = functions[rank](program.rank_module(rank), *(x[rank] for x in shared))
-        return compiled.captured.unflatten_outputs(out)
+        return functions[rank](program.rank_module(rank), *(x[rank] for x in shared))
 
-    return Simulation(program, run_ranks(world, turns, run))
+    made = run_ranks(world, turns, run)
+    for index in compiled.overwritten_inputs:
+        leaves[index].copy_(shared[index][0])
+    outputs = [program.finish(compiled, made[0], args, kwargs)]
+    outputs += [compiled.captured.unflatten_outputs(each) for each in made[1:]]
+    return Simulation(program, outputs)

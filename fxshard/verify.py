@@ -20,12 +20,14 @@ from torch import fx, nn
 from torch.func import functional_call
 
 from fxshard.codegen.spelling import is_ours
-from fxshard.passes.fidelity import difference, tolerance_of
+from fxshard.passes.fidelity import loss_of, other_precision, tolerance_of, weight_of
 from fxshard.passes.origins import module_of, source_of
 from fxshard.passes.pipeline import Compiled
+from fxshard.passes.root import Interpreter
 from fxshard.passes.typing import has_info, info_of
 from fxshard.placement import Placements, Replicate, Varying, cut_all, is_partial, join_all
 from fxshard.program import ParallelModule
+from fxshard.ruler import Compared, Row, compare
 from fxshard.runtime.autocast import using
 from fxshard.runtime.collectives import Axis
 from fxshard.runtime.devices import RandomState, random_state, set_random_state
@@ -43,22 +45,22 @@ class VerifyReport:
         max_output_error: the largest absolute difference of an output.
         max_grad_error: the largest absolute difference of a parameter's gradient.
         first_divergence: the first node, or gradient, that differs, with module and source line; None where all agree.
-        rows: for every output and gradient its name, shape, error, and whether it is equal.
+        rows: for every output and gradient, of parameters and of inputs, what came of the comparison.
     """
 
     ok: bool
     max_output_error: float
     max_grad_error: float
     first_divergence: str | None
-    rows: tuple[tuple[str, str, float, bool], ...] = field(repr=False, default=())
+    rows: tuple[Compared, ...] = field(repr=False, default=())
 
     def __bool__(self) -> bool:
         """As ``ok``: ``assert fxshard.verify(program, x)`` says what it seems to."""
         return self.ok
 
     def __str__(self) -> str:
-        worst = sorted(self.rows, key=lambda row: (row[3], -row[2]))[:10]
-        shown = [(name, shape, f"{error:.1e}", "equal" if ok else "DIFFERENT") for name, shape, error, ok in worst]
+        worst = sorted(self.rows, key=lambda row: (row.ok, -row.error))[:10]
+        shown = [(r.name, r.shape, f"{r.error:.1e}", "equal" if r.ok else "DIFFERENT") for r in worst]
         lines = [tabulate(shown, headers=("tensor", "shape", "max error", "verdict"), disable_numparse=True)]
         if len(self.rows) > len(worst):
             lines.append(f"... and {len(self.rows) - len(worst)} more with smaller errors")
@@ -71,7 +73,8 @@ def verify(program: ParallelModule, *args: Any, **kwargs: Any) -> VerifyReport:
 
     Without a process group all ranks are simulated; under torchrun the ranks compare what they really computed, each
     running the original model for itself, and compute checkpointed calls anew. The loss is a fixed random weighting of
-    all outputs. The program's weights, buffers and gradients are left as they were.
+    all outputs. Gradients of inputs that require one are compared, and one that should not be there is a difference.
+    The program's weights, buffers and gradients are left as they were. How far apart is equal: see ``fxshard.ruler``.
 
     Args:
         program: what ``parallelize`` returned.
@@ -94,12 +97,18 @@ def verify(program: ParallelModule, *args: Any, **kwargs: Any) -> VerifyReport:
     distributed = dist.is_available() and dist.is_initialized() and program.mesh.world_size > 1
     ranks = [program.rank] if distributed else list(range(program.mesh.world_size))
     with _Untouched([program.rank_module(r) for r in ranks]):
-        set_random_state(program._device, state)
-        want, want_grads = _reference(program._original.get(), weights, compiled, args, kwargs)
+        model, changes = program._original.get(), program._captures.changes
+
+        def reference(dtype: torch.dtype | None = None) -> tuple[list[Any], dict[str, torch.Tensor]]:
+            set_random_state(program._device, state)
+            with changes.on(model):
+                return _reference(model, weights, args, kwargs, dtype)
+
+        want, want_grads = reference()
         set_random_state(program._device, state)
         if distributed:
             trace = None
-            got, got_grads = _real(program, args, kwargs)
+            got, got_grads = _on_ranks(program, args, kwargs)
         else:
             try:
                 trace = _Run(program, compiled, args, kwargs)
@@ -109,26 +118,33 @@ def verify(program: ParallelModule, *args: Any, **kwargs: Any) -> VerifyReport:
                 raise
             got, got_grads = trace.outputs, trace.grads
         differing = trace.disagreements() if trace is not None else []
-    rows = [
-        _row(f"output {i}", a, b, tolerance)
-        for i, (a, b) in enumerate(zip(got, want, strict=True))
-        if isinstance(b, torch.Tensor)
-    ]
-    outputs = len(rows)  # the rows before are outputs, those behind are gradients
-    rows += [_row(f"grad of {n}", got_grads.get(n), g, tolerance) for n, g in want_grads.items()]
-    rows += differing
-    ok = all(row[3] for row in rows)
+    pairs: list[Row] = [(f"output {i}", a, b) for i, (a, b) in enumerate(zip(got, want, strict=True))]
+    pairs = [pair for pair in pairs if isinstance(pair[2], torch.Tensor)]
+    outputs = len(pairs)  # the rows before are outputs, those behind are gradients
+    pairs += [(f"grad of {n}", got_grads.get(n), want_grads.get(n)) for n in {**want_grads, **got_grads}]
+
+    def again() -> list[Any] | None:
+        with _Untouched([program.rank_module(r) for r in ranks]):
+            values = other_precision(weights.values(), reference)
+        if values is None:
+            return None
+        named = {f"output {i}": value for i, value in enumerate(values[0])}
+        named |= {f"grad of {name}": grad for name, grad in values[1].items()}
+        return [named.get(name) for name, _, _ in pairs]
+
+    rows = compare(pairs, tolerance, again) + differing
+    ok = all(row.ok for row in rows)
     where = None
     if not ok:
         if trace is not None:
             with _Untouched([program.rank_module(r) for r in ranks]):
                 set_random_state(program._device, state)
                 where = _Trace(program, compiled, args, kwargs).first_divergence(state)
-        where = where or next(row[0] for row in rows if not row[3])
+        where = where or next(row.name for row in rows if not row.ok)
     report = VerifyReport(
         ok,
-        max((row[2] for row in rows[:outputs]), default=0.0),
-        max((row[2] for row in rows[outputs:]), default=0.0),
+        max((row.error for row in rows[:outputs]), default=0.0),
+        max((row.error for row in rows[outputs:]), default=0.0),
         where,
         tuple(rows),
     )
@@ -138,47 +154,30 @@ def verify(program: ParallelModule, *args: Any, **kwargs: Any) -> VerifyReport:
     return report
 
 
-def _row(name: str, got: Any, want: torch.Tensor, tolerance: float) -> tuple[str, str, float, bool]:
-    return name, str(list(want.shape)), *difference(got, want, tolerance)
-
-
-def loss_of(leaves: list[Any]) -> torch.Tensor | None:
-    """A fixed random weighting of all outputs that carry a gradient, so that no gradient is there by symmetry."""
-    total: torch.Tensor | None = None
-    for index, leaf in enumerate(leaves):
-        if _counts(leaf):
-            part = (leaf * _weight(index, leaf)).sum()
-            total = part if total is None else total + part
-    return total
-
-
-def _counts(leaf: Any) -> bool:
-    return isinstance(leaf, torch.Tensor) and leaf.requires_grad and not leaf.dtype.is_complex
-
-
-def _weight(index: int, leaf: torch.Tensor) -> torch.Tensor:
-    generator = torch.Generator().manual_seed(index)
-    return torch.randn(leaf.shape, generator=generator, dtype=torch.float32).to(leaf.device, leaf.dtype)
-
-
 def _reference(
-    model: nn.Module, weights: Mapping[str, torch.Tensor], compiled: Compiled, args: Any, kwargs: Any
+    model: nn.Module, weights: Mapping[str, torch.Tensor], args: Any, kwargs: Any, dtype: torch.dtype | None
 ) -> tuple[list[Any], dict[str, torch.Tensor]]:
-    parameters = {n: weights[n].clone().requires_grad_(p.requires_grad) for n, p in model.named_parameters()}
-    buffers = {n: weights.get(n, b).clone() for n, b in model.named_buffers()}
-    training = model.training
-    if training != compiled.captured.training:
-        model.train(compiled.captured.training)
-    try:
-        out = functional_call(model, _everywhere(model, {**parameters, **buffers}), args, kwargs, tie_weights=False)
-    finally:
-        if training != model.training:
-            model.train(training)
+    """The model's outputs and gradients with these weights, in its own precision or in another one."""
+
+    def own(tensor: torch.Tensor, needs: bool) -> torch.Tensor:
+        cast = tensor.to(dtype) if dtype is not None and tensor.is_floating_point() else tensor
+        return cast.detach().clone().requires_grad_(needs)
+
+    parameters = {n: own(weights[n], p.requires_grad) for n, p in model.named_parameters()}
+    buffers = {n: own(weights.get(n, b), False) for n, b in model.named_buffers()}
+    args, kwargs = pytree.tree_map_only(torch.Tensor, lambda t: own(t, t.requires_grad), (args, kwargs))
+    inputs = pytree.tree_leaves((args, kwargs))
+    out = functional_call(model, _everywhere(model, {**parameters, **buffers}), args, kwargs, tie_weights=False)
     leaves = pytree.tree_leaves(out)
     loss = loss_of(leaves)
     if loss is not None:
         loss.backward()
-    return leaves, {n: p.grad for n, p in parameters.items() if p.grad is not None}
+    return leaves, {n: p.grad for n, p in parameters.items() if p.grad is not None} | _grads_of_inputs(inputs)
+
+
+def _grads_of_inputs(leaves: list[Any]) -> dict[str, torch.Tensor]:
+    grads = {f"input {i}": x.grad for i, x in enumerate(leaves) if isinstance(x, torch.Tensor) and x.is_leaf}
+    return {name: grad for name, grad in grads.items() if grad is not None}
 
 
 def _everywhere(model: nn.Module, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -195,7 +194,9 @@ def _everywhere(model: nn.Module, tensors: Mapping[str, torch.Tensor]) -> dict[s
     }
 
 
-def _real(program: ParallelModule, args: Any, kwargs: Any) -> tuple[list[Any], dict[str, torch.Tensor]]:
+def _on_ranks(program: ParallelModule, args: Any, kwargs: Any) -> tuple[list[Any], dict[str, torch.Tensor]]:
+    args, kwargs = pytree.tree_map_only(torch.Tensor, _own, (args, kwargs))
+    inputs = pytree.tree_leaves((args, kwargs))
     leaves = pytree.tree_leaves(program(*args, **kwargs))
     whole = [
         program.gather_output(leaf, i) if isinstance(leaf, torch.Tensor) else leaf for i, leaf in enumerate(leaves)
@@ -203,7 +204,7 @@ def _real(program: ParallelModule, args: Any, kwargs: Any) -> tuple[list[Any], d
     loss = loss_of(whole)
     if loss is not None:
         loss.backward()
-    return whole, program.full_grads()
+    return whole, program.full_grads() | _grads_of_inputs(inputs)
 
 
 class _Untouched:
@@ -229,11 +230,11 @@ class _Untouched:
                         buffer.copy_(value)
 
 
-class _Recorder(fx.Interpreter):
+class _Recorder(Interpreter):
     """Runs a graph, and keeps every value that it makes, with its gradient."""
 
     def __init__(self, root: nn.Module, graph: fx.Graph, read: Callable[[str], Any], axes: Mapping[str, Axis]) -> None:
-        super().__init__(root, garbage_collect_values=False, graph=graph)
+        super().__init__(root, graph, keep=True)
         self.read, self.axes = read, axes
         self.values: dict[str, Any] = {}
 
@@ -243,7 +244,7 @@ class _Recorder(fx.Interpreter):
     def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
         if is_ours(target):
             args = tuple(self.axes.get(a, a) if isinstance(a, str) else a for a in args)
-        return target(*args, **kwargs)
+        return super().call_function(target, args, kwargs)
 
     def run(self, *args: Any, **options: Any) -> Any:
         with using(()):  # the casts are in the graph
@@ -266,17 +267,28 @@ class _Run:
         self.call = args, kwargs
         leaves = compiled.captured.flatten_inputs(args, kwargs)
         world = program.mesh.world_size
+        self.inputs = [[_own(x) for x in leaves] for _ in range(world)]
         turns = Turns(world, program._device)
         axes = lockstep_axes(program.mesh, turns, program.options.reduce_dtype)
         ranks = [self._runner(rank, axes[rank]) for rank in range(world)]
-        self.outs = run_ranks(world, turns, lambda rank: ranks[rank](*(_own(x) for x in leaves)))
-        self.outputs = [self._join_output(i, [out[i] for out in self.outs]) for i in range(len(self.outs[0]))]
-        for index, value in compiled.captured.output_constants.items():
-            self.outputs[index] = value
+        self.outs = run_ranks(world, turns, lambda rank: ranks[rank](*self.inputs[rank]))
+        joined = [self._join_output(i, [out[i] for out in self.outs]) for i in range(len(self.outs[0]))]
+        self.outputs = pytree.tree_leaves(compiled.captured.unflatten_outputs(joined))
         loss = loss_of(self.outputs)
         if loss is not None:
             self._backward()
-        self.grads = program.full_grads()
+        self.grads = program.full_grads() | self._grads_of_inputs(0, args, kwargs)
+
+    def _grads_of_inputs(self, rank: int, args: Any, kwargs: Any) -> dict[str, torch.Tensor]:
+        """A rank's gradients of the inputs, numbered as in the call."""
+        order = pytree.tree_leaves((args, kwargs))
+        places = {id(x): i for i, x in enumerate(order)}
+        given = self.compiled.captured.flatten_inputs(args, kwargs)
+        return {
+            f"input {places[id(x)]}": own.grad
+            for x, own in zip(given, self.inputs[rank], strict=True)
+            if isinstance(own, torch.Tensor) and own.grad is not None
+        }
 
     def _runner(self, rank: int, axes: Mapping[str, Axis]) -> Callable[..., Any]:
         """What a rank runs: the generated code."""
@@ -287,39 +299,41 @@ class _Run:
             return parts[0]
         return join_all(parts, self.compiled.output_placements(index), self.mesh.sizes)
 
-    def disagreements(self) -> list[tuple[str, str, float, bool]]:
+    def disagreements(self) -> list[Compared]:
         """Where a rank holds something else than its part of the whole: what all hold alike must be alike."""
-        rows = []
+        rows: list[Compared] = []
         for index, whole in enumerate(self.outputs):
             parts = [out[index] for out in self.outs]
             if isinstance(whole, torch.Tensor) and isinstance(parts[0], torch.Tensor):
                 placed = self.compiled.output_placements(index)
                 rows += self._differing(f"output {index}", whole, parts, placed)
         modules = [dict(self.program.rank_module(r).named_parameters()) for r in range(self.mesh.world_size)]
+        inputs = [self._grads_of_inputs(rank, *self.call) for rank in range(self.mesh.world_size)]
+        everywhere = (Replicate(),) * len(self.mesh.sizes)
         for name, whole in self.grads.items():
-            grads = [module[name].grad for module in modules]
-            rows += self._differing(f"grad of {name}", whole, grads, self.program.placements_of(name))
+            if name in modules[0]:
+                grads, placed = [module[name].grad for module in modules], self.program.placements_of(name)
+            else:
+                grads, placed = [each.get(name) for each in inputs], everywhere
+            rows += self._differing(f"grad of {name}", whole, grads, placed)
         return rows
 
-    def _differing(
-        self, name: str, whole: torch.Tensor, parts: list[Any], placed: Placements
-    ) -> list[tuple[str, str, float, bool]]:
-        rows = []
+    def _differing(self, name: str, whole: torch.Tensor, parts: list[Any], placed: Placements) -> list[Compared]:
+        pairs: list[Row] = []
         for rank, part in enumerate(parts):
             own = cut_all(whole.detach(), placed, self.mesh.sizes, self.mesh.coordinate(rank))
-            row = _row(f"{name} on rank {rank}", part, own, tolerance_of(self.compiled.graph))
-            rows += [] if row[3] else [row]
-        return rows
+            pairs.append((f"{name} on rank {rank}", part, own))
+        return [row for row in compare(pairs, tolerance_of(self.compiled.graph)) if not row.ok]
 
     def _backward(self) -> None:
         """Every rank back-propagates its share of the loss, as ``loss_fn`` of a real run would."""
         total = torch.zeros(())
         for index, whole in enumerate(self.outputs):
-            if not _counts(whole):
+            if not isinstance(whole, torch.Tensor) or not whole.requires_grad:
                 continue
-            parts = [out[index] for out in self.outs]
+            parts = [_real(out[index]) for out in self.outs]
             placed = self.compiled.output_placements(index)
-            weight = _weight(index, whole)
+            weight = weight_of(index, _real(whole))
             for rank, part in enumerate(parts):
                 local = cut_all(weight, placed, self.mesh.sizes, self.mesh.coordinate(rank))
                 total = total + (part * local).sum()
@@ -380,7 +394,7 @@ class _Trace(_Run):
         if grad:  # the gradient of a Partial value is whole on every rank
             placed = tuple(Replicate() if is_partial(p) or isinstance(p, Varying) else p for p in placed)
         got = join_all(parts, placed, self.mesh.sizes)
-        return not difference(got, want, tolerance_of(self.compiled.graph))[1]
+        return not compare([(node.name, got, want)], tolerance_of(self.compiled.graph))[0].ok
 
     def _name(self, node: fx.Node, what: str) -> str:
         place = ", ".join(x for x in (module_of(node), source_of(node)) if x)
@@ -388,4 +402,8 @@ class _Trace(_Run):
 
 
 def _own(value: Any) -> Any:
-    return value.detach().clone() if isinstance(value, torch.Tensor) else value
+    return value.detach().clone().requires_grad_(value.requires_grad) if isinstance(value, torch.Tensor) else value
+
+
+def _real(value: torch.Tensor) -> torch.Tensor:
+    return torch.view_as_real(value) if value.is_complex() else value

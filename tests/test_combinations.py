@@ -103,6 +103,7 @@ def test_what_a_plan_names_need_not_be_in_later_captures() -> None:
     program = fxshard.parallelize(model, plan)
     assert [loss.shape for _, loss in fxshard.simulate(program, x, labels).outputs] == [(2,), (2,)]
     program.eval()
+    model.eval()
     for (out,) in fxshard.simulate(program, x).outputs:
         torch.testing.assert_close(out, model(x)[0], rtol=1e-12, atol=1e-12)
     with pytest.raises(PlanError, match="3 entries of the plan cannot be applied"):

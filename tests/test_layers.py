@@ -19,13 +19,13 @@ ROOT = Path(__file__).resolve().parent.parent / PACKAGE
 
 # Lowest first. The part is what follows `fxshard.` in a module's name; "" is the package itself.
 LAYERS: list[set[str]] = [
-    {"errors", "mesh", "placement", "torch_internals"},
+    {"errors", "mesh", "placement", "ruler", "torch_internals"},
     {"runtime"},
     {"rules"},
     {"plan"},
     {"passes", "search"},
     {"cache", "codegen", "inspect"},
-    {"program", "compiling"},
+    {"program", "compiling", "captures"},
     {"counting", "gradients", "simulate", "verify", "checkpoint"},
     {"api", "cli"},
     {"", "__main__"},

@@ -11,7 +11,6 @@ from torch import nn
 
 import fxshard
 from fxshard.errors import PlanError
-from fxshard.passes.capture import signature_key
 from tests.helpers import slow_but_for
 
 transformers = pytest.importorskip("transformers")
@@ -135,7 +134,7 @@ def test_autocast_around_a_float32_model(plan: str) -> None:
     assert not program.fallbacks()
     pairs = zip(split, single, exact, strict=True)
     assert max(((a - e).norm() / (b - e).norm()).item() for a, b, e in pairs) < 1.5
-    assert (False, signature_key(model, (), INPUTS)) in program._captures
+    assert len(program._captures.all) == 2
 
 
 @slow_but_for("plan", PLANS, "sp4", "dp2_tp2")

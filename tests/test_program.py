@@ -254,7 +254,7 @@ def test_a_dynamic_size_that_does_not_divide_is_captured_for_itself() -> None:
         x = torch.randn(count, 6, 8, dtype=torch.float64)
         for output in fxshard.simulate(program, x).outputs:
             torch.testing.assert_close(output, model(x))
-    assert len(program._captures) == 1 + 3
+    assert len(program._captures.all) == 1 + 3
 
 
 # --- looking --------------------------------------------------------------------------------------------------------

@@ -37,7 +37,7 @@ def cached(
     kwargs: Mapping[str, Any],
     device: torch.device,
     make: Callable[[], Captured],
-    check: Callable[[Captured], None],
+    check: Callable[[Captured, bool], bool],
 ) -> tuple[Captured, float]:
     """A capture from the folder, else a new one, which is put there; and the seconds that it took, without the check.
 
@@ -48,7 +48,8 @@ def cached(
         kwargs: likewise, by name.
         device: where the program will run.
         make: captures it.
-        check: raises ``CaptureError`` where a capture computes something else than the model.
+        check: raises ``CaptureError`` where a capture computes something else than the model; False where that cannot
+            be told, and nothing is taken from the folder. It is told whether the capture comes from there.
     """
     start = time.perf_counter()
     key = ""
@@ -61,14 +62,14 @@ def cached(
     if found is not None:
         seconds = time.perf_counter() - start
         try:
-            check(found)
+            if check(found, True):
+                return found, seconds
+            logger.info("the capture in %s cannot be held against a model without values, and is made anew", folder)
         except CaptureError as error:
             logger.warning("the capture in %s is stale, and made anew: %s", folder, error.what)
-        else:
-            return found, seconds
     captured = make()
     seconds = time.perf_counter() - start
-    check(captured)
+    check(captured, False)
     if folder is not None and key:
         try:
             keep(folder, key, captured, model)

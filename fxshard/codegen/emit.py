@@ -34,7 +34,11 @@ from fxshard.mesh import Mesh
 from fxshard.runtime.module import is_word
 
 _WORD = re.compile(r"(?<![\w.\"'])[A-Za-z_]\w*")
-HELPERS = {"checkpoint": "fxshard.runtime.recompute", "find": "fxshard.runtime.module"}
+HELPERS = {
+    "checkpoint": "fxshard.runtime.recompute",
+    "find": "fxshard.runtime.module",
+    "overwrite": "fxshard.runtime.hidden",
+}
 """Functions that generated code calls, beside those of its nodes, and where they are."""
 WORDS = {"self", "m", "aten", "torch", "F", "operator", "math", "device", "axes", "build", *HELPERS}
 WORDS |= {word for module in OURS.values() for word in dir(module)}

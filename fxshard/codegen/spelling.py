@@ -16,6 +16,7 @@ from torch import fx
 from fxshard.codegen.text import attribute, quoted
 from fxshard.passes.insert_collectives import CONVERSIONS
 from fxshard.passes.under_way import BEGIN
+from fxshard.plan.graph import is_parameter
 from fxshard.rules.recipe import is_tensor
 from fxshard.runtime import collectives, groups, overlap, ring, under_way
 from fxshard.torch_internals import HigherOrderOperator, OpOverload
@@ -110,6 +111,8 @@ def spell(node: fx.Node, text: Text, imports: set[str], axes: Mapping[str, str])
     target = node.target
     args: Sequence[Any] = node.args
     kwargs = {k: v for k, v in node.kwargs.items() if k not in _USELESS or v != _USELESS[k]}
+    if target is aten.copy_.default and is_parameter(args[0]):
+        return _called("overwrite", args, kwargs, text)
     if isinstance(target, OpOverload):
         return _short(target, args, kwargs, text) or _long(target, args, kwargs, text)
     if is_ours(target):

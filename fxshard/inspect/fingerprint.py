@@ -32,7 +32,11 @@ NOTE = "the ranks were given models with different weights: {count} tensors diff
 
 
 def fingerprint(
-    compiled: Compiled, model: nn.Module, leaves: list[Any] | None, checksums: Mapping[str, int]
+    compiled: Compiled,
+    model: nn.Module,
+    leaves: list[Any] | None,
+    checksums: Mapping[str, int],
+    modes: Mapping[str, bool],
 ) -> dict[str, Section]:
     """The sections, in the order in which they are compared: causes before what follows from them.
 
@@ -41,13 +45,14 @@ def fingerprint(
         model: the user's.
         leaves: the inputs; None where they are not known yet.
         checksums: of the whole weights, while they are those that the model came with; else empty.
+        modes: of the program's modules.
     """
     sections = {
         "versions": Section(versions(), "runs", "install the same versions on every host"),
         "mesh": Section({"mesh": str(compiled.mesh)}, "has", "give every rank the same mesh"),
         "model": Section(dict(_tensors(model)), "has", "make the same model on every rank"),
         "options": Section(_fields(compiled.options), "has", "give parallelize the same options on every rank"),
-        "mode": Section(_mode(compiled, model), "has", MODE),
+        "mode": Section(_mode(compiled, modes), "has", MODE),
         "inputs": Section(_inputs(compiled, leaves), "was given", SAME_INPUTS),
         "plan": Section(_plan(compiled), "has the plan", "give every rank the same plan"),
         "program": Section(
@@ -84,10 +89,10 @@ def _fields(options: Any) -> dict[str, str]:
     return {name: repr(value) for name, value in vars(options).items()}
 
 
-def _mode(compiled: Compiled, model: nn.Module) -> dict[str, str]:
-    modules = {f"training of {name}": str(m.training) for name, m in model.named_modules() if name}
+def _mode(compiled: Compiled, modes: Mapping[str, bool]) -> dict[str, str]:
+    modules = {f"training of {name}": str(mode) for name, mode in modes.items() if name}
     autocast = str(compiled.captured.autocast)
-    return {"training": str(model.training), "autocast": autocast, "gradients": str(torch.is_grad_enabled()), **modules}
+    return {"training": str(modes[""]), "autocast": autocast, "gradients": str(torch.is_grad_enabled()), **modules}
 
 
 def _inputs(compiled: Compiled, leaves: list[Any] | None) -> dict[str, str]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -13,13 +13,28 @@ import torch
 from fxshard.errors import InputError
 from fxshard.passes.guards import broken
 from fxshard.passes.trees import paths
+from fxshard.torch_internals import pytree
 
 if TYPE_CHECKING:
     from fxshard.passes.capture import Captured
 
-__all__ = ["Leaf", "bounds_of", "canonical_call", "check_leaves", "leaf_of", "named_dynamic_shapes", "structure_error"]
+__all__ = [
+    "Excluded",
+    "Leaf",
+    "bounds_of",
+    "free_of",
+    "canonical_call",
+    "check_leaves",
+    "leaf_of",
+    "named_dynamic_shapes",
+    "structure_error",
+]
 
 _SYMBOLIC = (torch.SymInt, torch.SymFloat, torch.SymBool)
+
+
+class Excluded(InputError):
+    """Dynamic sizes that what was captured does not serve, though a capture of these very sizes would."""
 
 
 @dataclass(frozen=True)
@@ -110,6 +125,13 @@ def _expr(size: Any) -> Any:
     return int(expr) if expr.is_Integer else expr
 
 
+def free_of(ranges: Mapping[Any, tuple[float, float]], shapes: Any) -> frozenset[Any]:
+    """The dynamic sizes whose range no ``Dim`` of ``dynamic_shapes`` asked for."""
+    dims = [dim for dim in pytree.tree_leaves(shapes) if getattr(dim, "max", None) is not None]
+    asked = {float(dim.max) for dim in dims}
+    return frozenset(symbol for symbol, (_, high) in ranges.items() if float(high) not in asked)
+
+
 def bounds_of(span: Any) -> tuple[float, float]:
     """Return the smallest and the largest size of a range of export."""
 
@@ -125,30 +147,30 @@ def _describe(dtype: torch.dtype | None, shape: Any) -> str:
 
 def check_leaves(captured: Captured, leaves: list[Any]) -> None:
     """Compare each leaf with what was captured; all that do not fit are named in one error."""
-    sizes: dict[Any, int] = {}
+    sizes = _Sizes(captured.ranges, captured.free_sizes)
     derived: list[tuple[Leaf, Any, int, str]] = []
     problems = []
     for index, (leaf, info) in enumerate(zip(leaves, captured.example_inputs, strict=True)):
         if info.shape is not None:
-            problem = _check_tensor(leaf, info, sizes, derived, captured.ranges)
+            problem = _check_tensor(leaf, info, sizes, derived)
         elif info.symbol is not None:
-            problem = _check_size(leaf, info.symbol, sizes, captured.ranges)
+            problem = sizes.check(leaf, info.symbol)
         else:
             problem = _check_constant(leaf, captured.constants[index])
         if problem:
             problems.append(f"{info.path}: {problem}")
     for info, expr, size, where in derived:
-        expected = expr.subs(sizes)
+        expected = expr.subs(sizes.known)
         if expected.is_Integer and int(expected) != size:
             problems.append(f"{info.path}: {where} is {size}, expected {expr} = {expected}")
     if problems:
-        raise InputError(
+        raise (Excluded if len(problems) == sizes.excluded else InputError)(
             "the inputs do not fit what was captured: " + "; ".join(problems),
             fix="give inputs of the captured shapes, capture again with these, or name the dims that vary in "
             "dynamic_shapes, in a range that has these sizes",
         )
-    if problems := broken(captured.guards, sizes, _places(captured)):
-        raise InputError(
+    if problems := broken(captured.guards, sizes.known, _places(captured)):
+        raise Excluded(
             "the inputs do not fit what was captured: " + "; ".join(problems),
             fix="the model branches on that size: give sizes that take the captured branch, or make another program, "
             "from an example that takes this one",
@@ -168,9 +190,8 @@ def _places(captured: Captured) -> dict[Any, tuple[str, int]]:
 def _check_tensor(
     leaf: Any,
     info: Leaf,
-    sizes: dict[Any, int],
+    sizes: _Sizes,
     derived: list[tuple[Leaf, Any, int, str]],
-    ranges: Mapping[Any, tuple[float, float]],
 ) -> str:
     expected = _describe(info.dtype, info.shape)
     if not isinstance(leaf, torch.Tensor):
@@ -183,20 +204,35 @@ def _check_tensor(
             if size != want:
                 return f"expected {expected}, got {_describe(leaf.dtype, leaf.shape)} (dim {dim})"
         elif want.is_Symbol:
-            if problem := _check_size(size, want, sizes, ranges):
+            if problem := sizes.check(size, want):
                 return f"dim {dim} {problem}"
         else:
             derived.append((info, want, size, f"dim {dim}"))
     return ""
 
 
-def _check_size(size: Any, symbol: Any, sizes: dict[Any, int], ranges: Mapping[Any, tuple[float, float]]) -> str:
-    low, high = ranges.get(symbol, (0, math.inf))
-    if not low <= size <= high:
-        return f"is {size}, outside of its range {low} to {high}"
-    if sizes.setdefault(symbol, size) != size:
-        return f"is {size}, but the same dynamic size {symbol} is {sizes[symbol]} in another input"
-    return ""
+class _Sizes:
+    """The dynamic sizes of a call, as they are met.
+
+    Attributes:
+        known: symbol -> its value in the call.
+        excluded: how many were outside of a range that nobody asked for: the model made it.
+    """
+
+    def __init__(self, ranges: Mapping[Any, tuple[float, float]], free: Container[Any]) -> None:
+        self.known: dict[Any, int] = {}
+        self.excluded = 0
+        self._ranges, self._free = ranges, free
+
+    def check(self, size: Any, symbol: Any) -> str:
+        """What is wrong with a size; empty where nothing is."""
+        low, high = self._ranges.get(symbol, (0, math.inf))
+        if not low <= size <= high:
+            self.excluded += symbol in self._free
+            return f"is {size}, outside of its range {low} to {high}"
+        if self.known.setdefault(symbol, size) != size:
+            return f"is {size}, but the same dynamic size {symbol} is {self.known[symbol]} in another input"
+        return ""
 
 
 def _check_constant(leaf: Any, value: Any) -> str:

@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import threading
 from collections.abc import Callable, Container, Hashable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -35,6 +36,7 @@ from fxshard.passes.calls import (
     bounds_of,
     canonical_call,
     check_leaves,
+    free_of,
     leaf_of,
     named_dynamic_shapes,
     structure_error,
@@ -42,9 +44,11 @@ from fxshard.passes.calls import (
 from fxshard.passes.export import Outputs, export, fits_graph, has_meta, quiet
 from fxshard.passes.guards import guards_of
 from fxshard.passes.origins import module_of, source_of
+from fxshard.passes.reads import Reads, reading
 from fxshard.passes.root import Root
-from fxshard.passes.trees import flatten, paths, reorder
+from fxshard.passes.trees import flatten, paths, put_back, reorder
 from fxshard.passes.vmaps import unmap
+from fxshard.passes.writes import Written
 from fxshard.runtime.autocast import State, ambient
 from fxshard.runtime.module import find, place
 from fxshard.torch_internals import is_vmapped, pytree
@@ -69,11 +73,18 @@ class Captured:
         constants: index of an input leaf that is not a tensor -> its value at capture.
         example_inputs: what is known of each input leaf.
         ranges: symbol of a dynamic size -> its (smallest, largest) value.
+        free_sizes: the symbols whose range is the model's, and not one that was asked for.
         guards: what else the model's own branches assumed of dynamic sizes; where one is false the graph does not hold.
         output_constants: index of an output leaf that a graph cannot hold -> its value.
         non_persistent: names of buffers that are not part of the state dict.
         signature: the signature of the model's ``forward``.
         autocast: the autocast that surrounded the capture; the graph computes what the model does under the same.
+        reads: what of the model's Python the capture depends on.
+        written: what forward assigns to attributes of the model's modules.
+        changes_inputs: whether forward changes what the containers hold that it is given; then the outputs' tree is
+            the pair of what the model returns, and of the arguments as they are behind it.
+        asks_grad: whether the model's code asks whether gradients are enabled.
+        asks_needs: whether it asks what requires one.
     """
 
     root: Root
@@ -85,11 +96,17 @@ class Captured:
     constants: Mapping[int, Any]
     example_inputs: tuple[Leaf, ...]
     ranges: Mapping[Any, tuple[float, float]] = field(default_factory=dict)
+    free_sizes: frozenset[Any] = frozenset()
     guards: tuple[Any, ...] = ()
     output_constants: Mapping[int, Any] = field(default_factory=dict)
     non_persistent: frozenset[str] = frozenset()
     signature: inspect.Signature = field(default_factory=inspect.Signature)
     autocast: State = ()
+    reads: Reads = field(default_factory=Reads)
+    written: tuple[Written, ...] = ()
+    changes_inputs: bool = False
+    asks_grad: bool = False
+    asks_needs: bool = False
 
     def flatten_inputs(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[Any]:
         """Return the leaves of a call in the order of the placeholders.
@@ -106,14 +123,25 @@ class Captured:
         check_leaves(self, leaves)
         return leaves
 
-    def unflatten_outputs(self, leaves: Any) -> Any:
-        """Return ``leaves``, a result of the graph, as the type that the model returns."""
+    def unflatten_outputs(self, leaves: Any, call: tuple[tuple[Any, ...], Mapping[str, Any]] | None = None) -> Any:
+        """Return ``leaves``, a result of the graph, as the type that the model returns.
+
+        Args:
+            leaves: what the graph returned.
+            call: the arguments, whose containers are changed as the model changes them.
+        """
         leaves = list(leaves)
         for index, value in self.output_constants.items():
             leaves[index] = value
         if self.out_spec.is_leaf():
             return leaves[0]
-        return pytree.tree_unflatten(leaves, self.out_spec)
+        made = pytree.tree_unflatten(leaves, self.out_spec)
+        if not self.changes_inputs:
+            return made
+        out, after = made
+        if call is not None:
+            put_back(canonical_call(self.signature, *call), after)
+        return out
 
 
 def capture(
@@ -143,16 +171,45 @@ def capture(
         >>> [str(node.target) for node in captured.root.graph.nodes]
         ['input', 'weight', 'bias', 'aten.linear.default', 'output']
     """
+    with LOCK:
+        return _capture(model, args, kwargs or {}, dynamic_shapes, device)
+
+
+LOCK = threading.RLock()
+"""``torch.export`` is not made for several threads, and modules are changed while a model is captured."""
+
+
+def _capture(
+    model: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+    dynamic_shapes: Any,
+    device: torch.device | None,
+) -> Captured:
     signature = inspect.signature(model.forward)
-    tree = canonical_call(signature, args, kwargs or {})
+    tree = canonical_call(signature, args, kwargs)
     leaves, in_spec = flatten(tree)
-    shapes = named_dynamic_shapes(dynamic_shapes, signature, args, kwargs or {}, tree)
+    shapes = named_dynamic_shapes(dynamic_shapes, signature, args, kwargs, tree)
+    place, with_grad = _seen_on(model, device), torch.is_grad_enabled() and not torch.is_inference_mode_enabled()
     outputs = Outputs()
-    program = export(model, tree, shapes, outputs, _seen_on(model, device))
+    try:
+        with reading() as noted:
+            program = export(model, tree, shapes, outputs, place)
+        reads = noted.of(model)
+    except CaptureError as error:
+        if "HigherOrderOp" not in error.what:
+            raise
+        outputs = Outputs()  # torch.cond and its like do not run where attributes are watched
+        program, reads = export(model, tree, shapes, outputs, place), Reads.all_of(model)
+    asks_grad = reads.asks_for(model, "is_grad_enabled", "is_inference_mode_enabled", "is_inference")
+    if asks_grad and not with_grad:
+        outputs = Outputs()
+        program = export(model, tree, shapes, outputs, place, grad=False)
     guards = guards_of(program)
     root, placeholders, aliases = _flat_graph(model, program, outputs)
     if has_meta(model):
         _replace_meta_device(root, leaves)
+    ranges = {symbol: bounds_of(span) for symbol, span in program.range_constraints.items()}
     values = [node.meta.get("val") for node in root.graph.find_nodes(op="placeholder")]
     info = tuple(leaf_of(path, leaf, value) for path, leaf, value in zip(paths(tree), leaves, values, strict=True))
     return Captured(
@@ -164,12 +221,18 @@ def capture(
         training=model.training,
         constants={i: leaf for i, leaf in enumerate(leaves) if info[i].shape is None and info[i].symbol is None},
         example_inputs=info,
-        ranges={symbol: bounds_of(span) for symbol, span in program.range_constraints.items()},
+        ranges=ranges,
+        free_sizes=free_of(ranges, shapes),
         guards=guards,
         output_constants={i: value for i, value in outputs.constants.items() if not fits_graph(value)},
         non_persistent=_non_persistent(model),
         signature=signature,
         autocast=ambient(),
+        reads=reads,
+        written=outputs.written,
+        changes_inputs=outputs.changes_inputs,
+        asks_grad=asks_grad,
+        asks_needs=outputs.asks_needs or reads.asks_for(model, "requires_grad", "grad_fn", "is_leaf"),
     )
 
 

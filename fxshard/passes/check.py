@@ -22,7 +22,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import fx
 
-from fxshard.errors import SoundnessError
+from fxshard.errors import PlanError, SoundnessError
 from fxshard.mesh import Mesh
 from fxshard.passes.experts import names_groups
 from fxshard.passes.facts import recipe_on_parts
@@ -121,7 +121,8 @@ def _check_updates(node: fx.Node, mesh: Mesh) -> None:
         is_written_back = any(user.target is copy and user.args[1] is value for user in value.users)
         if value.op not in ("get_attr", "placeholder") and not is_written_back:
             what = f"%{node.name} would update a copy (%{value.name}) of its argument {name!r}, and lose the update"
-            raise _refused(node, what, "replicate that buffer in the plan")
+            where = {"op": str(node.target), "module": module_of(node), "source": source_of(node)}
+            raise PlanError(what, **where, fix="replicate what the model changes in place, in the plan: zero splits it")
 
 
 def _interesting(placement: Placement) -> bool:

@@ -7,21 +7,25 @@ import logging
 import random
 import re
 import sys
+import threading
 import types
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.utils.rnn import PackedSequence
 from torch.utils.checkpoint import CheckpointFunction
 
 from fxshard.errors import CaptureError, FxshardError
 from fxshard.passes.checkpoints import marked, run_checkpointed
 from fxshard.passes.functions import call_whole
 from fxshard.passes.origins import TORCH_DIR
-from fxshard.passes.trees import flatten
+from fxshard.passes.reads import is_plain
+from fxshard.passes.trees import flatten, without_unchanged
+from fxshard.passes.writes import Before, Written
 from fxshard.torch_internals import REGION_PASSES, SingleLevelFunction, exporter, pytree, trusted_distributions
 
 __all__ = ["Outputs", "export", "fits_graph", "has_meta", "quiet"]
@@ -36,16 +40,43 @@ _NOISY_LOGGERS = ("torch.export", "torch._export", "torch.fx", "torch._dynamo", 
 class Outputs:
     """A forward hook that gives export the tensors of an output, and keeps all else for us.
 
-    So an output may be of any type that :func:`flatten` takes apart, and hold constants of any type.
+    So an output may be of any type that :func:`flatten` takes apart, and hold constants of any type. What the model
+    made of its inputs (a dict, a cache) is an output, too, where it is not what it was given.
+
+    Attributes:
+        spec: the tree of the output, and where inputs changed, of the pair of the output and ``(args, kwargs)``.
+        constants: the place of a leaf that is not a tensor -> its value.
+        changes_inputs: whether what is in the inputs' containers is other than before.
+        written: what the model assigned to attributes of its modules.
+        asks_needs: whether what is computed depended on what requires a gradient.
     """
 
     def __init__(self) -> None:
         """Make a hook that has seen no output."""
         self.spec: pytree.TreeSpec | None = None
         self.constants: dict[int, Any] = {}
+        self.changes_inputs = False
+        self.written: tuple[Written, ...] = ()
+        self.asks_needs = False
+        self._given: tuple[list[Any], pytree.TreeSpec | None] = [], None
+        self._before: Before | None = None
 
-    def __call__(self, module: nn.Module, args: Any, output: Any) -> tuple[Any, ...]:
+    def prepare(self, module: nn.Module, args: Any, kwargs: Any) -> None:
+        """Before the model runs: what it is given, and what it holds."""
+        self._given = flatten((args, kwargs))
+        self._before = Before(module)
+
+    def __call__(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> tuple[Any, ...]:
         """Return the tensors and dynamic numbers among the leaves of ``output``."""
+        assert self._before is not None
+        self.written = self._before.written()
+        leaves, spec = flatten((args, kwargs))
+        before, was = self._given
+        assert was is not None
+        self.changes_inputs = spec != was or not all(map(_unchanged, leaves, before))
+        if self.changes_inputs:
+            given = pytree.tree_unflatten(before, was)
+            output = output, without_unchanged((args, kwargs), given, _unchanged)
         leaves, self.spec = flatten(output)
         traced = {i for i, leaf in enumerate(leaves) if isinstance(leaf, torch.Tensor | torch.SymInt | torch.SymFloat)}
         self.constants = {i: leaf for i, leaf in enumerate(leaves) if i not in traced}
@@ -79,7 +110,7 @@ def _hides_tensors(value: Any) -> bool:
 
 
 def export(
-    model: nn.Module, tree: Any, shapes: Any, outputs: Outputs, device: torch.device | None
+    model: nn.Module, tree: Any, shapes: Any, outputs: Outputs, device: torch.device | None, grad: bool = True
 ) -> torch.export.ExportedProgram:
     """Run torch.export, with every error turned into one of ours, and all global state put back.
 
@@ -89,20 +120,26 @@ def export(
         shapes: as ``torch.export`` takes them.
         outputs: what the model returns goes there, too.
         device: where the model and its inputs are shown to export; None where they are.
+        grad: whether gradients are enabled where the model is called, for one that asks.
     """
-    args, kwargs = _distinct(tree, device)
-    handle = model.register_forward_hook(outputs)
-    drawn = random.getstate()
+    with torch.inference_mode(False):
+        args, kwargs = _stand_ins(tree, device)
+    handles = (
+        model.register_forward_pre_hook(outputs.prepare, prepend=True, with_kwargs=True),
+        model.register_forward_hook(outputs, with_kwargs=True),
+    )
+    before, drawn = Before(model), random.getstate()
     try:
         with (
             quiet(),
             _seen_on(model, device),
-            _whole_functions(model),
+            _whole_functions(model, outputs),
+            _unmoved(model),
             marked(),
             _flat_regions(),
             trusted_distributions(),  # which would decide by values whether to raise
             torch.inference_mode(False),
-            torch.enable_grad(),
+            torch.set_grad_enabled(grad),
         ):
             program = torch.export.export(model, args, kwargs, dynamic_shapes=shapes, strict=False)
     except FxshardError as error:
@@ -110,7 +147,9 @@ def export(
     except Exception as error:
         raise _capture_error(model, error) from None
     finally:
-        handle.remove()
+        for handle in handles:
+            handle.remove()
+        before.restore()
         drew, _ = random.getstate() != drawn, random.setstate(drawn)
     if drew:
         warnings.warn(
@@ -121,19 +160,17 @@ def export(
     return program
 
 
-def _distinct(tree: Any, device: torch.device | None) -> Any:
-    """Make every tensor an object of its own: export takes two inputs that are one tensor for one input."""
-    met: set[int] = set()
+def _stand_ins(tree: Any, device: torch.device | None) -> Any:
+    """The inputs without memory: leaves of autograd, normal tensors, and each an object of its own.
 
-    def own(tensor: torch.Tensor) -> torch.Tensor:
-        if device is not None and tensor.device != device:
-            return _stand_in(tensor, device)
-        if id(tensor) in met:
-            return tensor.detach().requires_grad_(tensor.requires_grad)
-        met.add(id(tensor))
-        return tensor
+    Export takes two inputs that are one tensor for one input, and what was done with the caller's tensors (views under
+    ``no_grad``, ``inference_mode``) is none of its business.
+    """
+    return pytree.tree_map_only(torch.Tensor, lambda tensor: _stand_in(tensor, device or tensor.device), tree)
 
-    return pytree.tree_map_only(torch.Tensor, own, tree)
+
+def _unchanged(now: Any, then: Any) -> bool:
+    return now is then or (type(now) is type(then) and is_plain(then) and now == then)
 
 
 @contextlib.contextmanager
@@ -165,7 +202,9 @@ def has_meta(model: nn.Module) -> bool:
 
 
 def _stand_in(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """A tensor like another one, on a device, without memory."""
+    """A tensor like another one, on a device, without memory; itself, if it is of another kind."""
+    if type(tensor) not in (torch.Tensor, nn.Parameter) or tensor.layout != torch.strided or tensor.is_quantized:
+        return tensor
     like = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=device)
     if not like.is_meta:
         like.untyped_storage().resize_(0)
@@ -175,18 +214,19 @@ def _stand_in(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
 
 @contextlib.contextmanager
 def _seen_on(model: nn.Module, device: torch.device | None) -> Iterator[None]:
-    """Show export all tensors of the model on one device: no operator takes a mixture. None: as they are."""
-    if device is None:
-        yield
-        return
+    """Show export all tensors of the model on one device: no operator takes a mixture. None: where they are.
+
+    Tensors that were made in ``inference_mode`` have stand-ins, too: autograd refuses them.
+    """
     swapped: list[tuple[dict[str, Any], str, torch.Tensor]] = []
     for module in model.modules():
         tables: tuple[dict[str, Any], ...] = (module._parameters, module._buffers)
         for table in tables:
             for name, tensor in table.items():
-                if tensor is not None and tensor.device != device:
+                if tensor is not None and (tensor.is_inference() or device not in (None, tensor.device)):
                     swapped.append((table, name, tensor))
-    stand_ins = {id(tensor): _stand_in(tensor, device) for _, _, tensor in swapped}
+    with torch.inference_mode(False):
+        stand_ins = {id(tensor): _stand_in(tensor, device or tensor.device) for _, _, tensor in swapped}
     try:
         for table, name, tensor in swapped:
             table[name] = stand_ins[id(tensor)]
@@ -197,18 +237,22 @@ def _seen_on(model: nn.Module, device: torch.device | None) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _whole_functions(model: nn.Module) -> Iterator[None]:
+def _whole_functions(model: nn.Module, outputs: Outputs) -> Iterator[None]:
     """Keep a custom autograd.Function whole where a gradient would go through it: export records its forward only.
 
     The hook sits below ``Function.apply``, so that a reference to ``apply`` which was taken earlier meets it too.
     """
-    inside = [False]
+    inside, here = [False], threading.get_ident()
 
     def apply(cls: type, *args: Any, **kwargs: Any) -> Any:
         own = super(SingleLevelFunction, cls).apply  # type: ignore[misc]
-        differentiable = torch.is_grad_enabled() and any(getattr(arg, "requires_grad", False) for arg in args)
-        if cls is CheckpointFunction and differentiable:
-            return run_checkpointed(*args)
+        if threading.get_ident() != here:
+            return own(*args, **kwargs)
+        differentiable = torch.is_grad_enabled() and any(map(_may_need_gradient, args))  # whatever needs one now
+        if cls is CheckpointFunction:
+            outputs.asks_needs = True
+            needed = torch.is_grad_enabled() and any(getattr(arg, "requires_grad", False) for arg in args)
+            return run_checkpointed(*args) if needed else own(*args, **kwargs)
         if inside[0] or not differentiable or cls.__module__.startswith(_HARMLESS_FUNCTIONS):
             return own(*args, **kwargs)
         inside[0] = True
@@ -225,6 +269,41 @@ def _whole_functions(model: nn.Module) -> Iterator[None]:
         yield
     finally:
         del SingleLevelFunction.apply  # type: ignore[attr-defined]
+
+
+def _may_need_gradient(value: Any) -> bool:
+    return isinstance(value, torch.Tensor) and (value.is_floating_point() or value.is_complex())
+
+
+@contextlib.contextmanager
+def _unmoved(model: nn.Module) -> Iterator[None]:
+    """Modules that forward moves to where they are already stay as they are; others are refused."""
+    here, before = threading.get_ident(), nn.Module._apply
+
+    def apply(self: nn.Module, function: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> nn.Module:
+        if threading.get_ident() != here:
+            moved: nn.Module = before(self, function, recurse)  # type: ignore[no-untyped-call]
+            return moved
+        tensors = [*self.parameters(recurse), *self.buffers(recurse)]
+        for tensor in tensors:
+            like = torch.empty(0, dtype=tensor.dtype, device=tensor.device)
+            made = function(like)
+            if (made.dtype, made.device) != (like.dtype, like.device):
+                module, source = _where(model, _live_frames())
+                raise CaptureError(
+                    f"forward moves {module or type(self).__name__} from {like.dtype} on {like.device} to {made.dtype} "
+                    f"on {made.device}",
+                    module=module,
+                    source=source,
+                    fix="move it before parallelize, and take that line out of forward",
+                )
+        return self
+
+    nn.Module._apply = apply  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        nn.Module._apply = before  # type: ignore[method-assign]
 
 
 @contextlib.contextmanager
@@ -261,6 +340,27 @@ _FIXES = (
     ),
     (r"assigned during export|registered as buffers", "keep that state in a buffer: self.register_buffer(...)"),
 )
+_PLACES: tuple[tuple[str, Callable[[Any], bool], str, str], ...] = (
+    (
+        "nn/utils/rnn.py",
+        lambda local: True,
+        "the model packs sequences (torch.nn.utils.rnn): how their rows lie follows from values, which no graph knows",
+        "give the recurrent layer padded sequences, and mask what it makes of the padding",
+    ),
+    (
+        "nn/modules/rnn.py",
+        lambda local: isinstance(local.get("orig_input"), PackedSequence),
+        "a recurrent layer is given a packed sequence: how its rows lie follows from values, which no graph knows",
+        "give it padded sequences, and mask what it makes of the padding",
+    ),
+    (
+        "nn/modules/batchnorm.py",
+        lambda local: getattr(local.get("self"), "momentum", 0) is None,
+        "a batch norm with momentum=None weighs each batch by how many it has counted, which is a value in a buffer",
+        "give it a momentum: BatchNorm(..., momentum=0.1)",
+    ),
+)
+"""Where torch itself fails on what no graph holds: its file, what its names say, what to say, and the mending."""
 
 
 def _capture_error(model: nn.Module, error: Exception) -> CaptureError:
@@ -274,6 +374,10 @@ def _capture_error(model: nn.Module, error: Exception) -> CaptureError:
             trace = trace.tb_next
         link = link.__cause__ or link.__context__
     module, source = _where(model, reversed(frames))
+    for frame, _ in reversed(frames):
+        for file, is_such, what, mending in _PLACES:
+            if frame.f_code.co_filename.endswith(file) and is_such(frame.f_locals):
+                return CaptureError(what, module=module, source=source, fix=mending)
     text = str(error)
     name = type(error).__name__
     fix = next((fix for pattern, fix in _FIXES if re.search(pattern, f"{name}: {text}")), None)

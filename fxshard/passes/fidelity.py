@@ -7,99 +7,227 @@ capture are run once on the example inputs, where these hold values, and their o
 
 from __future__ import annotations
 
+import contextlib
+import copy
 import random
 import sys
+import threading
 import warnings
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, TypeVar
 
 import torch
 from torch import fx, nn
+from torch.utils.checkpoint import CheckpointFunction
 
 from fxshard.errors import CaptureError
 from fxshard.passes.capture import Captured
 from fxshard.passes.typing import values_of
+from fxshard.ruler import TOLERANCE, compare
+from fxshard.rules.recipe import written as written_by
 from fxshard.runtime.autocast import ambient, using
+from fxshard.runtime.module import find
 from fxshard.torch_internals import pytree
 
-TOLERANCE = {
-    torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 5e-2,
-    torch.complex128: 1e-9, torch.complex64: 1e-4,
-}  # fmt: skip
-"""Largest difference that counts as equal, relative to the largest magnitude of the tensor (or to 1)."""
+T = TypeVar("T")
 
 
-def check_fidelity(model: nn.Module, captured: Captured, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-    """Runs the model and its capture on the example inputs; both leave random state and buffers as they were.
+def check_fidelity(
+    model: nn.Module, captured: Captured, args: tuple[Any, ...], kwargs: Mapping[str, Any], backward: bool = True
+) -> bool:
+    """Runs the model and its capture on the example inputs, forward and backward; both leave all as it was.
+
+    Args:
+        model: what was captured.
+        captured: the capture.
+        args: the inputs.
+        kwargs: likewise, by name.
+        backward: whether gradients are compared, too.
+
+    Returns:
+        Whether they could be compared: False without values.
 
     Raises:
-        CaptureError: when an output, or a buffer afterwards, differs.
+        CaptureError: when an output, what the inputs hold afterwards, a buffer or a gradient differs.
     """
-    tensors = [*model.parameters(), *model.buffers(), *pytree.tree_leaves((args, dict(kwargs)))]
-    devices = {t.device.type for t in tensors if isinstance(t, torch.Tensor)}
-    if "meta" in devices or len(devices) > 1:
-        return
-    want, want_buffers = _run(model, model, lambda a, k: model(*a, **k), args, kwargs)
+    leaves = pytree.tree_leaves((args, dict(kwargs)))
+    tensors = [t for t in (*model.parameters(), *model.buffers(), *leaves) if isinstance(t, torch.Tensor)]
+    if any(t.is_meta for t in tensors) or len({t.device.type for t in tensors}) > 1:
+        return False
     root = captured.root
-    got, got_buffers = _run(model, root, lambda a, k: root(*captured.flatten_inputs(a, k)), args, kwargs)
-    for index, value in captured.output_constants.items():
-        got[index] = value
-    rows = [(f"output {i}", a, b) for i, (a, b) in enumerate(zip(got, want, strict=True))]
-    rows += [(f"buffer {n}", got_buffers[n], b) for n, b in want_buffers.items() if n in got_buffers]
-    tolerance = tolerance_of(root.graph)
-    wrong = [(name, *difference(a, b, tolerance)) for name, a, b in rows if isinstance(b, torch.Tensor)]
-    wrong = [row for row in wrong if not row[2]]
+    backward = backward and not any(t.is_inference() for t in tensors)
+
+    def replay(args: Any, kwargs: Any) -> Any:
+        return captured.unflatten_outputs(root(*captured.flatten_inputs(args, kwargs)), (args, kwargs))
+
+    written = [find(root, name) for name in _overwritten(root.graph)]
+    want = _run(model, model, lambda a, k: model(*a, **k), args, kwargs, written, backward)
+    got = _run(model, root, replay, args, kwargs, written, backward)
+    if want is None or got is None:  # the backward pass of the model itself fails
+        want = _run(model, model, lambda a, k: model(*a, **k), args, kwargs, written, backward=False)
+        got = _run(model, root, replay, args, kwargs, written, backward=False)
+    assert want is not None
+    assert got is not None
+    names = [name for name in want if not name.startswith("buffer ") or name in got]
+    rows = [(name, got.get(name), want[name]) for name in names]
+    rows += [(name, value, None) for name, value in got.items() if name not in want and name.startswith("gradient")]
+
+    def again() -> list[Any] | None:
+        def run(dtype: torch.dtype) -> dict[str, Any] | None:
+            copied = copy.deepcopy(model).to(dtype)
+            given = pytree.tree_map_only(
+                torch.Tensor, lambda t: t.to(dtype) if t.is_floating_point() else t, (args, dict(kwargs))
+            )
+            return _run(copied, copied, lambda a, k: copied(*a, **k), *given)
+
+        other = other_precision(model.parameters(), run)
+        return None if other is None else [other.get(name) for name, _, _ in rows]
+
+    compared = compare(rows, tolerance_of(root.graph), again)
+    wrong = [(each.name, each.error) for each in compared if not each.ok]
     if wrong:
-        name, error, _ = wrong[0]
+        name, error = wrong[0]
         raise CaptureError(
             f"what torch.export captured computes something else than the model: {name} differs by {error:.1e}"
             + (f", and {len(wrong) - 1} more" if len(wrong) > 1 else ""),
             fix="the model decides differently while it is traced (is_compiling(), is_tracing()), or draws numbers "
             "outside of torch: give it the inputs that settle the choice (a mask, say), or change that place",
         )
+    return True
+
+
+def other_precision(weights: Iterable[torch.Tensor], run: Callable[[torch.dtype], T]) -> T | None:
+    """What ``run`` gives in float64, or for weights of that, in float32, without autocast; None where it fails."""
+    dtypes = {weight.dtype for weight in weights if weight.is_floating_point()}
+    try:
+        with using(()):
+            return run(torch.float32 if dtypes == {torch.float64} else torch.float64)
+    except Exception:  # whatever forbids it, there is no second measure then
+        return None
 
 
 def _run(
-    model: nn.Module, owner: nn.Module, call: Any, args: Any, kwargs: Any
-) -> tuple[list[Any], dict[str, torch.Tensor]]:
-    """The outputs of one run, and the buffers after it; the model's own are put back."""
-    saved = [(buffer, buffer.detach().clone()) for buffer in model.buffers()]
-    own_args, own_kwargs = pytree.tree_map_only(torch.Tensor, lambda t: t.detach().clone(), (args, dict(kwargs)))
+    model: nn.Module,
+    owner: nn.Module,
+    call: Callable[[Any, Any], Any],
+    args: Any,
+    kwargs: Any,
+    written: Sequence[torch.Tensor] = (),
+    backward: bool = True,
+) -> dict[str, Any] | None:
+    """What one run gives, by names, as it does for the caller; the model's own state is put back.
+
+    Returns:
+        The outputs, what the inputs are afterwards, the buffers, and the gradients; None if the backward pass fails.
+    """
+    saved = [(each, each.detach().clone()) for each in (*model.buffers(), *written)]
+    own_args, own_kwargs = pytree.tree_map_only(torch.Tensor, _own, (args, dict(kwargs)))
     numpy = sys.modules.get("numpy")  # not ours: a model may draw from it
     drawn = random.getstate(), numpy.random.get_state() if numpy else None
     random.seed(len(saved) + 1)  # what a capture froze of these is drawn anew
     if numpy:
         numpy.random.seed(len(saved) + 1)
     cuda = list(range(torch.cuda.device_count())) if torch.cuda.is_available() else []
-    with torch.random.fork_rng(cuda), torch.no_grad(), using(ambient(), cache=True), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "None of the inputs have requires_grad")  # it would be said of this run only
-        out = call(own_args, own_kwargs)
-        buffers = {name: buffer.detach().clone() for name, buffer in owner.named_buffers()}
-        for buffer, value in saved:
-            buffer.copy_(value)
-    random.setstate(drawn[0])
-    if numpy:
-        numpy.random.set_state(drawn[1])
-    return pytree.tree_leaves(out), buffers
+    wanted: dict[str, torch.Tensor] = {
+        f"gradient of {name}": p for name, p in model.named_parameters() if p.requires_grad
+    }
+    given = enumerate(pytree.tree_leaves((own_args, own_kwargs)))
+    wanted |= {f"gradient of input {i}": x for i, x in given if isinstance(x, torch.Tensor) and x.requires_grad}
+    try:
+        with (
+            _at_once(),
+            torch.random.fork_rng(cuda),
+            torch.set_grad_enabled(backward),
+            using(ambient(), cache=True),
+            warnings.catch_warnings(),
+        ):
+            warnings.filterwarnings("ignore", "None of the inputs have requires_grad")  # said of this run only
+            outputs = pytree.tree_leaves(call(own_args, own_kwargs))
+            found = {f"output {i}": value for i, value in enumerate(outputs)}
+            after = pytree.tree_leaves((own_args, own_kwargs))
+            found |= {f"input {i} afterwards": value for i, value in enumerate(after)}
+            found |= {f"buffer {name}": buffer.detach().clone() for name, buffer in owner.named_buffers()}
+            loss = loss_of(outputs) if backward else None
+            if loss is not None and loss.requires_grad and wanted:
+                grads = _gradients(loss, list(wanted.values()))
+                if grads is None:
+                    return None
+                found |= {name: grad for name, grad in zip(wanted, grads, strict=True) if grad is not None}
+    finally:
+        for each, value in saved:
+            with torch.inference_mode(each.is_inference()), torch.no_grad():
+                each.copy_(value)
+        random.setstate(drawn[0])
+        if numpy:
+            numpy.random.set_state(drawn[1])
+    return found
+
+
+@contextlib.contextmanager
+def _at_once() -> Iterator[None]:
+    """What is checkpointed with reentrant autograd keeps its values: such a backward pass gives no gradients out."""
+    own = CheckpointFunction.apply
+    here = threading.get_ident()
+
+    def apply(function: Callable[..., Any], preserve_rng_state: bool, *args: Any) -> Any:
+        needed = torch.is_grad_enabled() and any(getattr(arg, "requires_grad", False) for arg in args)
+        if needed and threading.get_ident() == here:
+            return function(*args)
+        return own(function, preserve_rng_state, *args)  # type: ignore[no-untyped-call]
+
+    CheckpointFunction.apply = apply  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        del CheckpointFunction.apply
+
+
+def _own(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.detach().clone().requires_grad_(tensor.requires_grad)
+
+
+def _gradients(loss: torch.Tensor, of: list[torch.Tensor]) -> tuple[torch.Tensor | None, ...] | None:
+    try:
+        return torch.autograd.grad(loss, of, allow_unused=True)
+    except Exception:  # a model may have no backward pass
+        return None
+
+
+def loss_of(leaves: list[Any]) -> torch.Tensor | None:
+    """A fixed random weighting of all outputs that carry a gradient, so that no gradient is there by symmetry."""
+    total: torch.Tensor | None = None
+    for index, leaf in enumerate(leaves):
+        if isinstance(leaf, torch.Tensor) and leaf.requires_grad:
+            leaf = torch.view_as_real(leaf) if leaf.is_complex() else leaf
+            part = (leaf * weight_of(index, leaf)).sum()
+            total = part if total is None else total + part
+    return total
+
+
+def weight_of(index: int, leaf: torch.Tensor) -> torch.Tensor:
+    """The weights of an output in ``loss_of``."""
+    generator = torch.Generator().manual_seed(index)
+    return torch.randn(leaf.shape, generator=generator, dtype=torch.float32).to(leaf.device, leaf.dtype)
+
+
+def _overwritten(graph: fx.Graph) -> list[str]:
+    """The names of what a graph holds and may write to, itself or through views."""
+    found: dict[str, None] = {}
+    for node in graph.nodes:
+        for target in written_by(node).values():
+            while target.op == "call_function" and target.all_input_nodes and _shares_memory(target.target):
+                target = target.all_input_nodes[0]
+            if target.op == "get_attr":
+                found[str(target.target)] = None
+    return list(found)
+
+
+def _shares_memory(target: Any) -> bool:
+    schema = getattr(target, "_schema", None)
+    return schema is not None and any(each.alias_info is not None for each in schema.returns)
 
 
 def tolerance_of(graph: fx.Graph) -> float:
     """The tolerance of the lowest precision in which a graph computes: no result of it is nearer than that."""
     values = [value for node in graph.nodes for value in values_of(node) if isinstance(value, torch.Tensor)]
     return max((TOLERANCE.get(value.dtype, 0.0) for value in values), default=0.0)
-
-
-def difference(got: Any, want: torch.Tensor, tolerance: float = 0.0) -> tuple[float, bool]:
-    """The largest absolute difference, and whether it is within the tolerance of the dtype, or ``tolerance``."""
-    if not isinstance(got, torch.Tensor) or got.shape != want.shape:
-        return float("inf"), False
-    if want.numel() == 0 or want.is_meta:
-        return 0.0, True
-    if not (want.dtype.is_floating_point or want.dtype.is_complex):
-        return float((got != want).sum()), bool(torch.equal(got, want))
-    got, want = got.detach(), want.detach()
-    same = (got == want) | (got.isnan() & want.isnan())
-    error = torch.where(same, torch.zeros_like(want), got - want).abs().max().item()
-    finite = want[want.isfinite()]
-    scale = max(1.0, finite.abs().max().item()) if finite.numel() else 1.0
-    return error, error <= max(TOLERANCE[want.dtype], tolerance) * scale

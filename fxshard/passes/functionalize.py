@@ -30,6 +30,7 @@ from fxshard.errors import CaptureError
 from fxshard.passes.effects import is_mutating
 from fxshard.passes.origins import module_of, source_of
 from fxshard.passes.root import Root
+from fxshard.runtime.hidden import HIDDEN_WRITE
 from fxshard.runtime.module import find
 from fxshard.torch_internals import Graph, HigherOrderOperator, OpOverload
 
@@ -51,6 +52,7 @@ _RESHAPES = frozenset(
         *("expand", "expand_as", "_reshape_alias", "atleast_1d", "atleast_2d", "atleast_3d"),
     )
 )
+_EXPANDS = frozenset(("expand", "expand_as"))
 _PERMUTATIONS = frozenset(("transpose", "t", "permute", "numpy_T", "mT", "movedim", "moveaxis", "swapaxes", "swapdims"))
 _SCATTERS = {"slice": "slice_scatter", "select": "select_scatter", "diagonal": "diagonal_scatter"}
 _DROPOUTS = frozenset(("dropout", "feature_dropout", "alpha_dropout", "feature_alpha_dropout"))
@@ -286,9 +288,11 @@ class _Functionalizer:
         if torch.Tag.inplace_view in target.tags:
             self._restride(node, ref)
             return
-        self._refuse_lost_gradient(node, ref)
+        before = ref.cell.value if self._hides_gradient(ref) else None
         held = self._read(written)
         self._store(node, ref, self._cast(node, self._functional(node, held), held))
+        if before is not None:
+            ref.cell.value = self._emit(node, HIDDEN_WRITE, (ref.cell.value, before), val=before.meta["val"])
 
     def _functional(self, node: fx.Node, held: fx.Node) -> fx.Node:
         """Emit the operator that returns what ``node`` would write into ``held``."""
@@ -298,6 +302,10 @@ class _Functionalizer:
         if name == "zero_" or (name == "fill_" and not isinstance(node.args[1], fx.Node)):
             number = 0 if name == "zero_" else node.args[1]
             return self._emit(node, _aten.full_like.default, (held, number), val=held.meta["val"])
+        if name == "fill_diagonal_" and held.meta["val"].dim() == 2 and len(node.args) == 2:
+            diagonal = self._emit(node, _aten.diagonal.default, (held,))
+            filled = self._emit(node, _aten.full_like.default, (diagonal, node.args[1]))
+            return self._emit(node, _aten.diagonal_scatter.default, (held, filled))
         counterpart = _counterpart(node.target)
         if counterpart is None:
             raise self._error(node, "changes its operand in place, and has no functional counterpart")
@@ -365,7 +373,7 @@ class _Functionalizer:
         if name == "narrow" and all(isinstance(item, int) for item in rest):
             dim, start, length = rest
             return self._emit(node, _aten.slice_scatter.default, (source(), value, dim, start, start + length))  # type: ignore[operator]
-        if name in _RESHAPES and _same_elements(source().meta["val"], value.meta["val"]):
+        if name in _RESHAPES and _shows_all(name, source().meta["val"], value.meta["val"]):
             return self._emit(node, _aten.reshape.default, (value, self._sizes(source())))
         if name in _PERMUTATIONS:
             return self._emit(node, _aten.permute.default, (value, _inverse_permutation(view.node)))
@@ -419,14 +427,13 @@ class _Functionalizer:
             sizes.append(self._emit(node, _aten.sym_size.int, (node, dim), val=size) if dynamic else size)
         return sizes
 
-    def _refuse_lost_gradient(self, node: fx.Node, ref: _Ref) -> None:
-        """Refuse a write that hides from autograd while the value goes on carrying a gradient."""
-        hidden = any(_name(view.node.target) == "detach" for view in ref.views)
-        if hidden and self._carries_gradient(ref.cell.value):
-            raise self._error(node, "changes, hidden from autograd, a value that a gradient flows through")
+    def _hides_gradient(self, ref: _Ref) -> bool:
+        """Say whether a write hides from autograd, while a gradient may flow through the value that is written to."""
+        behind = any(_name(view.node.target) == "detach" for view in ref.views)
+        return behind and self._may_carry_gradient(ref.cell.value)
 
-    def _carries_gradient(self, node: fx.Node) -> bool:
-        """Say whether a gradient can flow from ``node`` to a parameter or an input."""
+    def _may_carry_gradient(self, node: fx.Node) -> bool:
+        """Say whether a gradient could flow from ``node`` to a parameter or an input, whatever needs one now."""
         pending, seen = [node], {node}
         while pending:
             item = pending.pop()
@@ -435,9 +442,9 @@ class _Functionalizer:
                 continue
             if item.op == "get_attr":
                 owner = find(self.root, str(item.target))
-                if getattr(owner, "requires_grad", False):
+                if isinstance(owner, torch.nn.Parameter) or getattr(owner, "requires_grad", False):
                     return True
-            elif item.op == "placeholder" and getattr(val, "requires_grad", False):
+            elif item.op == "placeholder":
                 return True
             pending += [operand for operand in item.all_input_nodes if operand not in seen]
             seen.update(item.all_input_nodes)
@@ -484,8 +491,9 @@ def _same_size(a: Any, b: Any) -> bool:
     return not isinstance(a, torch.SymInt) and not isinstance(b, torch.SymInt) and a == b
 
 
-def _same_elements(a: torch.Tensor, b: torch.Tensor) -> bool:
-    return a.dtype == b.dtype and _same_size(a.numel(), b.numel())
+def _shows_all(name: str, source: torch.Tensor, value: torch.Tensor) -> bool:
+    """Say whether a view shows every element of its source once, as it is: reshapes do, however many there are."""
+    return source.dtype == value.dtype and (name not in _EXPANDS or _same_size(source.numel(), value.numel()))
 
 
 def _differentiable(val: torch.Tensor) -> bool:

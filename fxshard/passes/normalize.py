@@ -122,6 +122,15 @@ def _kind(target: Any) -> str:
     return next((kind for kind, names in kinds.items() if name in names), "detach_" if name == "detach_" else "")
 
 
+@functools.cache
+def _returns_operand(target: Any) -> bool:
+    """Whether an operator writes to its first operand, and returns that very tensor."""
+    if not isinstance(target, OpOverload) or not is_mutating(target) or len(target._schema.returns) != 1:
+        return False
+    first, result = target._schema.arguments[0].alias_info, target._schema.returns[0].alias_info
+    return first is not None and result is not None and first.before_set == result.before_set
+
+
 @dataclass(frozen=True)
 class _Mode:
     """What surrounds a call: whether autograd records it, which autocast it is under, and in how many of them."""
@@ -183,6 +192,8 @@ class _Inliner:
             self.without_grad.add(new)
         if mode.autocast and node.op == "call_function":
             self._write_casts(new, mode)
+        if not mode.grad and _returns_operand(node.target):
+            return env[node.args[0]]  # type: ignore[index, no-any-return]  # itself, not what the region sees of it
         return new
 
     def _enter_or_leave(self, node: fx.Node, mode: _Mode, outside: dict[fx.Node, _Mode]) -> _Mode:
@@ -247,7 +258,7 @@ class _Inliner:
             return value.dtype == torch.float32 and bool(value.requires_grad)
         if operand.op != "get_attr" or value.dtype != torch.float32:
             return False
-        return bool(find(self.root, str(operand.target)).requires_grad)
+        return isinstance(find(self.root, str(operand.target)), torch.nn.Parameter)
 
     def _quiet(self, node: Any) -> Any:
         """Return ``node`` as an operator sees it that runs without gradient."""
@@ -263,7 +274,8 @@ class _Inliner:
         if not isinstance(val, torch.Tensor) or not (val.is_floating_point() or val.is_complex()):
             return False
         if node.op == "get_attr" and not self.mutates:
-            return bool(find(self.root, str(node.target)).requires_grad)
+            held = find(self.root, str(node.target))
+            return isinstance(held, torch.nn.Parameter) or bool(held.requires_grad)
         return node.op != "call_function" or bool(node.all_input_nodes)
 
 

@@ -215,6 +215,13 @@ class Compiled:
         return any(0 in cut_of(p).shares for c in split for p in (*c.inputs, *c.outputs) if p is not None)
 
     @cached_property
+    def overwritten_inputs(self) -> tuple[int, ...]:
+        """The places of the inputs that the program writes to."""
+        nodes = [n for n in self.graph.nodes if n.target is torch.ops.aten.copy_.default]
+        given = {node.name: index for index, node in enumerate(self.graph.find_nodes(op="placeholder"))}
+        return tuple(sorted({given[n.args[0].name] for n in nodes if n.args[0].op == "placeholder"}))
+
+    @cached_property
     def draws(self) -> bool:
         """Whether the program draws random numbers."""
         inner = [each.graph.nodes for node in self.graph.nodes for each in nested_graphs(node, self.root)]

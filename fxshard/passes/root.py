@@ -10,9 +10,11 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from typing import Any
 
+import torch
 from torch import fx, nn
 
 from fxshard.passes.typing import copy_graph
+from fxshard.runtime.hidden import overwrite
 from fxshard.runtime.module import find, is_word, place
 
 
@@ -78,3 +80,9 @@ class Interpreter(fx.Interpreter):
     def get_attr(self, target: Any, args: Any, kwargs: Any) -> Any:
         """See ``fx.Interpreter.get_attr``."""
         return find(self.module, str(target))
+
+    def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
+        """See ``fx.Interpreter.call_function``."""
+        if target is torch.ops.aten.copy_.default and isinstance(args[0], nn.Parameter):
+            return overwrite(*args)
+        return super().call_function(target, args, kwargs)

@@ -6,7 +6,9 @@ Dataclasses and the caches of transformers, which pytree does not know, are taug
 from __future__ import annotations
 
 import dataclasses
+import enum
 import functools
+from collections import deque
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -14,7 +16,16 @@ import torch
 
 from fxshard.torch_internals import pytree
 
-__all__ = ["flatten", "paths", "reorder", "teach"]
+__all__ = ["UNCHANGED", "flatten", "paths", "put_back", "reorder", "teach", "without_unchanged"]
+
+
+class Unchanged(enum.Enum):
+    """Stands for what is as it was."""
+
+    VALUE = 0
+
+
+UNCHANGED = Unchanged.VALUE
 
 
 def flatten(tree: Any) -> tuple[list[Any], pytree.TreeSpec]:
@@ -51,6 +62,55 @@ def paths(tree: Any) -> list[str]:
         head = str(key.key) if isinstance(key, pytree.MappingKey) else f"args{pytree.keystr((key,))}"
         names.append(head + pytree.keystr(path[2:]))
     return names
+
+
+def without_unchanged(after: Any, before: Any, is_same: Callable[[Any, Any], bool]) -> Any:
+    """``after``, with ``UNCHANGED`` for every leaf that ``before`` has in the same place."""
+    was = dict(pytree.tree_flatten_with_path(before)[0])
+    leaves, spec = pytree.tree_flatten_with_path(after)
+    kept = [UNCHANGED if path in was and is_same(leaf, was[path]) else leaf for path, leaf in leaves]
+    return pytree.tree_unflatten(kept, spec)
+
+
+def put_back(target: Any, changed: Any) -> None:
+    """Make the containers of ``target`` hold what those of ``changed`` hold, but for what is ``UNCHANGED``.
+
+    >>> state = {"n": 1, "seen": [1]}
+    >>> seen = state["seen"]
+    >>> put_back(state, {"n": 2, "seen": [UNCHANGED, 5], "more": (3,)})
+    >>> state, seen is state["seen"]
+    ({'n': 2, 'seen': [1, 5], 'more': (3,)}, True)
+    """
+    if isinstance(target, dict):
+        _put_items(target, changed)
+    elif isinstance(target, list | deque):
+        made = [_merged(target[i], item) if i < len(target) else item for i, item in enumerate(changed)]
+        if len(made) != len(target) or any(a is not b for a, b in zip(made, target, strict=True)):
+            target.clear()
+            target.extend(made)
+    elif isinstance(target, tuple):
+        for old, new in zip(target, changed, strict=True):
+            _merged(old, new)
+    else:
+        _put_items(vars(target), vars(changed))
+
+
+def _put_items(target: dict[Any, Any], changed: dict[Any, Any]) -> None:
+    made = {key: _merged(target[key], item) if key in target else item for key, item in changed.items()}
+    if list(made) != list(target):
+        target.clear()
+    target.update(made)
+
+
+def _merged(old: Any, new: Any) -> Any:
+    """What takes the place of ``old``: itself, changed, where it is a container as ``new`` is."""
+    if new is UNCHANGED or new is old:
+        return old
+    is_object = hasattr(old, "__dict__") and not isinstance(old, torch.Tensor | type)
+    if type(old) is type(new) and (isinstance(old, dict | list | tuple | deque) or is_object):
+        put_back(old, new)
+        return old
+    return new
 
 
 class _Slot(NamedTuple):

@@ -55,6 +55,7 @@ TABLE = """
     to _to_copy                     | @cast                                     |
     dropout                         | @dropout                                  |
     prelu                           | @prelu                                    |
+    fxshard::hidden_write           | @pointwise                                |
     new_ones new_zeros new_full new_empty new_empty_strided        | @shape_only |
     mse_loss l1_loss smooth_l1_loss huber_loss binary_cross_entropy binary_cross_entropy_with_logits kl_div
     soft_margin_loss                | @elementwise_loss                         |

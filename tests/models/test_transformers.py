@@ -116,9 +116,9 @@ def test_lazy_capture(name: str) -> None:
     assert not problems_of(actual, original(name, torch.float64, False), (1e-10, 1e-10))
     call = sized(name, 2, 8)  # another signature: captured anew, over the same weights
     assert not problems_of(run_simulated(program, (), call), run_original(model, (), call), (1e-10, 1e-10))
-    assert len(program._captures) == 2
+    assert len(program._captures.all) == 2
     assert not problems_of(run_simulated(program, (), inputs), original(name, torch.float64, False), (1e-10, 1e-10))
-    assert len(program._captures) == 2
+    assert len(program._captures.all) == 2
 
 
 # --- what the model computes beside logits --------------------------------------------------------------------------

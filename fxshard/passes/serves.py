@@ -1,0 +1,199 @@
+"""Which calls a capture serves, beside what is given to them: those in the same state.
+
+A model computes by its inputs (``calls.py`` holds those against a capture) and by
+
+    each module's mode              train() and eval(), of all or of some
+    attributes                      of its modules and what they hold, globals that its code names (``reads.py``)
+    autocast, the default dtype     which surround the call
+    whether gradients are enabled   where its code asks
+    what requires a gradient        where its code asks
+
+``Conditions`` are all of that as a capture found it. ``Changes`` are what the program has otherwise than the model.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+
+from fxshard.passes.capture import Captured
+from fxshard.passes.reads import Guard, same
+from fxshard.passes.writes import Written
+from fxshard.runtime.autocast import State, ambient
+
+__all__ = ["Changes", "Conditions", "Surroundings", "surroundings"]
+
+_MISSING = object()
+
+
+class Surroundings(NamedTuple):
+    """What surrounds a call.
+
+    Attributes:
+        autocast: the devices on which it is enabled.
+        dtype: of tensors that are made without one.
+        deterministic: whether only deterministic algorithms may run.
+        grad: whether gradients are enabled.
+    """
+
+    autocast: State
+    dtype: torch.dtype
+    deterministic: bool
+    grad: bool
+
+
+def surroundings() -> Surroundings:
+    """What surrounds this place.
+
+    >>> surroundings()
+    Surroundings(autocast=(), dtype=torch.float32, deterministic=False, grad=True)
+    """
+    return Surroundings(
+        ambient(),
+        torch.get_default_dtype(),
+        torch.are_deterministic_algorithms_enabled(),
+        torch.is_grad_enabled(),
+    )
+
+
+@dataclass
+class Changes:
+    """In what a program differs from the model that it was made of: modes, and plain attributes.
+
+    Attributes:
+        modes: a module's name -> its mode; of modules that are not named, the model's own.
+        attributes: a module's name, and the attribute's -> its value.
+        parameters: the program's own, which tell what requires a gradient; empty while it has none.
+        version: counts the changes.
+    """
+
+    modes: dict[str, bool] = field(default_factory=dict)
+    attributes: dict[tuple[str, str], Any] = field(default_factory=dict)
+    parameters: Mapping[str, nn.Parameter] = field(default_factory=dict)
+    version: int = 0
+
+    def set_mode(self, module: str, training: bool) -> None:
+        """Gives a module a mode."""
+        if self.modes.get(module) is not training:
+            self.modes[module] = training
+            self.version += 1
+
+    def set_attribute(self, module: str, name: str, value: Any) -> None:
+        """Gives a module an attribute."""
+        key = module, name
+        if key not in self.attributes or not same(self.attributes[key], value):
+            self.attributes[key] = value
+            self.version += 1
+
+    def write(self, written: Written) -> None:
+        """Notes what forward assigned to an attribute of a module; what it assigned to objects, these know."""
+        if len(written.steps) == 1:
+            self.set_attribute(written.module, written.steps[0], copy.deepcopy(written.value))
+
+    @contextmanager
+    def on(self, model: nn.Module) -> Iterator[None]:
+        """The model as the program has it; behind it, as it was."""
+        modules = dict(model.named_modules())
+        modes = [(module, module.training) for module in modules.values()]
+        held = [(modules[path].__dict__, name) for path, name in self.attributes]
+        before = [attributes.get(name, _MISSING) for attributes, name in held]
+        needs = [(p, p.requires_grad, self.parameters[n].requires_grad) for n, p in self._matched(model)]
+        needs = [each for each in needs if each[1] != each[2]]
+        try:
+            for parameter, _, wanted in needs:
+                parameter.requires_grad_(wanted)
+            for path, mode in self.modes.items():
+                modules[path].training = mode
+            for (attributes, name), value in zip(held, self.attributes.values(), strict=True):
+                attributes[name] = value
+            yield
+        finally:
+            for parameter, was, _ in needs:
+                parameter.requires_grad_(was)
+            for module, mode in modes:
+                module.training = mode
+            for (attributes, name), value in zip(held, before, strict=True):
+                if value is _MISSING:
+                    attributes.pop(name, None)
+                else:
+                    attributes[name] = value
+
+    def _matched(self, model: nn.Module) -> list[tuple[str, nn.Parameter]]:
+        return [(name, each) for name, each in model.named_parameters() if name in self.parameters]
+
+    def needs(self, model: nn.Module, leaves: list[Any]) -> tuple[bool, ...]:
+        """Which parameters, and which inputs, require a gradient."""
+        inputs = (leaf.requires_grad for leaf in leaves if isinstance(leaf, torch.Tensor))
+        weights = ((n, self.parameters.get(n, p)) for n, p in model.named_parameters())
+        return *(parameter.requires_grad for _, parameter in weights), *inputs
+
+
+@dataclass(frozen=True)
+class Conditions:
+    """What a capture holds for.
+
+    Attributes:
+        modes: of each module.
+        surroundings: of the capture.
+        asks_grad: whether it matters that gradients are enabled.
+        needs: which parameters and inputs required a gradient, where that matters.
+        attributes: those of the program's own changes that were read.
+        guards: what tells whether all else that was read is as it was.
+    """
+
+    modes: tuple[bool, ...]
+    surroundings: Surroundings
+    asks_grad: bool
+    needs: tuple[bool, ...] | None
+    attributes: Mapping[tuple[str, str], Any]
+    guards: tuple[Guard, ...]
+
+    @staticmethod
+    def of(captured: Captured, model: nn.Module, changes: Changes, leaves: list[Any]) -> Conditions:
+        """Those of a capture that was made just now, of a model as it is now, on which the changes are."""
+        reads = captured.reads
+        read = {(path, name) for path, names in (*reads.attributes.items(), *reads.inherited.items()) for name in names}
+        return Conditions(
+            modes_of(model),
+            surroundings(),
+            captured.asks_grad,
+            changes.needs(model, leaves) if captured.asks_needs else None,
+            {key: value for key, value in changes.attributes.items() if key in read},
+            reads.guards(model, changes.attributes.keys()),
+        )
+
+    def hold(self, model: nn.Module, changes: Changes) -> bool:
+        """Whether all is as it was, but for what requires a gradient; the changes are on the model."""
+        now = surroundings()
+        if now._replace(grad=True) != self.surroundings._replace(grad=True) or modes_of(model) != self.modes:
+            return False
+        if self.asks_grad and now.grad != self.surroundings.grad:
+            return False
+        looked_at = {key for guard in self.guards for key in guard.keys}
+        changed = {k: v for k, v in changes.attributes.items() if k in looked_at or k in self.attributes}
+        if changed.keys() != self.attributes.keys():
+            return False
+        return all(same(changed[key], value) for key, value in self.attributes.items()) and self.still_hold()
+
+    def still_hold(self) -> bool:
+        """Whether what the guards look at is as it was."""
+        return all(guard.holds() for guard in self.guards)
+
+    def are_needed(self, model: nn.Module, changes: Changes, leaves: list[Any]) -> bool:
+        """Whether the same requires a gradient, where that matters."""
+        return self.needs is None or self.needs == changes.needs(model, leaves)
+
+    def broken(self) -> list[str]:
+        """What the guards find changed, a line each."""
+        return [line for guard in self.guards for line in guard.changed()]
+
+
+def modes_of(model: nn.Module) -> tuple[bool, ...]:
+    """The mode of each module."""
+    return tuple(module.training for module in model.modules())

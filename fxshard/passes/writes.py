@@ -1,0 +1,131 @@
+"""What forward assigns to the attributes of the model's modules: kept from the model, and done again at each call.
+
+    self.steps += 1                 a number: each call of the program does the same
+    self.table = torch.arange(n)    a buffer of another size: refused by name
+    self.seen.append(x)             what a list holds: refused by name
+
+The model itself is left as it was before the capture.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+
+from fxshard.errors import CaptureError
+from fxshard.passes.reads import OF_MODULES, contents, is_data, is_plain
+
+__all__ = ["Before", "Written"]
+
+_TABLES = ("_parameters", "_buffers", "_modules")
+_MISSING = object()
+_APART = OF_MODULES | {"_flat_weights", "_flat_weight_refs"}
+"""What is not looked at: recurrent layers note their weights anew whenever one is set."""
+
+
+class Written(NamedTuple):
+    """An attribute that forward assigned a plain value.
+
+    Attributes:
+        module: the name of the module that has it.
+        steps: its name, and the keys and names that lead on from it: ``("config", "problem_type")``.
+        value: what it is now.
+    """
+
+    module: str
+    steps: tuple[Any, ...]
+    value: Any
+
+    def again(self, modules: nn.Module) -> None:
+        """Assigns it where these modules have it, but for an attribute of the module itself."""
+        target: Any = vars(modules.get_submodule(self.module))
+        for step in self.steps[:-1]:
+            inner = target[step]
+            target = inner if isinstance(inner, dict | list) else vars(inner)
+        target[self.steps[-1]] = copy.deepcopy(self.value)
+
+
+class Before:
+    """What the modules of a model hold at some moment."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.modules = list(model.named_modules())
+        self._attributes = [dict(vars(module)) for _, module in self.modules]
+        self._tables = [[dict(vars(module)[table]) for table in _TABLES] for _, module in self.modules]
+        held = [
+            (path, name, value)
+            for (path, _), attributes in zip(self.modules, self._attributes, strict=True)
+            for name, value in attributes.items()
+            if name not in _APART and not is_plain(value)
+        ]
+        named = [(f"{path}.{name}".lstrip("."), value) for path, name, value in held]
+        self._contents = contents(named, [(path, name) for path, name, _ in held])
+
+    def written(self) -> tuple[Written, ...]:
+        """What was assigned since then.
+
+        Raises:
+            CaptureError: where it is something that no later call can be given again.
+        """
+        found = []
+        for (path, module), before, tables in zip(self.modules, self._attributes, self._tables, strict=True):
+            for kind, was in zip(_TABLES, tables, strict=True):
+                self._check_table(path, kind, vars(module)[kind], was)
+            for name, value in vars(module).items():
+                if name in _APART or before.get(name, _MISSING) is value:
+                    continue
+                if not is_data(value):
+                    raise _refused(path, name, f"assigns a {type(value).__qualname__} to")
+                found.append(Written(path, (name,), value))
+            if gone := [name for name in before if name not in vars(module) and name not in _APART]:
+                raise _refused(path, gone[0], "deletes")
+        for each in self._contents:
+            if not each.holds():
+                assigned = each.assigned()
+                if assigned is None or not all(map(is_data, assigned.values())):
+                    raise _refused("", each.where, "changes what is held by")
+                module, *steps = each.steps
+                found += [Written(module, (*steps, key), value) for key, value in assigned.items()]
+        return tuple(found)
+
+    @staticmethod
+    def _check_table(path: str, kind: str, now: dict[str, Any], was: dict[str, Any]) -> None:
+        for name in now.keys() | was.keys():
+            a, b = now.get(name), was.get(name)
+            if a is b:
+                continue
+            if kind != "_buffers" or not isinstance(a, torch.Tensor) or not isinstance(b, torch.Tensor):
+                raise _refused(path, name, "replaces, adds or deletes")
+            if a.shape != b.shape or a.dtype != b.dtype:
+                what = f"gives another size to ({_type(b)} becomes {_type(a)})"
+                raise _refused(path, name, what)
+
+    def restore(self) -> None:
+        """Puts all back."""
+        for (_, module), attributes, tables in zip(self.modules, self._attributes, self._tables, strict=True):
+            for kind, was in zip(_TABLES, tables, strict=True):
+                table = attributes[kind]
+                if table.keys() != was.keys() or any(table[name] is not was[name] for name in was):
+                    table.clear()
+                    table.update(was)
+            own = vars(module)
+            if own.keys() != attributes.keys() or any(own[name] is not attributes[name] for name in attributes):
+                own.clear()
+                own.update(attributes)
+        for each in self._contents:
+            each.restore()
+
+
+def _type(tensor: torch.Tensor) -> str:
+    return f"{str(tensor.dtype).removeprefix('torch.')}[{', '.join(map(str, tensor.shape))}]"
+
+
+def _refused(module: str, name: str, what: str) -> CaptureError:
+    return CaptureError(
+        f"forward {what} {f'{module}.{name}'.lstrip('.')}, which later calls would read: a program keeps no such state",
+        module=module,
+        fix="keep state in a buffer that is changed in place (self.register_buffer, copy_), or return it from forward",
+    )
