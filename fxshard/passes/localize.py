@@ -133,11 +133,7 @@ def _nothing(new: fx.Graph, node: fx.Node, info: Info, mesh: RankMesh) -> fx.Nod
                     shape[dim] = _read_rows(new, node, dim, placements)
             if None in shape:
                 return None
-            if info.differentiable:
-                made = call_like(new, run.nothing, (operands_of(node), shape, value.dtype), node)
-            else:  # nothing flows back: the operands stay apart, as behind a detach
-                made = call_like(new, aten.new_zeros.default, (operands_of(node)[0], shape), node, dtype=value.dtype)
-            results.append(made)
+            results.append(call_like(new, run.nothing, (operands_of(node), shape, value.dtype), node))
             results[-1].meta["val"] = value
             set_info(results[-1], Info((placements,), differentiable=info.differentiable))
         out = results[0] if isinstance(node.meta["val"], torch.Tensor) else call_like(new, tuple, (results,), node)

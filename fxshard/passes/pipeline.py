@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import itertools
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -14,13 +15,14 @@ from typing import Any
 import torch
 from torch import fx
 
+from fxshard.errors import SoundnessError
 from fxshard.mesh import Mesh
 from fxshard.passes.annotate import annotate
 from fxshard.passes.capture import Captured
 from fxshard.passes.check import check
 from fxshard.passes.fold import fold
 from fxshard.passes.functionalize import nested_graphs
-from fxshard.passes.insert_collectives import insert_collectives
+from fxshard.passes.insert_collectives import COMMUNICATES, insert_collectives
 from fxshard.passes.localize import localize
 from fxshard.passes.normalize import normalize
 from fxshard.passes.optimize import optimize
@@ -221,6 +223,20 @@ class Compiled:
         given = {node.name: index for index, node in enumerate(self.graph.find_nodes(op="placeholder"))}
         return tuple(sorted({given[n.args[0].name] for n in nodes if n.args[0].op == "placeholder"}))
 
+    def empty_parts(self, axis: int, index: int) -> tuple[bool, ...]:
+        """Which of the uneven splits along a mesh axis leave nothing to the rank at a place on it."""
+        return tuple(not shares[index] for shares in self._shares[axis])
+
+    @cached_property
+    def _shares(self) -> list[list[tuple[int, ...]]]:
+        found: list[dict[tuple[int, ...], None]] = [{} for _ in self.mesh.sizes]
+        for node in self.stages["insert_collectives"].nodes:
+            for placed in info_of(node).outputs if has_info(node) else ():
+                for axis, each in enumerate(placed):
+                    if is_uneven((each,)):
+                        found[axis][cut_of(each).shares] = None
+        return [list(shares) for shares in found]
+
     @cached_property
     def draws(self) -> bool:
         """Whether the program draws random numbers."""
@@ -295,7 +311,40 @@ def _compile(
     together = options.overlap and not has_uneven_parts(stages["insert_collectives"])
     tidied = bring_together if together else _as_it_is
     stage("optimize", lambda local: tidied(fold(optimize(local), root)), graph)
-    return Compiled(captured, resolved, mesh, root, stages, times, options)
+    compiled = Compiled(captured, resolved, mesh, root, stages, times, options)
+    stage("check_schedules", check_schedules, compiled)
+    return compiled
+
+
+def check_schedules(compiled: Compiled) -> None:
+    """Raises where ranks would issue other collectives than the first one.
+
+    Their programs differ only where parts are uneven, and then in what a rank leaves out that has nothing of a call. So
+    one rank is looked at for each pattern of empty parts along each axis.
+
+    Raises:
+        SoundnessError: where they differ: a bug of the compiler.
+    """
+    if not compiled.is_uneven:
+        return
+    mesh, first = compiled.mesh, schedule_of(compiled.graph)
+    alike: dict[Any, int] = {}
+    for rank in range(mesh.world_size):
+        at = mesh.coordinate(rank)
+        alike.setdefault(tuple(compiled.empty_parts(axis, i) for axis, i in enumerate(at)), rank)
+    for rank in alike.values():
+        other = schedule_of(compiled.graph_for(rank))
+        for number, (a, b) in enumerate(itertools.zip_longest(first, other)):
+            if a != b:
+                raise SoundnessError(
+                    f"collective {number} of rank 0 is {a or 'nothing'}, of rank {rank} {b or 'nothing'}",
+                    fix="this is a bug of fxshard: please report the model and the plan",
+                )
+
+
+def schedule_of(graph: fx.Graph) -> list[str]:
+    """The collectives of a graph, in order: what they do, and along which axis."""
+    return [f"{n.target.__name__} over {n.args[1]}" for n in graph.nodes if n.target in COMMUNICATES]
 
 
 def has_uneven_parts(graph: fx.Graph) -> bool:

@@ -467,8 +467,11 @@ class _Nothing(torch.autograd.Function):
 def nothing(operands: list[torch.Tensor], shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
     """What a call adds on a rank that has no part in it: zeros, and zeros for the gradients of its operands.
 
-    The operands stay connected: this rank must take part in the collectives of their backward pass.
+    All operands stay connected: this rank must take part in the collectives that made them, and in those of their
+    backward pass.
     """
+    if not dtype.is_floating_point and not dtype.is_complex:
+        return operands[0].new_zeros(shape, dtype=dtype)
     out: torch.Tensor = _Nothing.apply(shape, dtype, *operands)  # type: ignore[no-untyped-call]
     return out
 

@@ -242,6 +242,8 @@ def current() -> Watch | None:
     """This process's watch, begun where there is none yet; None where no other ranks run."""
     if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
         return None
+    if dist.get_backend() == "fake":  # PyTorch's group for trying out one rank of many: nobody else is there
+        return None
     if not _current or not _current[0].is_current or _current[0].pid != os.getpid():
         if _current:
             _current.pop().stop()
