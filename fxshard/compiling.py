@@ -22,6 +22,7 @@ from fxshard.errors import CaptureError
 from fxshard.passes.binding import Binding
 from fxshard.passes.lift import Lifted, lift
 from fxshard.passes.pipeline import Compiled
+from fxshard.passes.writes import LOST
 from fxshard.runtime.autocast import ambient
 from fxshard.runtime.faults import calling, compared
 from fxshard.runtime.module import find, load_builder
@@ -130,7 +131,7 @@ def obstacle(compiled: Compiled) -> str:
         UNEVEN: compiled.is_uneven,
         RING: any(node.target is ring_attention for node in compiled.graph.nodes),
         EVERY_CALL: compiled.options.compare == "every_call",
-        EFFECTS: bool(compiled.captured.written) or compiled.captured.changes_inputs,
+        EFFECTS: any(w.value is not LOST for w in compiled.captured.written) or compiled.captured.changes_inputs,
     }
     return next((reason for reason, is_so in found.items() if is_so), "")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import logging
 import os
 import threading
@@ -33,6 +34,7 @@ from fxshard.passes.fidelity import check_fidelity
 from fxshard.passes.pipeline import STAGES, Compiled, Options, compile_graph
 from fxshard.passes.serves import Changes, Conditions
 from fxshard.passes.weights import dim_of
+from fxshard.passes.writes import LOST, check_lost
 from fxshard.placement import Placements, is_shard, join_all
 from fxshard.plan.plan import Plan
 from fxshard.runtime.autocast import ambient, using
@@ -108,6 +110,7 @@ class ParallelModule(nn.Module):
         self._regather = Regather()
         self._placements: dict[str, Placements] = {}
         self.training = model.training
+        object.__setattr__(self, "__class__", _like(model))
 
     # --- a module like the model -----------------------------------------------------------------------------------
 
@@ -248,7 +251,8 @@ class ParallelModule(nn.Module):
         model = self._original.get()
         found = self._captures.look_up(args, kwargs, model)
         if found is None:
-            with self._lock, LOCK, torch.inference_mode(False), self._captures.changes.on(model):
+            grad = torch.set_grad_enabled(torch.is_grad_enabled())  # inference_mode(False) would enable them
+            with self._lock, LOCK, torch.inference_mode(False), grad, self._captures.changes.on(model):
                 make = partial(self._capture, model, args, kwargs)
                 found = self._captures.find(args, kwargs, model, make)
         if self._latest is not found[0].compiled:
@@ -280,6 +284,8 @@ class ParallelModule(nn.Module):
                 f"a later capture reads {wrong!r} as {placed[wrong]}, but it lies as {self._placements[wrong]}",
                 fix="this is a bug of fxshard: please report the model and the plan",
             )
+        for before in self._captures.all:
+            check_lost(before.compiled.captured.written, captured.reads)
         conditions = Conditions.of(captured, model, self._captures.changes, captured.flatten_inputs(args, kwargs))
         held = Held(compiled, conditions, exact)
         self._captures.add(held)
@@ -290,6 +296,11 @@ class ParallelModule(nn.Module):
         self._original.empty([captured.root, compiled.root])
         for note in notes_of(compiled):
             logger.warning(note)
+        lost = [f"{each.module}.{each.steps[0]}".lstrip(".") for each in captured.written if each.value is LOST]
+        if lost:
+            logger.warning(
+                f"what forward assigns to {lost[0]} is lost" + f", and to {len(lost) - 1} more" * (len(lost) > 1)
+            )
         for fallback in self.fallbacks():
             logger.warning(str(fallback))
         return held
@@ -493,6 +504,8 @@ class ParallelModule(nn.Module):
     def finish(self, compiled: Compiled, leaves: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         """What a call returns, after what the model does beside: to its attributes, to what it is given."""
         for each in compiled.captured.written:
+            if each.value is LOST:
+                continue
             self._captures.changes.write(each)
             if self._shown is not None:
                 each.again(self._shown)
@@ -757,3 +770,15 @@ class ParallelModule(nn.Module):
     def explain(self) -> str:
         """Every collective, its size, where it comes from, and why it is there."""
         return explain(self.compiled)
+
+
+def _like(model: nn.Module) -> type[ParallelModule]:
+    """The class of a model's program: its ``forward`` has the signature of the model's, which trainers look at."""
+    signature = inspect.signature(model.forward)
+    own = inspect.Parameter("self", inspect.Parameter.POSITIONAL_ONLY)
+    code = ParallelModule.forward
+    forward = types.FunctionType(code.__code__, code.__globals__, "forward")
+    forward.__doc__, forward.__qualname__, forward.__module__ = code.__doc__, code.__qualname__, code.__module__
+    parameters = [each for each in signature.parameters.values() if each.name != "self"]
+    forward.__signature__ = signature.replace(parameters=[own, *parameters])  # type: ignore[attr-defined]
+    return type("ParallelModule", (ParallelModule,), {"forward": forward, "__module__": ParallelModule.__module__})

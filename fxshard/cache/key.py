@@ -24,6 +24,7 @@ from torch import nn
 
 from fxshard.cache.stored import NotStorable
 from fxshard.passes.capture import signature_key
+from fxshard.passes.serves import surroundings
 from fxshard.passes.trees import flatten
 
 PACKAGE = Path(__file__).parent.parent
@@ -51,7 +52,7 @@ def key_of(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], d
     told.add("functional", [f for _, f in sorted(vars(nn.functional).items()) if isinstance(f, types.FunctionType)])
     told.add("versions", sys.version, torch.__version__, torch.version.git_version, _own_code())
     told.add("device", device.type, torch.get_default_device())
-    told.add("state", torch.get_default_dtype(), torch.are_deterministic_algorithms_enabled())
+    told.add("state", *surroundings()[1:])
     return told.digest()
 
 

@@ -83,7 +83,9 @@ def _head(title: str, graph: fx.Graph, file: File, body: Sequence[str]) -> Itera
             used.setdefault(node.target.__module__, set()).add(node.target.__name__)
     yield from [""] if used else ()
     for module in sorted(used):
-        yield from statement(0, f"from {module} import {', '.join(sorted(used[module]))}")
+        names = ", ".join(sorted(used[module]))
+        line = f"from {module} import {names}"
+        yield from [line] if len(line) <= WIDTH else statement(0, f"from {module} import ({names})")
     if "aten" in words:
         yield from ["", "aten = torch.ops.aten"]
     given = [

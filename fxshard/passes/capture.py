@@ -48,7 +48,7 @@ from fxshard.passes.reads import Reads, reading
 from fxshard.passes.root import Root
 from fxshard.passes.trees import flatten, paths, put_back, reorder
 from fxshard.passes.vmaps import unmap
-from fxshard.passes.writes import Written
+from fxshard.passes.writes import Written, check_lost
 from fxshard.runtime.autocast import State, ambient
 from fxshard.runtime.module import find, place
 from fxshard.torch_internals import is_vmapped, pytree
@@ -201,6 +201,7 @@ def _capture(
             raise
         outputs = Outputs()  # torch.cond and its like do not run where attributes are watched
         program, reads = export(model, tree, shapes, outputs, place), Reads.all_of(model)
+    check_lost(outputs.written, reads)
     asks_grad = reads.asks_for(model, "is_grad_enabled", "is_inference_mode_enabled", "is_inference")
     if asks_grad and not with_grad:
         outputs = Outputs()

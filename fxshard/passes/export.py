@@ -124,11 +124,11 @@ def export(
     """
     with torch.inference_mode(False):
         args, kwargs = _stand_ins(tree, device)
+    before, drawn = Before(model), random.getstate()
     handles = (
         model.register_forward_pre_hook(outputs.prepare, prepend=True, with_kwargs=True),
         model.register_forward_hook(outputs, with_kwargs=True),
     )
-    before, drawn = Before(model), random.getstate()
     try:
         with (
             quiet(),

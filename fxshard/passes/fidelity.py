@@ -23,6 +23,7 @@ from torch.utils.checkpoint import CheckpointFunction
 from fxshard.errors import CaptureError
 from fxshard.passes.capture import Captured
 from fxshard.passes.typing import values_of
+from fxshard.passes.writes import Before
 from fxshard.ruler import TOLERANCE, compare
 from fxshard.rules.recipe import written as written_by
 from fxshard.runtime.autocast import ambient, using
@@ -120,6 +121,7 @@ def _run(
     Returns:
         The outputs, what the inputs are afterwards, the buffers, and the gradients; None if the backward pass fails.
     """
+    before = Before(model)
     saved = [(each, each.detach().clone()) for each in (*model.buffers(), *written)]
     own_args, own_kwargs = pytree.tree_map_only(torch.Tensor, _own, (args, dict(kwargs)))
     numpy = sys.modules.get("numpy")  # not ours: a model may draw from it
@@ -157,6 +159,7 @@ def _run(
         for each, value in saved:
             with torch.inference_mode(each.is_inference()), torch.no_grad():
                 each.copy_(value)
+        before.restore()
         random.setstate(drawn[0])
         if numpy:
             numpy.random.set_state(drawn[1])

@@ -133,7 +133,8 @@ def _nothing(new: fx.Graph, node: fx.Node, info: Info, mesh: RankMesh) -> fx.Nod
                     shape[dim] = _read_rows(new, node, dim, placements)
             if None in shape:
                 return None
-            results.append(call_like(new, run.nothing, (operands_of(node), shape, value.dtype), node))
+            flows = () if info.differentiable else (False,)
+            results.append(call_like(new, run.nothing, (operands_of(node), shape, value.dtype, *flows), node))
             results[-1].meta["val"] = value
             set_info(results[-1], Info((placements,), differentiable=info.differentiable))
         out = results[0] if isinstance(node.meta["val"], torch.Tensor) else call_like(new, tuple, (results,), node)
@@ -339,10 +340,9 @@ def _embedding(new: fx.Graph, node: fx.Node, info: Info, mesh: RankMesh, axes: l
     vocabulary = values_of(weight)[0].shape[0]
     with new.inserting_before(node):
         write = Writer(new, node, mesh)
-        start, length = write.range_of(axes[0], vocabulary, rows)
+        start, _ = write.range_of(axes[0], vocabulary, rows)
         local = write(aten.sub.Tensor, ids, start)
-        low, high = write(aten.lt.Scalar, local, 0), write(aten.ge.Scalar, local, length)
-        outside = write(aten.logical_or.default, low, high)
+        outside = write.held_elsewhere(local, axes[0], vocabulary, rows)
         safe = write(aten.masked_fill.Scalar, local, outside, 0)
         if padding is not None and padding >= 0:
             padding = write.index_in(axes[0], vocabulary, rows, padding)

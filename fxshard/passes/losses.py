@@ -99,11 +99,11 @@ def _split_classes(write: Statistics, node: fx.Node, info: Info) -> fx.Node:
     logs = source
     if node.target is aten.cross_entropy_loss.default:
         logs = _normalized(write, source, 1, True, value.dtype)
-    start, length = write.range_of(axis, count, info_of(source).placements[axis])
+    start, _ = write.range_of(axis, count, info_of(source).placements[axis])
     local = write(aten.sub.Tensor, target, start)
-    low, high = write(aten.lt.Scalar, local, 0), write(aten.ge.Scalar, local, length)
+    elsewhere = write.held_elsewhere(local, axis, count, info_of(source).placements[axis])
     skipped = write(aten.eq.Scalar, target, arguments["ignore_index"])
-    absent = write(aten.logical_or.default, write(aten.logical_or.default, low, high), skipped)
+    absent = write(aten.logical_or.default, elsewhere, skipped)
     safe = write(aten.masked_fill.Scalar, local, absent, 0)
     terms = write.summand(write(aten.gather.default, logs, 1, write(aten.unsqueeze.default, safe, 1)), axis)
     rows = write(aten.squeeze.dim, terms, 1)

@@ -298,16 +298,22 @@ class Reads:
 
 
 class Reading:
-    """Which attributes of which modules were read."""
+    """Which attributes of which modules were read.
+
+    Attributes:
+        names: the id of a module -> the attributes that were read of it.
+        assigned: likewise, those that were assigned before anything read them.
+    """
 
     def __init__(self) -> None:
         self.names: dict[int, set[str]] = {}
+        self.assigned: dict[int, set[str]] = {}
 
     def of(self, model: nn.Module) -> Reads:
         """What was read of a model and its modules."""
         attributes, inherited = {}, {}
         for path, module in model.named_modules():
-            names = self.names.get(id(module), set()) - OF_MODULES
+            names = self.names.get(id(module), set()) - OF_MODULES - self.assigned.get(id(module), set())
             held = vars(module).keys() | module._modules.keys() | module._parameters.keys() | module._buffers.keys()
             attributes[path] = tuple(sorted(names & vars(module).keys()))
             inherited[path] = tuple(sorted(name for name in names - held if hasattr(type(module), name)))
@@ -326,18 +332,25 @@ def _is_own_value(cls: type, name: str) -> bool:
 def reading() -> Iterator[Reading]:
     """Notes what this thread reads of modules."""
     noted, here = Reading(), threading.get_ident()
-    names = noted.names
+    names, assigned, own = noted.names, noted.assigned, nn.Module.__setattr__
 
     def get(self: nn.Module, name: str) -> Any:
         if here == threading.get_ident():
             names.setdefault(id(self), set()).add(name)
         return object.__getattribute__(self, name)
 
+    def assign(self: nn.Module, name: str, value: Any) -> None:
+        if here == threading.get_ident() and name not in names.get(id(self), ()):
+            assigned.setdefault(id(self), set()).add(name)  # what is read from now on was made by forward itself
+        own(self, name, value)
+
     nn.Module.__getattribute__ = get  # type: ignore[method-assign, assignment]
+    nn.Module.__setattr__ = assign  # type: ignore[method-assign]
     try:
         yield noted
     finally:
         del nn.Module.__getattribute__
+        nn.Module.__setattr__ = own  # type: ignore[method-assign]
 
 
 # --- what functions name ------------------------------------------------------------------------------------------

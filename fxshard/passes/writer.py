@@ -112,6 +112,21 @@ class Writer:
             return sum(lengths[:position]), lengths[position]
         return self.number(run.offset, self.mesh.names[axis], size), size // self.mesh.sizes[axis]
 
+    def held_elsewhere(self, local: fx.Node, axis: int, size: int, placement: Placement) -> fx.Node:
+        """Which indices, counted within this rank's part, another rank holds.
+
+        What is out of the whole range belongs to the first and the last rank, which have no such row and raise.
+        """
+        if lengths_of(size, placement, self.mesh.sizes[axis]):
+            start, length = self.range_of(axis, size, placement)
+            least: Any = -run.FAR if length and start == 0 else 0
+            bound: Any = run.FAR if length and start + length == size else length
+        else:
+            least = self.number(run.least_index, self.mesh.names[axis])
+            bound = self.number(run.index_bound, self.mesh.names[axis], size)
+        low, high = self(aten.lt.Scalar, local, least), self(aten.ge.Scalar, local, bound)
+        return self(aten.logical_or.default, low, high)
+
     def index_in(self, axis: int, size: int, placement: Placement, index: int) -> Any:
         """``index`` counted within this rank's part; -1 where another rank holds it."""
         if not lengths_of(size, placement, self.mesh.sizes[axis]):

@@ -1,6 +1,7 @@
 """What forward assigns to the attributes of the model's modules: kept from the model, and done again at each call.
 
     self.steps += 1                 a number: each call of the program does the same
+    self.last = x                   a tensor: lost, which is said; a call that would read it is refused
     self.table = torch.arange(n)    a buffer of another size: refused by name
     self.seen.append(x)             what a list holds: refused by name
 
@@ -10,18 +11,30 @@ The model itself is left as it was before the capture.
 from __future__ import annotations
 
 import copy
+import enum
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
 from fxshard.errors import CaptureError
-from fxshard.passes.reads import OF_MODULES, contents, is_data, is_plain
+from fxshard.passes.reads import OF_MODULES, Reads, contents, is_data, is_plain
 
-__all__ = ["Before", "Written"]
+__all__ = ["LOST", "Before", "Written", "check_lost"]
 
 _TABLES = ("_parameters", "_buffers", "_modules")
+_HOOKS = tuple(name for name, value in vars(nn.Module()).items() if isinstance(value, dict) and name not in _TABLES)
 _MISSING = object()
+
+
+class Lost(enum.Enum):
+    """Stands for a value that was assigned, and that no later call can be given."""
+
+    VALUE = 0
+
+
+LOST = Lost.VALUE
 _APART = OF_MODULES | {"_flat_weights", "_flat_weight_refs"}
 """What is not looked at: recurrent layers note their weights anew whenever one is set."""
 
@@ -55,6 +68,7 @@ class Before:
         self.modules = list(model.named_modules())
         self._attributes = [dict(vars(module)) for _, module in self.modules]
         self._tables = [[dict(vars(module)[table]) for table in _TABLES] for _, module in self.modules]
+        self._hooks = [[dict(vars(module)[name]) for name in _HOOKS] for _, module in self.modules]
         held = [
             (path, name, value)
             for (path, _), attributes in zip(self.modules, self._attributes, strict=True)
@@ -65,7 +79,7 @@ class Before:
         self._contents = contents(named, [(path, name) for path, name, _ in held])
 
     def written(self) -> tuple[Written, ...]:
-        """What was assigned since then.
+        """What was assigned since then; of a value that no later call can be given, that it is ``LOST``.
 
         Raises:
             CaptureError: where it is something that no later call can be given again.
@@ -73,13 +87,15 @@ class Before:
         found = []
         for (path, module), before, tables in zip(self.modules, self._attributes, self._tables, strict=True):
             for kind, was in zip(_TABLES, tables, strict=True):
-                self._check_table(path, kind, vars(module)[kind], was)
+                if kind == "_modules" and self._has_the_same_tensors():
+                    now = vars(module)[kind]
+                    found += [Written(path, (name,), LOST) for name in now if now[name] is not was.get(name)]
+                else:
+                    self._check_table(path, kind, vars(module)[kind], was)
             for name, value in vars(module).items():
                 if name in _APART or before.get(name, _MISSING) is value:
                     continue
-                if not is_data(value):
-                    raise _refused(path, name, f"assigns a {type(value).__qualname__} to")
-                found.append(Written(path, (name,), value))
+                found.append(Written(path, (name,), value if is_data(value) else LOST))
             if gone := [name for name in before if name not in vars(module) and name not in _APART]:
                 raise _refused(path, gone[0], "deletes")
         for each in self._contents:
@@ -90,6 +106,12 @@ class Before:
                 module, *steps = each.steps
                 found += [Written(module, (*steps, key), value) for key, value in assigned.items()]
         return tuple(found)
+
+    def _has_the_same_tensors(self) -> bool:
+        """Whether the modules, replaced or not, hold what they held."""
+        model = self.modules[0][1]
+        held = {id(each) for tables in self._tables for table in tables[:2] for each in table.values()} - {id(None)}
+        return held == {id(each) for each in (*model.parameters(), *model.buffers())}
 
     @staticmethod
     def _check_table(path: str, kind: str, now: dict[str, Any], was: dict[str, Any]) -> None:
@@ -105,8 +127,9 @@ class Before:
 
     def restore(self) -> None:
         """Puts all back."""
-        for (_, module), attributes, tables in zip(self.modules, self._attributes, self._tables, strict=True):
-            for kind, was in zip(_TABLES, tables, strict=True):
+        rows = zip(self.modules, self._attributes, self._tables, self._hooks, strict=True)
+        for (_, module), attributes, tables, hooks in rows:
+            for kind, was in zip((*_TABLES, *_HOOKS), (*tables, *hooks), strict=True):
                 table = attributes[kind]
                 if table.keys() != was.keys() or any(table[name] is not was[name] for name in was):
                     table.clear()
@@ -117,6 +140,13 @@ class Before:
                 own.update(attributes)
         for each in self._contents:
             each.restore()
+
+
+def check_lost(written: Iterable[Written], reads: Reads) -> None:
+    """Raises where what is lost is read before it is assigned: by the next call."""
+    for each in written:
+        if each.value is LOST and each.steps[0] in reads.attributes.get(each.module, ()):
+            raise _refused(each.module, str(each.steps[0]), "keeps tensors or objects in")
 
 
 def _type(tensor: torch.Tensor) -> str:

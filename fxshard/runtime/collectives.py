@@ -277,6 +277,23 @@ def offset(axis: Axis, size: int) -> int:
     return axis.index * (size // axis.size)
 
 
+FAR = 2**31 - 1
+"""More than any index."""
+
+
+def least_index(axis: Axis) -> int:
+    """The least index, counted within this rank's part, that this rank looks up: the first one takes what is below 0.
+
+    It has no such row, and raises, as one device does.
+    """
+    return 0 if axis.index else -FAR
+
+
+def index_bound(axis: Axis, size: int) -> int:
+    """Above all indices, counted within this rank's part, that this rank looks up: the last one takes all behind."""
+    return size // axis.size if axis.index < axis.size - 1 else FAR
+
+
 def local_index(index: int, axis: Axis, size: int) -> int:
     """``index`` counted within this rank's part; -1 where another rank holds it."""
     local = index - offset(axis, size)
@@ -464,13 +481,15 @@ class _Nothing(torch.autograd.Function):
         return (None, None, *(g if needed else None for g, needed in zip(grads, ctx.needs_input_grad[2:], strict=True)))
 
 
-def nothing(operands: list[torch.Tensor], shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+def nothing(
+    operands: list[torch.Tensor], shape: tuple[int, ...], dtype: torch.dtype, flows: bool = True
+) -> torch.Tensor:
     """What a call adds on a rank that has no part in it: zeros, and zeros for the gradients of its operands.
 
-    All operands stay connected: this rank must take part in the collectives that made them, and in those of their
-    backward pass.
+    All operands stay connected: this rank must take part in the collectives that made them, and where a gradient
+    flows, in those of their backward pass.
     """
-    if not dtype.is_floating_point and not dtype.is_complex:
+    if not flows:
         return operands[0].new_zeros(shape, dtype=dtype)
     out: torch.Tensor = _Nothing.apply(shape, dtype, *operands)  # type: ignore[no-untyped-call]
     return out

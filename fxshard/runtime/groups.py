@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import torch
 
-from fxshard.runtime.collectives import Axis, Lengths, nothing
+from fxshard.runtime.collectives import FAR, Axis, Lengths, nothing
 
 
 def group_rows(ends: torch.Tensor, axis: Axis, rows: int, lengths: Lengths = ()) -> Lengths:
@@ -56,6 +56,8 @@ def pick(x: torch.Tensor, dim: int, positions: torch.Tensor, axis: Axis, lengths
         return nothing([x], shape, x.dtype)
     start = sum(lengths[: axis.index]) if lengths else axis.index * (size // axis.size)
     local = torch.where(positions < 0, positions + size, positions) - start
-    foreign = (local < 0) | (local >= x.shape[dim])
+    least = 0 if start else -FAR  # what is out of the whole range is the first or the last rank's, which raises
+    bound = x.shape[dim] if start + x.shape[dim] < size else FAR
+    foreign = (local < least) | (local >= bound)
     picked = x.index_select(dim, local.masked_fill(foreign, 0).reshape(-1)).view(shape)
     return picked.masked_fill(foreign.view(*[1] * dim, *positions.shape, *[1] * (x.dim() - dim - 1)), 0)

@@ -40,4 +40,5 @@ def save_for_ever(rank: int, where: str, folder: str) -> None:
                 optimizer.state[parameter]["momentum_buffer"] = torch.full_like(parameter, step)
         fxshard.save_checkpoint(folder, program, optimizer, step=step)
         if rank == 0:
-            Path(folder, "done").write_text(str(step))
+            Path(folder, "now").write_text(str(step))
+            Path(folder, "now").replace(Path(folder, "done"))

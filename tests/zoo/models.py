@@ -41,6 +41,7 @@ class Entry:
         why: the reason for a dtype or a tolerance that is not the usual one.
         refused: what the error says where the model cannot be captured faithfully.
         refused_in_training: the same in training mode, where that is another.
+        least: of the matrices of attention and MLP, what share is split under tensor parallelism.
     """
 
     name: str
@@ -52,6 +53,7 @@ class Entry:
     why: str = ""
     refused: str = ""
     refused_in_training: str | None = None
+    least: float = 0.95
 
 
 # --- inputs ----------------------------------------------------------------------------------------------------------
@@ -379,6 +381,7 @@ GROUPED = "AfmoeForCausalLM DeepseekV3ForCausalLM GptOssForCausalLM MixtralForCa
 MIXED = "GraniteMoeHybridForCausalLM JambaForCausalLM MiniMaxForCausalLM NemotronHForCausalLM"
 IN_SINGLE: dict[str, Any] = {"dtype": torch.float32, "tolerances": SINGLE}
 TRACED = "rounds differently while it is traced, in a part that it computes in float32"
+REWRITTEN = "weights that forward writes to are not split"
 GUARD = "Could not guard on data-dependent expression"
 OVERFLOW = "its mask is made of the least number of its weights' dtype, and overflows"
 
@@ -404,7 +407,7 @@ ZOO: dict[str, Entry] = {entry.name: entry for entry in (
         BambaForCausalLM FalconH1ForCausalLM FalconMambaForCausalLM Lfm2ForCausalLM MambaForCausalLM Mamba2ForCausalLM
         RecurrentGemmaForCausalLM xLSTMForCausalLM Zamba2ForCausalLM
     """),
-    *entries("state-space", text, "RwkvForCausalLM"),
+    *entries("state-space", text, "RwkvForCausalLM", least=0.66, why=REWRITTEN),
     *entries("state-space", text, MIXED, "batched_mm"),
     *entries("state-space", text, "OlmoHybridForCausalLM Qwen3_5ForCausalLM", **IN_SINGLE, why=TRACED),
     *entries("state-space", text, "Qwen3NextForCausalLM", "grouped_mm", **IN_SINGLE, why=TRACED),
