@@ -24,6 +24,7 @@ from fxshard.cache.key import files_as_they_were, files_loaded, key_of
 from fxshard.cache.stored import NotStorable, dump, restore
 from fxshard.errors import CaptureError
 from fxshard.passes.capture import Captured
+from fxshard.runtime.files import keep_from_others, written_by_others
 
 __all__ = ["cached"]
 
@@ -85,7 +86,11 @@ def _tell(model: nn.Module, folder: Path, error: Exception) -> None:
 def find(folder: Path, key: str, model: nn.Module) -> Captured | None:
     """The capture of that key, if there is one, and no file changed that it may depend on."""
     try:
-        header, _, data = _path(folder, key).read_bytes().partition(b"\n")
+        path = _path(folder, key)
+        if problems := written_by_others([path]) if path.exists() else []:
+            logger.warning("nothing is taken from the cache %s: %s", folder, problems[0])
+            return None
+        header, _, data = path.read_bytes().partition(b"\n")
         about = json.loads(header)
         if about["sha256"] != hashlib.sha256(data).hexdigest() or not files_as_they_were(about["files"]):
             return None
@@ -105,7 +110,9 @@ def keep(folder: Path, key: str, captured: Captured, model: nn.Module) -> None:
     """
     data = dump(captured, model)
     header = json.dumps({"sha256": hashlib.sha256(data).hexdigest(), "files": files_loaded()})
-    folder.mkdir(parents=True, exist_ok=True)
+    if not folder.exists():
+        folder.mkdir(parents=True)
+        keep_from_others([folder])
     handle, name = tempfile.mkstemp(dir=folder)
     with os.fdopen(handle, "wb") as file:
         file.write(header.encode() + b"\n" + data)

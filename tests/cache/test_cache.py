@@ -301,3 +301,18 @@ def test_a_folder_that_cannot_be_written_is_no_error(tmp_path: Path) -> None:
     blocked = tmp_path / "file"
     blocked.write_text("")
     fxshard.parallelize(Net(), PLAN, (torch.randn(4, 8),), cache=blocked / "folder")
+
+
+def test_what_others_may_have_written_is_not_read(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    folder, x = tmp_path / "cache", torch.randn(4, 8)
+    fxshard.parallelize(Net(), PLAN, (x,), cache=folder)
+    (file,) = folder.glob("*.capture")
+    assert not folder.stat().st_mode & 0o022
+    for path, mode in ((file, 0o666), (folder, 0o777)):
+        before = path.stat().st_mode
+        path.chmod(mode)
+        caplog.clear()
+        fxshard.parallelize(Net(), PLAN, (x,), cache=folder)
+        assert "may be written by everybody" in caplog.text
+        if path is folder:
+            path.chmod(before)
