@@ -173,18 +173,31 @@ def _calculated(new: fx.Graph, node: fx.Node, expr: sympy.Expr) -> Any:
                 if size == expr:
                     return call_like(new, aten.sym_size.int, (given, dim), node)
         return None
-    above, below = expr.args if isinstance(expr, FloorDiv) else expr.as_numer_denom()
-    function = {sympy.Add: operator.add, sympy.Mul: operator.mul}.get(type(expr))
-    if below != 1:
-        terms, function = (above, below), operator.floordiv
-    else:
-        terms = expr.args
+    terms, function = expr.args, _OF_SIZES.get(type(expr).__name__)
+    if type(expr).__name__ == "ModularIndexing":
+        first, divisor, modulus = terms
+        terms, function = (FloorDiv(first, divisor), modulus), operator.mod
+    elif function in (None, operator.add, operator.mul):
+        above, below = expr.as_numer_denom()
+        if below != 1:
+            terms, function = (above, below), operator.floordiv
     if function is None:
         return None
     found = [_calculated(new, node, term) for term in terms]
     if None in found:
         return None
     return functools.reduce(lambda a, b: call_like(new, function, (a, b), node), found)
+
+
+_OF_SIZES: dict[str, Callable[..., Any]] = {
+    "Add": operator.add,
+    "Mul": operator.mul,
+    "FloorDiv": operator.floordiv,
+    "CleanDiv": operator.floordiv,
+    "Mod": operator.mod,
+    "PythonMod": operator.mod,
+}
+"""What the expressions of dynamic sizes are made of, by the names of their classes."""
 
 
 def local_sizes(value: Any, placements: Placements, mesh: RankMesh) -> tuple[Any, ...]:

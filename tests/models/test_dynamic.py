@@ -129,3 +129,30 @@ def test_a_named_size_that_the_model_branches_on_is_refused_at_capture() -> None
     with pytest.raises(CaptureError, match=r"batch.* % 2") as caught:
         fxshard.parallelize(model, PLANS["tp2"], (torch.randn(4, 6, 8),), dynamic_shapes=({0: Dim("batch")},))
     assert "dynamic_shapes" in caught.value.fix
+
+
+class Chunked(nn.Module):
+    """A sequence padded to whole chunks, and folded, as state-space models do."""
+
+    def __init__(self, chunk: int) -> None:
+        super().__init__()
+        self.up, self.chunk = nn.Linear(8, 8), chunk
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        pad = (self.chunk - x.shape[1] % self.chunk) % self.chunk
+        y = nn.functional.pad(self.up(x), (0, 0, 0, pad))
+        y = y.reshape(y.shape[0], -1, self.chunk, 8)
+        y = y.cumsum(2) + y.sum(2, keepdim=True)
+        return y.reshape(y.shape[0], -1, 8)[:, : x.shape[1]]
+
+
+@pytest.mark.parametrize("chunk", [3, 4])
+@pytest.mark.parametrize("plan", ["dp2", "tp2"])
+def test_a_fold_of_two_dynamic_sizes(plan: str, chunk: int) -> None:
+    model = Chunked(chunk)
+    shapes = ({0: Dim.DYNAMIC, 1: Dim.DYNAMIC},)
+    program = fxshard.parallelize(model, PLANS[plan], (torch.randn(4, 12, 8),), dynamic_shapes=shapes)
+    for batch, length in ((6, 12), (8, 16), (2, 10), (4, 7)):
+        x = torch.randn(batch, length, 8)
+        for output in fxshard.simulate(program, x).outputs:
+            torch.testing.assert_close(output, model(x))
