@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import copy
-import inspect
 import logging
 import os
 import threading
-import types
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -44,8 +42,8 @@ from fxshard.runtime.devices import target_device
 from fxshard.runtime.faults import calling, compared, told_to_others
 from fxshard.runtime.loading import KEY, describe_parts, load_state_dict
 from fxshard.runtime.meeting import meet
-from fxshard.runtime.mirror import WHOLE_WRAP, check_unmoved, mirror, refuse, refuse_replacing
-from fxshard.runtime.module import RankModule, find, load, local_part, place, share
+from fxshard.runtime.mirror import mirror
+from fxshard.runtime.module import RankModule, find, joined, load, local_part, place, share
 from fxshard.runtime.optimizer_state import load_optimizer_state_dict, sharded_optimizer_state_dict
 from fxshard.runtime.original import Original
 from fxshard.runtime.packs import Ahead, Pack
@@ -55,12 +53,13 @@ from fxshard.runtime.together import is_spread
 from fxshard.runtime.watch import current
 from fxshard.runtime.weights import Weights
 from fxshard.runtime.whole import gather_whole
+from fxshard.standing_in import StandIn
 from fxshard.torch_internals import IncompatibleKeys
 
 logger = logging.getLogger("fxshard")
 
 
-class ParallelModule(nn.Module):
+class ParallelModule(StandIn):
     """A model compiled for a mesh: what ``fxshard.parallelize`` returns.
 
     Under torchrun each process calls it like the model, with the same whole inputs on every rank, and its parameters
@@ -92,7 +91,6 @@ class ParallelModule(nn.Module):
         self._cache = cache
         self.options = options or Options()
         self._captures = Captures(Changes())
-        self.__dict__["_shown"] = None
         self._lock = threading.RLock()
         self._latest: Compiled | None = None
         self._ranks: dict[int, RankModule] = {}
@@ -110,86 +108,9 @@ class ParallelModule(nn.Module):
         self._regather = Regather()
         self._placements: dict[str, Placements] = {}
         self.training = model.training
-        object.__setattr__(self, "__class__", _like(model))
+        self._take_signature(model)
 
-    # --- a module like the model -----------------------------------------------------------------------------------
-
-    def __getattr__(self, name: str) -> Any:
-        """What the model has, and a program has not: ``config``, ``dtype``, ``get_input_embeddings``."""
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            if name.startswith("__") or "_original" not in self.__dict__:
-                raise
-        if name.startswith("_ddp_"):
-            refuse("the program is no replica", WHOLE_WRAP)
-        shown = self.__dict__["_shown"]
-        if shown is not None:
-            return getattr(shown, name)
-        value = getattr(self._original.get(), name)
-        if isinstance(value, torch.Tensor | nn.Module | types.MethodType):
-            raise FxshardError(
-                f"the program has no {name!r} before the model was captured",
-                fix="pass example inputs to parallelize, or call the program once",
-            )
-        return value
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        """Modes and the model's plain attributes mean another capture; weights and modules cannot be replaced."""
-        refuse_replacing("", name, value)
-        if name == "__class__":
-            refuse("the program cannot become another class", "wrap the model before parallelize")
-        shown = self.__dict__.get("_shown")
-        if shown is not None:
-            if name == "training":
-                self._captures.changes.set_mode("", value)
-            elif name not in self.__dict__ and not hasattr(type(self), name) and hasattr(shown, name):
-                setattr(shown, name, value)
-                return
-        super().__setattr__(name, value)
-
-    def __delattr__(self, name: str) -> None:
-        """What the program's code reads stays."""
-        if name not in self.__dict__:
-            refuse(f"{name} cannot be deleted: the program's code reads it", "change the model, and parallelize again")
-        super().__delattr__(name)
-
-    def _refuse_adding(self, name: str, *args: Any, **kwargs: Any) -> NoReturn:
-        refuse(f"nothing can be added to a program ({name!r})", "change the model, and parallelize again")
-
-    register_parameter = register_buffer = add_module = register_module = _refuse_adding
-
-    def train(self, mode: bool = True) -> ParallelModule:
-        """As ``nn.Module.train``; another mode is another capture."""
-        if self._shown is None:
-            changes = self._captures.changes
-            for path, _ in self._original.get().named_modules():
-                changes.set_mode(path, mode)
-        return super().train(mode)
-
-    def requires_grad_(self, requires_grad: bool = True) -> ParallelModule:
-        """As ``nn.Module.requires_grad_``, for all ranks that this process holds."""
-        if self._shown is None:
-            refuse(
-                "the program has no weights before the model was captured",
-                "say so of the model, pass example inputs to parallelize, or call the program once",
-            )
-        for module in self._ranks.values():
-            module.requires_grad_(requires_grad)
-        return self
-
-    def zero_grad(self, set_to_none: bool = True) -> None:
-        """As ``nn.Module.zero_grad``, for all ranks that this process holds."""
-        for module in self._ranks.values():
-            module.zero_grad(set_to_none)
-
-    def _apply(self, function: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> ParallelModule:
-        """``to``, ``half``, ``cuda``: nothing that would change a tensor's dtype or device."""
-        check_unmoved(self._original.get() if self._shown is None else self, function)
-        return self
-
-    def _replicate_for_data_parallel(self) -> NoReturn:
-        refuse("the program is no replica", WHOLE_WRAP)
+    # --- copies ----------------------------------------------------------------------------------------------------
 
     def __deepcopy__(self, memo: dict[int, Any]) -> ParallelModule:
         """A program of its own, with weights of its own; its first call is collective under torchrun.
@@ -202,7 +123,7 @@ class ParallelModule(nn.Module):
         (True, False)
         """
         model = self._original.get() if self._shown is not None else copy.deepcopy(self._original.get(), memo)
-        made = type(self)(model, self._asked, self._device_mesh, self._dynamic_shapes, self.options, self._cache)
+        made = ParallelModule(model, self._asked, self._device_mesh, self._dynamic_shapes, self.options, self._cache)
         memo[id(self)] = made
         made.__dict__["_original"] = self._original if self._shown is not None else made._original
         changes = made._captures.changes
@@ -225,14 +146,6 @@ class ParallelModule(nn.Module):
             if name not in made.__dict__:
                 made.__dict__[name] = copy.deepcopy(value, memo)
         return made
-
-    def __reduce_ex__(self, protocol: Any) -> NoReturn:
-        """A program cannot be pickled: it runs in a process group, over code that was made for one rank of it."""
-        raise FxshardError(
-            "a program cannot be pickled, nor saved with torch.save",
-            fix="save fxshard.save_checkpoint(program, ...) or program.full_state_dict(), and parallelize the model in "
-            "the process that loads it",
-        )
 
     # --- capture ---------------------------------------------------------------------------------------------------
 
@@ -296,7 +209,7 @@ class ParallelModule(nn.Module):
         self._original.empty([captured.root, compiled.root])
         for note in notes_of(compiled):
             logger.warning(note)
-        lost = [f"{each.module}.{each.steps[0]}".lstrip(".") for each in captured.written if each.value is LOST]
+        lost = [joined(each.module, str(each.steps[0])) for each in captured.written if each.value is LOST]
         if lost:
             logger.warning(
                 f"what forward assigns to {lost[0]} is lost" + f", and to {len(lost) - 1} more" * (len(lost) > 1)
@@ -507,8 +420,7 @@ class ParallelModule(nn.Module):
             if each.value is LOST:
                 continue
             self._captures.changes.write(each)
-            if self._shown is not None:
-                each.again(self._shown)
+            each.again(self._shown)
         return compiled.captured.unflatten_outputs(leaves, (args, kwargs))
 
     def _compare_ranks(self, compiled: Compiled, leaves: list[Any] | None) -> None:
@@ -770,15 +682,3 @@ class ParallelModule(nn.Module):
     def explain(self) -> str:
         """Every collective, its size, where it comes from, and why it is there."""
         return explain(self.compiled)
-
-
-def _like(model: nn.Module) -> type[ParallelModule]:
-    """The class of a model's program: its ``forward`` has the signature of the model's, which trainers look at."""
-    signature = inspect.signature(model.forward)
-    own = inspect.Parameter("self", inspect.Parameter.POSITIONAL_ONLY)
-    code = ParallelModule.forward
-    forward = types.FunctionType(code.__code__, code.__globals__, "forward")
-    forward.__doc__, forward.__qualname__, forward.__module__ = code.__doc__, code.__qualname__, code.__module__
-    parameters = [each for each in signature.parameters.values() if each.name != "self"]
-    forward.__signature__ = signature.replace(parameters=[own, *parameters])  # type: ignore[attr-defined]
-    return type("ParallelModule", (ParallelModule,), {"forward": forward, "__module__": ParallelModule.__module__})

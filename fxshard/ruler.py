@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-__all__ = ["TOLERANCE", "Compared", "compare", "relative_error"]
+__all__ = ["TOLERANCE", "Compared", "compare"]
 
 TOLERANCE = {
     torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 5e-2,
@@ -114,12 +114,6 @@ def difference(got: Any, want: torch.Tensor) -> float:
     same = (got == want) | (got.isnan() & want.isnan())
     error = torch.where(same, torch.zeros_like(want), got - want).abs().max().item()
     return error if error == error else float("inf")
-
-
-def relative_error(got: torch.Tensor, want: torch.Tensor, scale: float = 0.0) -> float:
-    """The largest difference, relative to the largest element of ``want``, or to ``scale``, if that is larger."""
-    error = difference(got, want)
-    return error / max(_scale(want), scale, 1e-30) if want.dtype in TOLERANCE and want.numel() else error
 
 
 def _dense(tensor: torch.Tensor) -> torch.Tensor:

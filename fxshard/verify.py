@@ -32,7 +32,7 @@ from fxshard.runtime.autocast import using
 from fxshard.runtime.collectives import Axis
 from fxshard.runtime.devices import RandomState, random_state, set_random_state
 from fxshard.runtime.lockstep import Turns, lockstep_axes, run_ranks
-from fxshard.runtime.module import find
+from fxshard.runtime.module import find, joined
 from fxshard.torch_internals import pytree
 
 
@@ -187,7 +187,7 @@ def _everywhere(model: nn.Module, tensors: Mapping[str, torch.Tensor]) -> dict[s
     """
     given = {id(tensor): tensors[name] for name, tensor in (*model.named_parameters(), *model.named_buffers())}
     return {
-        f"{path}.{name}" if path else name: given[id(tensor)]
+        joined(path, name): given[id(tensor)]
         for path, module in model.named_modules()
         for name, tensor in (*module._parameters.items(), *module._buffers.items())
         if tensor is not None

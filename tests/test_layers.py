@@ -25,7 +25,7 @@ LAYERS: list[set[str]] = [
     {"plan"},
     {"passes", "search"},
     {"cache", "codegen", "inspect"},
-    {"program", "compiling", "captures"},
+    {"program", "compiling", "captures", "standing_in"},
     {"counting", "gradients", "simulate", "verify", "checkpoint"},
     {"api", "cli"},
     {"", "__main__"},

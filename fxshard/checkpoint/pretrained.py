@@ -29,7 +29,7 @@ from torch import nn
 from fxshard.checkpoint.checkpoint import WRITABLE, weights_of
 from fxshard.checkpoint.reading import CHECKSUMS, REPLACED
 from fxshard.errors import CheckpointError
-from fxshard.passes.writes import Before
+from fxshard.passes.writes import unchanged
 from fxshard.program import ParallelModule
 from fxshard.runtime.faults import told_to_others
 from fxshard.runtime.files import CHUNK_BYTES, checksums_of
@@ -127,11 +127,8 @@ def _damage(source: Path) -> list[str]:
 def _write(weights: Weights, state: dict[str, Any], folder: Path, options: Mapping[str, Any]) -> None:
     own = getattr(weights.model, "save_pretrained", None)
     if callable(own) and "state_dict" in inspect.signature(own).parameters:
-        before = Before(weights.model)  # saving writes to the configuration, on one rank
-        try:
+        with unchanged(weights.model):  # saving writes to the configuration, on one rank
             own(folder, state_dict=state, **options)
-        finally:
-            before.restore()
         return
     strange = [name for name, value in state.items() if not isinstance(value, torch.Tensor)]
     if strange or options:

@@ -23,6 +23,7 @@ __all__ = [
     "Leaf",
     "bounds_of",
     "free_of",
+    "in_words",
     "canonical_call",
     "check_leaves",
     "leaf_of",
@@ -56,7 +57,7 @@ class Leaf:
     symbol: Any = None
 
     def __str__(self) -> str:
-        return f"{self.path}: {_describe(self.dtype, self.shape)}" if self.shape is not None else self.path
+        return f"{self.path}: {in_words(self.dtype, self.shape)}" if self.shape is not None else self.path
 
 
 def canonical_call(
@@ -141,7 +142,12 @@ def bounds_of(span: Any) -> tuple[float, float]:
     return number(span.lower), number(span.upper)
 
 
-def _describe(dtype: torch.dtype | None, shape: Any) -> str:
+def in_words(dtype: torch.dtype | None, shape: Any) -> str:
+    """A tensor's type as a message writes it.
+
+    >>> in_words(torch.float32, (2, 3))
+    'float32[2, 3]'
+    """
     return f"{str(dtype).removeprefix('torch.')}[{', '.join(map(str, shape))}]"
 
 
@@ -193,16 +199,16 @@ def _check_tensor(
     sizes: _Sizes,
     derived: list[tuple[Leaf, Any, int, str]],
 ) -> str:
-    expected = _describe(info.dtype, info.shape)
+    expected = in_words(info.dtype, info.shape)
     if not isinstance(leaf, torch.Tensor):
         return f"expected {expected}, got {leaf!r}"
     assert info.shape is not None
     if leaf.dtype != info.dtype or leaf.dim() != len(info.shape):
-        return f"expected {expected}, got {_describe(leaf.dtype, leaf.shape)}"
+        return f"expected {expected}, got {in_words(leaf.dtype, leaf.shape)}"
     for dim, (size, want) in enumerate(zip(leaf.shape, info.shape, strict=True)):
         if isinstance(want, int):
             if size != want:
-                return f"expected {expected}, got {_describe(leaf.dtype, leaf.shape)} (dim {dim})"
+                return f"expected {expected}, got {in_words(leaf.dtype, leaf.shape)} (dim {dim})"
         elif want.is_Symbol:
             if problem := sizes.check(size, want):
                 return f"dim {dim} {problem}"
@@ -237,7 +243,7 @@ class _Sizes:
 
 def _check_constant(leaf: Any, value: Any) -> str:
     if isinstance(leaf, torch.Tensor):
-        return f"expected the constant {value!r}, got {_describe(leaf.dtype, leaf.shape)}"
+        return f"expected the constant {value!r}, got {in_words(leaf.dtype, leaf.shape)}"
     same = type(leaf) is type(value) and (leaf == value or (leaf != leaf and value != value))
     return "" if same else f"was {value!r} at capture, which the graph holds as a constant; got {leaf!r}"
 

@@ -50,7 +50,7 @@ from fxshard.passes.trees import flatten, paths, put_back, reorder
 from fxshard.passes.vmaps import unmap
 from fxshard.passes.writes import Written, check_lost
 from fxshard.runtime.autocast import State, ambient
-from fxshard.runtime.module import find, place
+from fxshard.runtime.module import find, joined, place
 from fxshard.torch_internals import is_vmapped, pytree
 
 __all__ = ["Captured", "capture", "number_constants", "signature_key"]
@@ -202,7 +202,8 @@ def _capture(
         outputs = Outputs()  # torch.cond and its like do not run where attributes are watched
         program, reads = export(model, tree, shapes, outputs, place), Reads.all_of(model)
     check_lost(outputs.written, reads)
-    asks_grad = reads.asks_for(model, "is_grad_enabled", "is_inference_mode_enabled", "is_inference")
+    words = reads.named(model).words
+    asks_grad = not words.isdisjoint(("is_grad_enabled", "is_inference_mode_enabled", "is_inference"))
     if asks_grad and not with_grad:
         outputs = Outputs()
         program = export(model, tree, shapes, outputs, place, grad=False)
@@ -233,7 +234,7 @@ def _capture(
         written=outputs.written,
         changes_inputs=outputs.changes_inputs,
         asks_grad=asks_grad,
-        asks_needs=outputs.asks_needs or reads.asks_for(model, "requires_grad", "grad_fn", "is_leaf"),
+        asks_needs=outputs.asks_needs or not words.isdisjoint(("requires_grad", "grad_fn", "is_leaf")),
     )
 
 
@@ -372,9 +373,7 @@ def tensors_of(model: nn.Module) -> tuple[dict[str, torch.Tensor], dict[str, str
 
 def _non_persistent(model: nn.Module) -> frozenset[str]:
     return frozenset(
-        f"{prefix}.{name}" if prefix else name
-        for prefix, module in model.named_modules()
-        for name in module._non_persistent_buffers_set
+        joined(prefix, name) for prefix, module in model.named_modules() for name in module._non_persistent_buffers_set
     )
 
 

@@ -24,6 +24,22 @@ def is_mutating(target: Any) -> bool:
 
 
 @functools.cache
+def may_view(target: Any) -> bool:
+    """Say whether an operator returns its first operand, or a view of it."""
+    schema = getattr(target, "_schema", None)
+    if schema is None or not schema.arguments or is_mutating(target):
+        return False
+    return schema.arguments[0].alias_info is not None
+
+
+def base_of(node: Any) -> Any:
+    """The value whose memory a node shows: itself, or what it is a view of, or writes to and returns."""
+    while isinstance(node, fx.Node) and (may_view(node.target) or is_mutating(node.target)):
+        node = node.args[0]
+    return node
+
+
+@functools.cache
 def _is_effect(target: Any) -> bool:
     if target in (dropout_mask, draw_apart):
         return True

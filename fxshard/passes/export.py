@@ -23,9 +23,9 @@ from fxshard.errors import CaptureError, FxshardError
 from fxshard.passes.checkpoints import marked, run_checkpointed
 from fxshard.passes.functions import call_whole
 from fxshard.passes.origins import TORCH_DIR
-from fxshard.passes.reads import is_plain
 from fxshard.passes.trees import flatten, without_unchanged
-from fxshard.passes.writes import Before, Written
+from fxshard.passes.values import is_plain
+from fxshard.passes.writes import Before, Written, unchanged
 from fxshard.torch_internals import REGION_PASSES, SingleLevelFunction, exporter, pytree, trusted_distributions
 
 __all__ = ["Outputs", "export", "fits_graph", "has_meta", "quiet"]
@@ -124,14 +124,12 @@ def export(
     """
     with torch.inference_mode(False):
         args, kwargs = _stand_ins(tree, device)
-    before, drawn = Before(model), random.getstate()
-    handles = (
-        model.register_forward_pre_hook(outputs.prepare, prepend=True, with_kwargs=True),
-        model.register_forward_hook(outputs, with_kwargs=True),
-    )
+    drawn = random.getstate()
     try:
         with (
             quiet(),
+            unchanged(model),
+            _hooked(model, outputs),
             _seen_on(model, device),
             _whole_functions(model, outputs),
             _unmoved(model),
@@ -147,9 +145,6 @@ def export(
     except Exception as error:
         raise _capture_error(model, error) from None
     finally:
-        for handle in handles:
-            handle.remove()
-        before.restore()
         drew, _ = random.getstate() != drawn, random.setstate(drawn)
     if drew:
         warnings.warn(
@@ -158,6 +153,20 @@ def export(
             stacklevel=3,
         )
     return program
+
+
+@contextlib.contextmanager
+def _hooked(model: nn.Module, outputs: Outputs) -> Iterator[None]:
+    """Lets ``outputs`` see what the model is given and returns."""
+    handles = (
+        model.register_forward_pre_hook(outputs.prepare, prepend=True, with_kwargs=True),
+        model.register_forward_hook(outputs, with_kwargs=True),
+    )
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def _stand_ins(tree: Any, device: torch.device | None) -> Any:

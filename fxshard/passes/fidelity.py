@@ -22,8 +22,9 @@ from torch.utils.checkpoint import CheckpointFunction
 
 from fxshard.errors import CaptureError
 from fxshard.passes.capture import Captured
+from fxshard.passes.effects import base_of
 from fxshard.passes.typing import values_of
-from fxshard.passes.writes import Before
+from fxshard.passes.writes import unchanged
 from fxshard.ruler import TOLERANCE, compare
 from fxshard.rules.recipe import written as written_by
 from fxshard.runtime.autocast import ambient, using
@@ -62,11 +63,15 @@ def check_fidelity(
         return captured.unflatten_outputs(root(*captured.flatten_inputs(args, kwargs)), (args, kwargs))
 
     written = [find(root, name) for name in _overwritten(root.graph)]
-    want = _run(model, model, lambda a, k: model(*a, **k), args, kwargs, written, backward)
-    got = _run(model, root, replay, args, kwargs, written, backward)
+
+    def both(backward: bool) -> tuple[dict[str, Any] | None, dict[str, Any] | None]:
+        with unchanged(model):
+            want = _run(model, model, lambda a, k: model(*a, **k), args, kwargs, written, backward)
+        return want, _run(model, root, replay, args, kwargs, written, backward)
+
+    want, got = both(backward)
     if want is None or got is None:  # the backward pass of the model itself fails
-        want = _run(model, model, lambda a, k: model(*a, **k), args, kwargs, written, backward=False)
-        got = _run(model, root, replay, args, kwargs, written, backward=False)
+        want, got = both(backward=False)
     assert want is not None
     assert got is not None
     names = [name for name in want if not name.startswith("buffer ") or name in got]
@@ -116,12 +121,11 @@ def _run(
     written: Sequence[torch.Tensor] = (),
     backward: bool = True,
 ) -> dict[str, Any] | None:
-    """What one run gives, by names, as it does for the caller; the model's own state is put back.
+    """What one run gives, by names, as it does for the caller; buffers and ``written`` are put back.
 
     Returns:
         The outputs, what the inputs are afterwards, the buffers, and the gradients; None if the backward pass fails.
     """
-    before = Before(model)
     saved = [(each, each.detach().clone()) for each in (*model.buffers(), *written)]
     own_args, own_kwargs = pytree.tree_map_only(torch.Tensor, _own, (args, dict(kwargs)))
     numpy = sys.modules.get("numpy")  # not ours: a model may draw from it
@@ -159,7 +163,6 @@ def _run(
         for each, value in saved:
             with torch.inference_mode(each.is_inference()), torch.no_grad():
                 each.copy_(value)
-        before.restore()
         random.setstate(drawn[0])
         if numpy:
             numpy.random.set_state(drawn[1])
@@ -218,16 +221,10 @@ def _overwritten(graph: fx.Graph) -> list[str]:
     found: dict[str, None] = {}
     for node in graph.nodes:
         for target in written_by(node).values():
-            while target.op == "call_function" and target.all_input_nodes and _shares_memory(target.target):
-                target = target.all_input_nodes[0]
+            target = base_of(target)
             if target.op == "get_attr":
                 found[str(target.target)] = None
     return list(found)
-
-
-def _shares_memory(target: Any) -> bool:
-    schema = getattr(target, "_schema", None)
-    return schema is not None and any(each.alias_info is not None for each in schema.returns)
 
 
 def tolerance_of(graph: fx.Graph) -> float:

@@ -27,7 +27,7 @@ from torch import fx
 from torch.fx.node import map_arg
 
 from fxshard.errors import CaptureError
-from fxshard.passes.effects import is_mutating
+from fxshard.passes.effects import base_of, is_mutating, may_view
 from fxshard.passes.origins import module_of, source_of
 from fxshard.passes.root import Root
 from fxshard.runtime.hidden import HIDDEN_WRITE
@@ -134,14 +134,6 @@ def _written(target: Any) -> tuple[tuple[int, str], ...]:
         for index, argument in enumerate(target._schema.arguments)
         if argument.alias_info is not None and argument.alias_info.is_write
     )
-
-
-@functools.cache
-def _may_view(target: Any) -> bool:
-    schema = getattr(target, "_schema", None)
-    if schema is None or not schema.arguments or is_mutating(target):
-        return False
-    return schema.arguments[0].alias_info is not None
 
 
 @functools.cache
@@ -258,7 +250,7 @@ class _Functionalizer:
             return
         if is_inert_dropout(node):
             self.refs[node] = self.refs[source]
-        if _may_view(node.target):
+        if may_view(node.target):
             if _name(node.target) not in _SPLITS and _is_view(source, node):
                 self.refs[node] = self._step(self.refs[source], _View(new), new)
         elif _name(source.target) in _SPLITS and isinstance(node.args[1], int):
@@ -318,7 +310,7 @@ class _Functionalizer:
     def _source(self, node: fx.Node, old: fx.Node) -> fx.Node:
         """Return what is copied; of memory that may be written back at the end, a copy that the end leaves alone."""
         value, root = self._read(old), self.refs[old].node
-        while _may_view(root.target) or _name(root.target) in _DROPOUTS:
+        while may_view(root.target) or _name(root.target) in _DROPOUTS:
             root = root.all_input_nodes[0]
         if root.op in ("get_attr", "placeholder"):
             return self._emit(node, _aten.clone.default, (value,), val=value.meta["val"])
@@ -456,9 +448,7 @@ class _Functionalizer:
             for item in inner.graph.nodes:
                 if item.op != "call_function" or not is_mutating(item.target):
                     continue
-                source = item.args[0]
-                while isinstance(source, fx.Node) and (_may_view(source.target) or is_mutating(source.target)):
-                    source = source.args[0]
+                source = base_of(item)
                 if isinstance(source, fx.Node) and source.op in ("placeholder", "get_attr"):
                     raise self._error(item, f"changes, inside {node.target}, a value from outside of it")
 

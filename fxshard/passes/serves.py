@@ -23,7 +23,8 @@ import torch
 from torch import nn
 
 from fxshard.passes.capture import Captured
-from fxshard.passes.reads import Guard, same
+from fxshard.passes.reads import Guard
+from fxshard.passes.values import same
 from fxshard.passes.writes import Written
 from fxshard.runtime.autocast import State, ambient
 

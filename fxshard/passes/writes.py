@@ -12,16 +12,20 @@ from __future__ import annotations
 
 import copy
 import enum
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
 from fxshard.errors import CaptureError
-from fxshard.passes.reads import OF_MODULES, Reads, contents, is_data, is_plain
+from fxshard.passes.calls import in_words
+from fxshard.passes.reads import OF_MODULES, Reads
+from fxshard.passes.values import contents, is_data, is_plain
+from fxshard.runtime.module import joined
 
-__all__ = ["LOST", "Before", "Written", "check_lost"]
+__all__ = ["LOST", "Before", "Written", "check_lost", "unchanged"]
 
 _TABLES = ("_parameters", "_buffers", "_modules")
 _HOOKS = tuple(name for name, value in vars(nn.Module()).items() if isinstance(value, dict) and name not in _TABLES)
@@ -53,7 +57,7 @@ class Written(NamedTuple):
     value: Any
 
     def again(self, modules: nn.Module) -> None:
-        """Assigns it where these modules have it, but for an attribute of the module itself."""
+        """Assigns it where these modules have it."""
         target: Any = vars(modules.get_submodule(self.module))
         for step in self.steps[:-1]:
             inner = target[step]
@@ -75,7 +79,7 @@ class Before:
             for name, value in attributes.items()
             if name not in _APART and not is_plain(value)
         ]
-        named = [(f"{path}.{name}".lstrip("."), value) for path, name, value in held]
+        named = [(joined(path, name), value) for path, name, value in held]
         self._contents = contents(named, [(path, name) for path, name, _ in held])
 
     def written(self) -> tuple[Written, ...]:
@@ -122,8 +126,8 @@ class Before:
             if kind != "_buffers" or not isinstance(a, torch.Tensor) or not isinstance(b, torch.Tensor):
                 raise _refused(path, name, "replaces, adds or deletes")
             if a.shape != b.shape or a.dtype != b.dtype:
-                what = f"gives another size to ({_type(b)} becomes {_type(a)})"
-                raise _refused(path, name, what)
+                types = f"{in_words(b.dtype, b.shape)} becomes {in_words(a.dtype, a.shape)}"
+                raise _refused(path, name, f"gives another size to ({types})")
 
     def restore(self) -> None:
         """Puts all back."""
@@ -142,6 +146,23 @@ class Before:
             each.restore()
 
 
+@contextmanager
+def unchanged(model: nn.Module) -> Iterator[None]:
+    """Whatever is done to the modules of a model within it, to their attributes, tables and hooks, is put back.
+
+    >>> model = nn.Linear(2, 2)
+    >>> with unchanged(model):
+    ...     model.note = 1
+    >>> hasattr(model, "note")
+    False
+    """
+    before = Before(model)
+    try:
+        yield
+    finally:
+        before.restore()
+
+
 def check_lost(written: Iterable[Written], reads: Reads) -> None:
     """Raises where what is lost is read before it is assigned: by the next call."""
     for each in written:
@@ -149,13 +170,9 @@ def check_lost(written: Iterable[Written], reads: Reads) -> None:
             raise _refused(each.module, str(each.steps[0]), "keeps tensors or objects in")
 
 
-def _type(tensor: torch.Tensor) -> str:
-    return f"{str(tensor.dtype).removeprefix('torch.')}[{', '.join(map(str, tensor.shape))}]"
-
-
 def _refused(module: str, name: str, what: str) -> CaptureError:
     return CaptureError(
-        f"forward {what} {f'{module}.{name}'.lstrip('.')}, which later calls would read: a program keeps no such state",
+        f"forward {what} {joined(module, name)}, which later calls would read: a program keeps no such state",
         module=module,
         fix="keep state in a buffer that is changed in place (self.register_buffer, copy_), or return it from forward",
     )

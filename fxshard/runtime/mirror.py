@@ -23,7 +23,7 @@ import torch
 from torch import fx, nn
 
 from fxshard.errors import FxshardError
-from fxshard.runtime.module import Container
+from fxshard.runtime.module import Container, joined
 
 WRAPPERS = {
     "torch.nn.parallel.distributed": "DistributedDataParallel",
@@ -34,8 +34,10 @@ WRAPPERS = {
     "deepspeed": "DeepSpeed",
 }
 """Modules whose functions wrap other modules -> what they are called."""
-WHOLE_WRAP = "use the program as it is: it sums the gradients itself. For data parallelism give parallelize the plan " \
-    "data_parallel(n), or zero(n), alone or joined with others"  # fmt: skip
+WHOLE_WRAP = (
+    "use the program as it is: it sums the gradients itself. For data parallelism give parallelize the plan "
+    "data_parallel(n), or zero(n), alone or joined with others"
+)
 _OF_MODULES = frozenset(vars(nn.Module()))
 _BOUND = "_fxshard"
 
@@ -69,9 +71,16 @@ def refuse(what: str, fix: str) -> NoReturn:
     raise FxshardError(what, fix=fix)
 
 
-def refuse_replacing(where: str, name: str, value: Any) -> None:
-    """Raises where ``value`` would take the place of a weight, a buffer or a module of a program."""
-    if isinstance(value, nn.Module | torch.Tensor):
+def refuse_replacing(where: str, name: str, value: Any, held: bool = False) -> None:
+    """Raises where ``value`` would take the place of a weight, a buffer or a module of a program.
+
+    Args:
+        where: the name of the module.
+        name: what is assigned.
+        value: what to.
+        held: whether the module has such a thing under the name.
+    """
+    if held or isinstance(value, nn.Module | torch.Tensor):
         kind = "module" if isinstance(value, nn.Module) else "parameter or buffer"
         refuse(
             f"{where or 'the program'}.{name} cannot be given another {kind}: a program's weights are parts, of which "
@@ -98,9 +107,8 @@ class Mirror:
         elif name == "__class__":
             refuse(f"{path or 'the program'} cannot become another class", "wrap the model before parallelize")
         else:
-            refuse_replacing(path, name, value)
-            if name in self.__dict__["_parameters"] or name in self.__dict__["_modules"]:
-                refuse_replacing(path, name, torch.empty(0))
+            held = name in self.__dict__["_parameters"] or name in self.__dict__["_modules"]
+            refuse_replacing(path, name, value, held)
             self.__dict__[name] = value
             if name not in _OF_MODULES:
                 listener.set_attribute(path, name, value)
@@ -185,7 +193,7 @@ def mirror(model: nn.Module, rank_module: nn.Module, listener: Listener) -> nn.M
             children = made[id(module)]._modules
             for name, child in module._modules.items():
                 held = parts._modules.get(name) if parts is not None else None
-                children[name] = None if child is None else build(child, f"{path}.{name}".lstrip("."), held)
+                children[name] = None if child is None else build(child, joined(path, name), held)
         return made[id(module)]
 
     return build(model, "", rank_module)

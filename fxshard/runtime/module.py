@@ -82,6 +82,15 @@ def find(module: nn.Module, name: str) -> Any:
     return module.__dict__.get(last)
 
 
+def joined(path: str, name: str) -> str:
+    """The name of what a module holds, from its own and the module's, which is empty for the root.
+
+    >>> joined("model.norm", "weight"), joined("", "weight")
+    ('model.norm.weight', 'weight')
+    """
+    return f"{path}.{name}" if path else name
+
+
 def is_word(text: str) -> bool:
     """Whether a text may stand in code as a name: Python reads some others as another one, or not at all.
 

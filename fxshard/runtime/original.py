@@ -15,6 +15,8 @@ from collections.abc import Iterable
 import torch
 from torch import nn
 
+from fxshard.runtime.module import joined
+
 logger = logging.getLogger("fxshard")
 
 
@@ -71,7 +73,7 @@ class Original:
         for module in modules:
             for path, child in module.named_modules(remove_duplicate=False):
                 for name in [n for n, p in child._parameters.items() if p is not None]:
-                    same = known.get(f"{path}.{name}".lstrip("."))
+                    same = known.get(joined(path, name))
                     if same is not None:
                         child._parameters[name] = same
 

@@ -1,0 +1,132 @@
+"""A program as people treat it, who take it for its model: what can be honoured is, and all else is refused.
+
+program.config, program.dtype                   the model's own attributes and methods, over this rank's weights
+program.alpha = 2.0, program.eval()             another capture
+program.weight = nn.Parameter(...)              refused, as ``runtime.mirror`` does for its parts
+program.half(), pickle.dumps(program)           refused
+"""
+
+from __future__ import annotations
+
+import inspect
+import types
+from collections.abc import Callable, Mapping
+from typing import Any, NoReturn, Self
+
+import torch
+from torch import nn
+
+from fxshard.captures import Captures
+from fxshard.errors import FxshardError
+from fxshard.runtime.mirror import WHOLE_WRAP, check_unmoved, refuse, refuse_replacing
+from fxshard.runtime.original import Original
+
+
+class StandIn(nn.Module):
+    """What a program has of ``nn.Module``."""
+
+    _original: Original
+    _captures: Captures
+    _ranks: Mapping[int, nn.Module]
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.__dict__["_shown"] = None  # the model's modules over this rank's weights, once it was captured
+
+    def _take_signature(self, model: nn.Module) -> None:
+        """Gives ``forward`` the signature of the model's, which trainers look at."""
+        cls = type(self)
+        signature = inspect.signature(model.forward)
+        own = inspect.Parameter("self", inspect.Parameter.POSITIONAL_ONLY)
+        plain = cls.forward
+        forward = types.FunctionType(plain.__code__, plain.__globals__, "forward")
+        forward.__doc__, forward.__qualname__, forward.__module__ = plain.__doc__, plain.__qualname__, plain.__module__
+        parameters = [each for each in signature.parameters.values() if each.name != "self"]
+        forward.__signature__ = signature.replace(parameters=[own, *parameters])  # type: ignore[attr-defined]
+        made = type(cls.__name__, (cls,), {"forward": forward, "__module__": cls.__module__})
+        object.__setattr__(self, "__class__", made)
+
+    def __getattr__(self, name: str) -> Any:
+        """What the model has, and a program has not: ``config``, ``dtype``, ``get_input_embeddings``."""
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name.startswith("__") or "_original" not in self.__dict__:
+                raise
+        if name.startswith("_ddp_"):
+            refuse("the program is no replica", WHOLE_WRAP)
+        shown = self.__dict__["_shown"]
+        if shown is not None:
+            return getattr(shown, name)
+        value = getattr(self._original.get(), name)
+        if isinstance(value, torch.Tensor | nn.Module | types.MethodType):
+            raise FxshardError(
+                f"the program has no {name!r} before the model was captured",
+                fix="pass example inputs to parallelize, or call the program once",
+            )
+        return value
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Modes and the model's plain attributes mean another capture; weights and modules cannot be replaced."""
+        refuse_replacing("", name, value)
+        if name == "__class__":
+            refuse("the program cannot become another class", "wrap the model before parallelize")
+        shown = self.__dict__.get("_shown")
+        if shown is not None:
+            if name == "training":
+                self._captures.changes.set_mode("", value)
+            elif name not in self.__dict__ and not hasattr(type(self), name) and hasattr(shown, name):
+                setattr(shown, name, value)
+                return
+        super().__setattr__(name, value)
+
+    def __delattr__(self, name: str) -> None:
+        """What the program's code reads stays."""
+        if name not in self.__dict__:
+            refuse(f"{name} cannot be deleted: the program's code reads it", "change the model, and parallelize again")
+        super().__delattr__(name)
+
+    def _refuse_adding(self, name: str, *args: Any, **kwargs: Any) -> NoReturn:
+        refuse(f"nothing can be added to a program ({name!r})", "change the model, and parallelize again")
+
+    register_parameter = register_buffer = add_module = register_module = _refuse_adding
+
+    def train(self, mode: bool = True) -> Self:
+        """As ``nn.Module.train``; another mode is another capture."""
+        if self._shown is None:
+            changes = self._captures.changes
+            for path, _ in self._original.get().named_modules():
+                changes.set_mode(path, mode)
+        return super().train(mode)
+
+    def requires_grad_(self, requires_grad: bool = True) -> Self:
+        """As ``nn.Module.requires_grad_``, for all ranks that this process holds."""
+        if self._shown is None:
+            refuse(
+                "the program has no weights before the model was captured",
+                "say so of the model, pass example inputs to parallelize, or call the program once",
+            )
+        for module in self._ranks.values():
+            module.requires_grad_(requires_grad)
+        return self
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """As ``nn.Module.zero_grad``, for all ranks that this process holds."""
+        for module in self._ranks.values():
+            module.zero_grad(set_to_none)
+
+    def _apply(self, function: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Self:
+        """``to``, ``half``, ``cuda``: nothing that would change a tensor's dtype or device."""
+        check_unmoved(self._original.get() if self._shown is None else self, function)
+        return self
+
+    def _replicate_for_data_parallel(self) -> NoReturn:
+        refuse("the program is no replica", WHOLE_WRAP)
+
+    def __reduce_ex__(self, protocol: Any) -> NoReturn:
+        """A program cannot be pickled: it runs in a process group, over code that was made for one rank of it."""
+        raise FxshardError(
+            "a program cannot be pickled, nor saved with torch.save",
+            fix="save fxshard.save_checkpoint(program, ...) or program.full_state_dict(), and parallelize the model in "
+            "the process that loads it",
+        )
