@@ -1,0 +1,1 @@
+"""A fuzzer: random programs under random plans, each compared with the original model on one device."""
