@@ -56,6 +56,7 @@ _EXPANDS = frozenset(("expand", "expand_as"))
 _PERMUTATIONS = frozenset(("transpose", "t", "permute", "numpy_T", "mT", "movedim", "moveaxis", "swapaxes", "swapdims"))
 _SCATTERS = {"slice": "slice_scatter", "select": "select_scatter", "diagonal": "diagonal_scatter"}
 _DROPOUTS = frozenset(("dropout", "feature_dropout", "alpha_dropout", "feature_alpha_dropout"))
+_DROPOUTS_IN_PLACE = frozenset(f"{name}_" for name in (*_DROPOUTS, "rrelu", "rrelu_with_noise"))
 # Position, among the arguments after the tensor, of the dim that is cut.
 _SPLITS = {"split": 1, "chunk": 1, "split_with_sizes": 1, "tensor_split": 1, "unbind": 0}
 # The schema of these allows a view; whether it is one depends on strides and dtypes.
@@ -293,7 +294,8 @@ class _Functionalizer:
             return self._broadcast(node, self._source(node, node.args[1]), held)
         if name == "zero_" or (name == "fill_" and not isinstance(node.args[1], fx.Node)):
             number = 0 if name == "zero_" else node.args[1]
-            return self._emit(node, _aten.full_like.default, (held, number), val=held.meta["val"])
+            target = _aten.fill.Scalar if self._may_carry_gradient(held) else _aten.full_like.default
+            return self._emit(node, target, (held, number), val=held.meta["val"])
         if name == "fill_diagonal_" and held.meta["val"].dim() == 2 and len(node.args) == 2:
             diagonal = self._emit(node, _aten.diagonal.default, (held,))
             filled = self._emit(node, _aten.full_like.default, (diagonal, node.args[1]))
@@ -304,8 +306,19 @@ class _Functionalizer:
         outs = {argument.name for argument in node.target._schema.arguments if argument.is_out}  # type: ignore[union-attr]
         args = map_arg((*node.args, *_left_out(node, counterpart)), self._read)
         kwargs = {key: map_arg(value, self._read) for key, value in node.kwargs.items() if key not in outs}
+        if torch.Tag.nondeterministic_seeded in node.target.tags:  # type: ignore[union-attr]
+            return self._drawn(node, counterpart, args, kwargs, held)
         keeps_dtype = not outs and _one_float_dtype(node) and not name.startswith(_COMPARISONS)
         return self._emit(node, counterpart, args, kwargs, val=held.meta["val"] if keeps_dtype else None)
+
+    def _drawn(self, node: fx.Node, counterpart: Any, args: Any, kwargs: Any, held: fx.Node) -> fx.Node:
+        """Emit a draw in the place of ``held``, whose gradient is zero behind it: of the draw itself there is none."""
+        if _name(node.target) in _DROPOUTS_IN_PLACE or not self._may_carry_gradient(held):
+            return self._emit(node, counterpart, args, kwargs)
+        detached = self._emit(node, _aten.detach.default, (held,), val=held.meta["val"])
+        drawn = self._emit(node, counterpart, map_arg(args, lambda n: detached if n is held else n), kwargs)
+        zeros = self._emit(node, _aten.fill.Scalar, (held, 0), val=held.meta["val"])
+        return self._emit(node, _aten.add.Tensor, (zeros, drawn), val=held.meta["val"])
 
     def _source(self, node: fx.Node, old: fx.Node) -> fx.Node:
         """Return what is copied; of memory that may be written back at the end, a copy that the end leaves alone."""

@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 import fxshard
 from fxshard import Plan
+from tests.helpers import assert_equivalent
 from tests.presets import preset
 
 PLANS = {name: preset(name) for name in ("dp2", "dp3", "zero2", "tp2", "sp2", "dp2_tp2")}
@@ -102,3 +103,38 @@ def test_what_does_nothing_goes() -> None:
         assert [str(n.target) for n in program.graph_after("optimize").nodes if n.op == "call_function"] == [
             "aten.linear.default"
         ]
+
+
+OVERWRITES: dict[str, Callable[[torch.Tensor], object]] = {
+    "zero_": torch.Tensor.zero_,
+    "fill_": lambda y: y.fill_(0.5),
+    "bernoulli_": lambda y: y.bernoulli_(0.4),
+    "normal_": torch.Tensor.normal_,
+    "uniform_": torch.Tensor.uniform_,
+    "exponential_": torch.Tensor.exponential_,
+    "random_": lambda y: y.random_(5),
+}
+
+
+@pytest.mark.parametrize("plan", ["dp2", "tp2", "zero2"])
+@pytest.mark.parametrize("write", OVERWRITES)
+def test_what_is_overwritten_has_a_gradient_of_zero(write: str, plan: str) -> None:
+    """And the backward pass of what is beside it runs."""
+
+    class Overwrites(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.l, self.m = nn.Linear(8, 8), nn.Linear(8, 8)
+
+        def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            y = self.l(x)
+            OVERWRITES[write](y)
+            return y, self.m(x)
+
+    model, x = Overwrites().double(), torch.randn(6, 8, dtype=torch.float64)
+    program = assert_equivalent(model, PLANS[plan], (x,))
+    for output in fxshard.simulate(program, x).outputs:
+        assert all(each.requires_grad for each in output)
+    run = fxshard.simulate(program, x)
+    run.backward(lambda out: out[0].sum())
+    assert not run.full_grads()["l.weight"].any()
