@@ -83,7 +83,7 @@ class Captured:
         written: what forward assigns to attributes of the model's modules.
         changes_inputs: whether forward changes what the containers hold that it is given; then the outputs' tree is
             the pair of what the model returns, and of the arguments as they are behind it.
-        asks_grad: whether the model's code asks whether gradients are enabled.
+        asks_grad: whether the model's code asks whether gradients are enabled; of a result, ``requires_grad`` tells.
         asks_needs: whether it asks what requires one.
     """
 
@@ -203,7 +203,8 @@ def _capture(
         program, reads = export(model, tree, shapes, outputs, place), Reads.all_of(model)
     check_lost(outputs.written, reads)
     words = reads.named(model).words
-    asks_grad = not words.isdisjoint(("is_grad_enabled", "is_inference_mode_enabled", "is_inference"))
+    asks_needs = not words.isdisjoint(("requires_grad", "grad_fn", "is_leaf"))
+    asks_grad = asks_needs or not words.isdisjoint(("is_grad_enabled", "is_inference_mode_enabled", "is_inference"))
     if asks_grad and not with_grad:
         outputs = Outputs()
         program = export(model, tree, shapes, outputs, place, grad=False)
@@ -234,7 +235,7 @@ def _capture(
         written=outputs.written,
         changes_inputs=outputs.changes_inputs,
         asks_grad=asks_grad,
-        asks_needs=outputs.asks_needs or not words.isdisjoint(("requires_grad", "grad_fn", "is_leaf")),
+        asks_needs=outputs.asks_needs or asks_needs,
     )
 
 

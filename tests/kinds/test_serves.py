@@ -257,6 +257,30 @@ def test_a_model_that_asks() -> None:
             agree(program, model, x)
 
 
+@pytest.mark.parametrize("asks", ["requires_grad", "is_leaf", "grad_fn"])
+def test_a_model_that_asks_a_result(asks: str) -> None:
+    """Whether a result requires a gradient depends on what surrounds the call, too."""
+
+    class Result(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.up = nn.Linear(8, 8)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            y: torch.Tensor = self.up(x)
+            needs = {"requires_grad": y.requires_grad, "is_leaf": not y.is_leaf, "grad_fn": y.grad_fn is not None}
+            return y * 2 if needs[asks] else y
+
+    model = model_of(Result)
+    for grad in (True, False):
+        with torch.set_grad_enabled(grad):
+            program = fxshard.parallelize(model, tensor_parallel(2), (X,))
+        agree(program, model, X)
+        with torch.no_grad():
+            agree(program, model, X)
+        agree(program, model, X)
+
+
 # --- what the caller gives, and other threads ------------------------------------------------------------------------
 
 
