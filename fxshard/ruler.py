@@ -73,7 +73,8 @@ def compare(
     if all(each.ok for each in found):
         return found
     rounding = _rounding(rows, again(), tolerance)
-    largest = max((_scale(want) for _, _, want in rows if isinstance(want, torch.Tensor)), default=0.0)
+    scales = (_scale(want) for _, _, want in rows if isinstance(want, torch.Tensor) and want.dtype in TOLERANCE)
+    largest = max(scales, default=0.0)
     out = []
     for each, (_, got, want) in zip(found, rows, strict=True):
         if not each.ok and isinstance(want, torch.Tensor) and isinstance(got, torch.Tensor) and want.dtype in TOLERANCE:
@@ -125,7 +126,8 @@ def _scale(tensor: torch.Tensor) -> float:
     """The largest magnitude of the finite elements."""
     if tensor.numel() == 0 or tensor.is_meta:
         return 0.0
-    magnitude = _dense(tensor).abs()
+    tensor = _dense(tensor)
+    magnitude = tensor.int() if tensor.dtype == torch.bool else tensor.abs()
     if magnitude.dtype.is_floating_point:
         magnitude = magnitude[magnitude.isfinite()]
     return float(magnitude.max()) if magnitude.numel() else 0.0

@@ -56,3 +56,12 @@ def test_rounding_of_one_device_is_allowed_and_no_more() -> None:
 def test_a_second_run_that_is_about_something_else_counts_for_nothing() -> None:
     want = torch.randn(50)
     assert not verdict(want + 0.1, want, again=lambda: [torch.randn(50, dtype=torch.float64)])
+
+
+def test_values_of_other_dtypes_do_not_widen_what_is_allowed() -> None:
+    want, noise = torch.randn(50), 1e-8 * torch.randn(50)
+    rows = [("large", want, want), ("noise", noise + 1e-4, noise), ("mask", want > 0, want > 0)]
+    rows += [("ids", torch.tensor([2**40]), torch.tensor([2**40]))]
+    exact = [want.double(), torch.zeros(50, dtype=torch.float64), want > 0, torch.tensor([2**40])]
+    assert [each.ok for each in compare(rows, again=lambda: exact)] == [True, False, True, True]
+    assert not verdict(torch.tensor([True]), None)
