@@ -45,8 +45,8 @@ def show(seed: int, index: int) -> int:
         verdict = with_plan(program, plan)
         print(f"# {plan}\n# {verdict.kind} {verdict.call}")
         print("".join(f"#   {line}\n" for detail in verdict.details for line in detail.splitlines()), end="")
-        if verdict.bad:
-            bad = True
+        if verdict.kind not in ("right", "invalid"):
+            bad |= verdict.bad
             print("# smaller:\n" + shrink(program, plan, verdict.kind).source())
     return int(bad)
 

@@ -16,7 +16,7 @@ FUNCTIONAL = """gelu silu mish softplus softsign hardswish hardsigmoid elu selu 
 tanhshrink hardtanh softshrink hardshrink""".split()
 IN_PLACE = """relu_ tanh_ sigmoid_ neg_ abs_ sin_ exp_ zero_ square_ clamp_(-1,1) mul_(2) add_(1) div_(3) sub_(0.5)
 fill_(0.5) floor_ pow_(2) t_ unsqueeze_(0) squeeze_ masked_fill_({a}>0,0.25) cumsum_({d}) copy_({b}) add_({c})
-mul_({b}) addcmul_({b},{b}) lerp_({b},0.3) transpose_({d},{e}) clamp_min_(0) tril_ random_(0,5) normal_ uniform_
+mul_({b}) addcmul_({b},{b}) lerp_({b},0.3) transpose_({d},{e}) clamp_min_(0) tril_ random_(5) normal_ uniform_
 bernoulli_(0.4) index_fill_({d},torch.tensor([0]),2.0)""".split()
 ALONG = """softmax log_softmax cumsum cumprod logcumsumexp sort argsort msort topk kthvalue median mode max min argmax
 argmin amax amin sum mean std var logsumexp prod any all norm cummax cummin unbind flip roll diff count_nonzero""".split()
@@ -93,7 +93,7 @@ STATEMENTS = [
     "with torch.no_grad():\n    {o} = {a} * 2", "with torch.no_grad():\n    {o} = {a}.abs().mean() + {b}", "with torch.no_grad():\n    {buf}.add_({a}.reshape(-1, {last}).mean(0))\n{o} = {a} + 1", "with torch.enable_grad():\n    {o} = {a} * 3",
     "{buf}.mul_(0.9).add_({a}.detach().reshape(-1, {last}).sum(0), alpha=0.1)\n{o} = {a} * 1", "{buf}.copy_({a}.detach().reshape(-1, {last})[0])\n{o} = {a} - 1", "{buf}.zero_()\n{o} = {a} + 0", "{buf}[0] = {f}\n{o} = {a} + {buf}",
     "torch.rand(3)\n{o} = {a} * 1", "F.dropout({a}, 0.5, self.training)\n{o} = {a} + 0", "if self.training:\n    {o} = {a} * 2\nelse:\n    {o} = {a} - 1", "{o} = {a}\nfor i in range({m}):\n    {o} = ({o} + i).tanh()", "{a}.mul_(2)\n{o} = {a} + 1",
-    "{o} = {a}.detach()\n{o}.add_(1)", "{o} = {a}.data * 2", "{o} = {a}.clone().requires_grad_(False) if {a}.requires_grad is False else {a} * 2", "{o} = {a} * (2 if torch.is_grad_enabled() else 3)", "{o} = {a}.split(2, {d})[0]\n{o} = {o}.clone().relu_()", "{o} = {a}.unsqueeze(0).clone()\n{o}[0].exp_()",
+    "{o} = {a}.detach()\n{o}.add_(1)", "{o} = {a}.clone().requires_grad_(False) if {a}.requires_grad is False else {a} * 2", "{o} = {a} * (2 if torch.is_grad_enabled() else 3)", "{o} = {a}.split(2, {d})[0]\n{o} = {o}.clone().relu_()", "{o} = {a}.unsqueeze(0).clone()\n{o}[0].exp_()",
     *(f"{{o}} = {{a}}.clone()\n{{o}}.{name}" + ("" if name.endswith(")") else "()") for name in IN_PLACE),
 ]  # fmt: skip
 
