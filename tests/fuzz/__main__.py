@@ -6,7 +6,8 @@ import argparse
 import logging
 import sys
 
-from tests.fuzz.programs import doubles, make
+from tests.fuzz.program import doubles
+from tests.fuzz.programs import make
 from tests.fuzz.run import Summary, chosen, run, shrink, with_plan
 
 

@@ -132,4 +132,4 @@ def in_range(text: str, value: torch.Tensor) -> str:
         return f"({text}.sigmoid() + {low + 0.1:.1f})"
     if low >= 0:
         return f"({text}.sigmoid() * 0.8 + 0.1)" if high <= 1 else f"({text}.abs() + 0.1)"
-    return f"{text}.tanh()" if -1 <= low and high <= 1 else text
+    return f"{text}.tanh()" if low >= -1 and high <= 1 else text

@@ -25,7 +25,7 @@ import fxshard
 from fxshard.errors import FxshardError
 from fxshard.ruler import compare
 from tests.fuzz.plans import read
-from tests.fuzz.programs import Program, doubles
+from tests.fuzz.program import Program, doubles
 
 ZEROS = "is zeros, and should be none"
 CALLS = ("first", "other", "no_grad", "other mode")

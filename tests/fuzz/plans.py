@@ -11,15 +11,18 @@ from fxshard import Plan, Replicate, Shard
 from fxshard.placement import BlockShard
 from tests.presets import preset
 
-PRESETS = """dp2 dp2 dp3 dp4 tp2 tp2 tp3 tp4 sp2 sp2 sp3 sp4 zero2 zero2 zero3 zero4 cp2 cp3
-dp2_tp2 zero2_tp2 dp2_sp2 cp2_tp2 dp2_zero2 dp2_cp2 zero2_cp2 dp3_tp2 zero2_sp2""".split()
+PRESETS = (
+    "dp2", "dp2", "dp3", "dp4", "tp2", "tp2", "tp3", "tp4", "sp2", "sp2", "sp3", "sp4", "zero2", "zero2", "zero3",
+    "zero4", "cp2", "cp3", "dp2_tp2", "zero2_tp2", "dp2_sp2", "cp2_tp2", "dp2_zero2", "dp2_cp2", "zero2_cp2",
+    "dp3_tp2", "zero2_sp2",
+)  # fmt: skip
 MESHES = ({"a": 2}, {"a": 3}, {"a": 4}, {"a": 2, "b": 2}, {"a": 3, "b": 2})
 OPTIONS = ("bucket_bytes=0", "regather=False", "overlap=1", "overlap=2")
 NAMES = {"preset": preset, "Plan": Plan, "Shard": Shard, "BlockShard": BlockShard, "Replicate": Replicate, "dict": dict}
 
 
 def plans(seed: int, index: int, params: Mapping[str, Any], inputs: Mapping[str, Any], count: int = 2) -> list[str]:
-    """Plans for a program whose parameters and inputs have these shapes: ``"a plan; options"``, to be read by ``read``."""
+    """Plans for a program whose parameters and inputs have these shapes: ``"a plan; options"``, for ``read``."""
     rng = random.Random(f"plans {seed}-{index}")
     made = []
     presets = PRESETS if params else [name for name in PRESETS if "zero" not in name]  # which asks for weights
@@ -37,12 +40,11 @@ def read(text: str) -> tuple[Plan, dict[str, Any]]:
 
 def _explicit(rng: random.Random, params: Mapping[str, Any], inputs: Mapping[str, Any]) -> str:
     mesh = rng.choice(MESHES)
-    placed = {
-        kind: ", ".join(f"{name!r}: {e}" for name, s in shapes.items() if rng.random() < share and (e := _entry(rng, s, mesh)))
-        for kind, shapes, share in (("params", params, 0.6), ("inputs", inputs, 0.5))
-    }  # fmt: skip
-    text = f"Plan({mesh}, params={{{placed['params']}}}, inputs={{{placed['inputs']}}})"
-    return text if rng.random() < 0.85 else f"preset('tp2').on({mesh}) | {text}" if mesh == {"tp": 2} else text
+    placed = []
+    for shapes, share in ((params, 0.6), (inputs, 0.5)):
+        entries = [(name, _entry(rng, shape, mesh)) for name, shape in shapes.items() if rng.random() < share]
+        placed.append(", ".join(f"{name!r}: {entry}" for name, entry in entries if entry))
+    return f"Plan({mesh}, params={{{placed[0]}}}, inputs={{{placed[1]}}})"
 
 
 def _entry(rng: random.Random, shape: Any, mesh: Mapping[str, int]) -> str:

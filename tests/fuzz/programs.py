@@ -6,16 +6,9 @@ finite. So shapes need no second description, and each program is made of its se
 
 from __future__ import annotations
 
-import contextlib
-import linecache
 import random
 import re
-import sys
-import textwrap
-import types
-import warnings
-from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -23,116 +16,14 @@ from torch import nn
 
 from tests.fuzz import arguments
 from tests.fuzz.forms import EXPRESSIONS, MODULES, STATE, STATEMENTS
+from tests.fuzz.program import HEADER, Program, Statement, doubles
 
-HEADER = """\
-import torch
-from torch import nn
-from torch.nn import functional as F
-from torch.utils.checkpoint import checkpoint
-
-from tests.fuzz.pieces import MLP, Attention, Gated, Running, Scaled, Twice
-"""
-NAME = re.compile(r"\b(?:v\d+|t\d+|x|y|ids|state)\b")
 SHAPES = (
-    (4, 6, 8), (12, 24), (6, 8), (5, 7, 8), (2, 3, 4, 4), (8,), (4, 12, 6), (3, 5), (2, 4, 8), (6, 4, 4, 4), (1, 6, 8), (7, 12),
+    (4, 6, 8), (12, 24), (6, 8), (5, 7, 8), (2, 3, 4, 4), (8,), (4, 12, 6), (3, 5), (2, 4, 8), (6, 4, 4, 4), (1, 6, 8),
+    (7, 12),
 )  # fmt: skip
 MAX_ELEMENTS = 3000
 LARGEST = 1e4
-
-
-@contextlib.contextmanager
-def doubles() -> Iterator[None]:
-    """float64 is the dtype of what names none: programs are compared in it."""
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(torch.float64)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        torch.set_default_dtype(before)
-
-
-@dataclass(frozen=True)
-class Statement:
-    """A few lines of forward, and of ``__init__``."""
-
-    text: str
-    init: str = ""
-
-    @property
-    def names(self) -> set[str]:
-        """The values that it reads or makes."""
-        return set(NAME.findall(self.text))
-
-    @property
-    def makes(self) -> set[str]:
-        """The values that it makes."""
-        return set(re.findall(r"^\s*([vt]\d+) = ", self.text, re.MULTILINE))
-
-
-@dataclass(frozen=True)
-class Program:
-    """One program.
-
-    Attributes:
-        name: seed and index.
-        inputs: argument -> the expression that makes it.
-        statements: what forward does.
-        returned: what it returns: names, and how they are put together.
-        training: the mode of the first call.
-        gain: whether the attributes that ``Scaled`` reads are changed before the second call.
-    """
-
-    name: str
-    inputs: dict[str, str]
-    statements: tuple[Statement, ...]
-    returned: tuple[str, ...]
-    form: str = "tuple"
-    training: bool = True
-    gain: bool = False
-
-    def source(self) -> str:
-        """A module of Python text: the class ``Net``, and ``inputs()``."""
-        init = "\n".join(s.init for s in self.statements if s.init) or "pass"
-        body = "\n".join(s.text for s in self.statements)
-        given = ", ".join(f"{name!r}: {text}" for name, text in self.inputs.items())
-        return (
-            f"{HEADER}\n\nclass Net(nn.Module):\n    def __init__(self):\n        super().__init__()\n"
-            f"{textwrap.indent(init, ' ' * 8)}\n\n    def forward(self, {', '.join(self.inputs)}):\n"
-            f"{textwrap.indent(body, ' ' * 8)}\n        return {self._result()}\n\n\n"
-            f"def inputs():\n    return {{{given}}}\n"
-        )
-
-    def _result(self) -> str:
-        names = ", ".join(self.returned)
-        if self.form == "dict":
-            return "{" + ", ".join(f"{name!r}: {name}" for name in self.returned) + "}"
-        if self.form == "list":
-            return f"[{names}]"
-        return self.returned[0] if self.form == "one" and len(self.returned) == 1 else f"({names},)"
-
-    def load(self) -> Any:
-        """The text as a module, whose lines tracebacks can show."""
-        source, name = self.source(), f"tests.fuzz.made_{self.name.replace('-', '_')}"
-        made: Any = types.ModuleType(name)
-        made.__file__ = f"<{self.name}>"
-        linecache.cache[made.__file__] = (len(source), None, source.splitlines(True), made.__file__)
-        sys.modules[name] = made
-        exec(compile(source, made.__file__, "exec"), made.__dict__)
-        return made
-
-    def without(self, index: int) -> Program | None:
-        """The program without a statement and all that depends on it; None where nothing would be left."""
-        gone, kept = set[str](), []
-        for i, statement in enumerate(self.statements):
-            if i == index or statement.names & gone:
-                gone |= statement.makes
-            else:
-                kept.append(statement)
-        returned = tuple(name for name in self.returned if name not in gone)
-        returned = returned or tuple(sorted(kept[-1].makes))[-1:] if kept else ()
-        return replace(self, statements=tuple(kept), returned=returned) if returned else None
 
 
 @dataclass
@@ -222,7 +113,9 @@ def _inputs(maker: Maker) -> None:
     maker.give("x", f"torch.randn({', '.join(map(str, shape))}{grad})")
     if rng.random() < 0.3:
         other = shape if rng.random() < 0.6 else shape[1:] or (1,)
-        maker.give("y", f"torch.randn({', '.join(map(str, other))}{', requires_grad=True' if rng.random() < 0.3 else ''})")
+        maker.give(
+            "y", f"torch.randn({', '.join(map(str, other))}{', requires_grad=True' if rng.random() < 0.3 else ''})"
+        )
     if rng.random() < 0.4:
         maker.give("ids", f"torch.randint(0, 16, {(shape * 2)[:2]})")
     if rng.random() < 0.12:
@@ -280,19 +173,35 @@ def _fields(maker: Maker, form: str) -> dict[str, Any] | None:
         d = 1
     n = shape[d] if ndim else 1
     last, out, o = shape[-1] if ndim else 1, rng.choice((4, 8, 6, 3, 5, 12)), maker.fresh("v")
-    tensors = {key: f"self.{key.lower()}{maker.count}" for key in ("w", "p", "M", "buf")} | {"W": f"self.ww{maker.count}"}
+    count = maker.count
+    tensors = {"w": f"self.w{count}", "W": f"self.ww{count}", "p": f"self.p{count}", "buf": f"self.buf{count}"}
     inits = {
-        "w": f"{tensors['w']} = nn.Parameter(torch.randn({last}))", "W": f"{tensors['W']} = nn.Parameter(torch.randn({out}, {last}) / 2)",
-        "p": f"{tensors['p']} = nn.Parameter(torch.randn({shape}))", "buf": f"self.register_buffer('buf{maker.count}', torch.zeros({last}))",
-    }  # fmt: skip
+        "w": f"{tensors['w']} = nn.Parameter(torch.randn({last}))",
+        "W": f"{tensors['W']} = nn.Parameter(torch.randn({out}, {last}) / 2)",
+        "p": f"{tensors['p']} = nn.Parameter(torch.randn({shape}))",
+        "buf": f"self.register_buffer('buf{count}', torch.zeros({last}))",
+    }
     broadcasts = [m for m in maker.floats() if _broadcasts(maker.values[m].shape, value.shape)]
-    fields = {
-        **tensors, "a": a, "a1": a, "a2": a, "a3": a, "a4": a, "b": maker.pick(maker.floats(shape=value.shape)), "c": maker.pick(broadcasts),
-        "d": d if rng.random() < 0.5 else d - ndim, "e": rng.randrange(-ndim, ndim) if ndim else 0, "n": n, "k": rng.randrange(n) if n else 0,
-        "m": rng.choice((1, 2, 3, 4, max(1, n // 2))), "dims": rng.sample(range(ndim), rng.randint(1, ndim)) if ndim else [], "last": last,
-        "out": out, "f": rng.choice((0.25, 0.5, 1.0)), "s": shape, "ids": "ids", "o": o, "inits": inits,
-    }  # fmt: skip
-    return fields
+    return {
+        **tensors,
+        **dict.fromkeys(("a", "a1", "a2", "a3", "a4"), a),
+        "M": f"self.m{count}",
+        "b": maker.pick(maker.floats(shape=value.shape)),
+        "c": maker.pick(broadcasts),
+        "d": d if rng.random() < 0.5 else d - ndim,
+        "e": rng.randrange(-ndim, ndim) if ndim else 0,
+        "n": n,
+        "k": rng.randrange(n) if n else 0,
+        "m": rng.choice((1, 2, 3, 4, max(1, n // 2))),
+        "dims": rng.sample(range(ndim), rng.randint(1, ndim)) if ndim else [],
+        "last": last,
+        "out": out,
+        "f": rng.choice((0.25, 0.5, 1.0)),
+        "s": shape,
+        "ids": "ids",
+        "o": o,
+        "inits": inits,
+    }
 
 
 def _broadcasts(a: Any, b: Any) -> bool:

@@ -13,7 +13,8 @@ import torch
 
 from tests.fuzz.judge import Trial, Verdict, judge
 from tests.fuzz.plans import plans
-from tests.fuzz.programs import Program, make
+from tests.fuzz.program import Program
+from tests.fuzz.programs import make
 
 LIMIT_S = 30.0
 """How long a program may take under all its plans."""
@@ -133,7 +134,10 @@ class Summary:
         lines = [f"{self.programs} programs, {judged} with plans, {judged / seconds:.1f} a second: {counts}"]
         lines += ["zeros: " + " ".join(dict.fromkeys(self.noted))] * bool(self.noted)
         lines += [f"{kind}: {' '.join(dict.fromkeys(indices))}" for kind, indices in self.bad.items()]
-        lines += [f"    {count} times refused, as {self.example[what]}: {what}" for what, count in self.refusals.most_common(refusals)]
+        lines += [
+            f"    {count} times refused, as {self.example[what]}: {what}"
+            for what, count in self.refusals.most_common(refusals)
+        ]
         return "\n".join(lines)
 
 
