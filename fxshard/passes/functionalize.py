@@ -283,18 +283,26 @@ class _Functionalizer:
             return
         before = ref.cell.value if self._hides_gradient(ref) else None
         held = self._read(written)
-        self._store(node, ref, self._cast(node, self._functional(node, held), held))
+        behind = not ref.views and self._may_carry_gradient(held)  # of a part, the rest carries it
+        self._store(node, ref, self._cast(node, self._functional(node, held, behind), held))
         if before is not None:
             ref.cell.value = self._emit(node, HIDDEN_WRITE, (ref.cell.value, before), val=before.meta["val"])
 
-    def _functional(self, node: fx.Node, held: fx.Node) -> fx.Node:
-        """Emit the operator that returns what ``node`` would write into ``held``."""
+    def _functional(self, node: fx.Node, held: fx.Node, behind: bool) -> fx.Node:
+        """Emit the operator that returns what ``node`` would write into ``held``.
+
+        Args:
+            node: it changes its operand in place.
+            held: what the operand holds.
+            behind: whether a gradient goes on behind it: where all is overwritten, one of zero.
+        """
         name = _name(node.target)
         if name == "copy_" and isinstance(node.args[1], fx.Node):
-            return self._broadcast(node, self._source(node, node.args[1]), held)
+            source = self._broadcast(node, self._source(node, node.args[1]), held)
+            return self._over(node, held, source) if behind else source
         if name == "zero_" or (name == "fill_" and not isinstance(node.args[1], fx.Node)):
             number = 0 if name == "zero_" else node.args[1]
-            target = _aten.fill.Scalar if self._may_carry_gradient(held) else _aten.full_like.default
+            target = _aten.fill.Scalar if behind else _aten.full_like.default
             return self._emit(node, target, (held, number), val=held.meta["val"])
         if name == "fill_diagonal_" and held.meta["val"].dim() == 2 and len(node.args) == 2:
             diagonal = self._emit(node, _aten.diagonal.default, (held,))
@@ -306,19 +314,17 @@ class _Functionalizer:
         outs = {argument.name for argument in node.target._schema.arguments if argument.is_out}  # type: ignore[union-attr]
         args = map_arg((*node.args, *_left_out(node, counterpart)), self._read)
         kwargs = {key: map_arg(value, self._read) for key, value in node.kwargs.items() if key not in outs}
-        if torch.Tag.nondeterministic_seeded in node.target.tags:  # type: ignore[union-attr]
-            return self._drawn(node, counterpart, args, kwargs, held)
+        if torch.Tag.nondeterministic_seeded in node.target.tags and name not in _DROPOUTS_IN_PLACE:  # type: ignore[union-attr]
+            detached = self._emit(node, _aten.detach.default, (held,), val=held.meta["val"])  # of a draw there is none
+            drawn = self._emit(node, counterpart, map_arg(args, lambda n: detached if n is held else n), kwargs)
+            return self._over(node, held, drawn) if behind else drawn
         keeps_dtype = not outs and _one_float_dtype(node) and not name.startswith(_COMPARISONS)
         return self._emit(node, counterpart, args, kwargs, val=held.meta["val"] if keeps_dtype else None)
 
-    def _drawn(self, node: fx.Node, counterpart: Any, args: Any, kwargs: Any, held: fx.Node) -> fx.Node:
-        """Emit a draw in the place of ``held``, whose gradient is zero behind it: of the draw itself there is none."""
-        if _name(node.target) in _DROPOUTS_IN_PLACE or not self._may_carry_gradient(held):
-            return self._emit(node, counterpart, args, kwargs)
-        detached = self._emit(node, _aten.detach.default, (held,), val=held.meta["val"])
-        drawn = self._emit(node, counterpart, map_arg(args, lambda n: detached if n is held else n), kwargs)
+    def _over(self, node: fx.Node, held: fx.Node, value: fx.Node) -> fx.Node:
+        """Emit ``value`` in the place of ``held``, to which a gradient of zero goes."""
         zeros = self._emit(node, _aten.fill.Scalar, (held, 0), val=held.meta["val"])
-        return self._emit(node, _aten.add.Tensor, (zeros, drawn), val=held.meta["val"])
+        return self._emit(node, _aten.add.Tensor, (zeros, value), val=held.meta["val"])
 
     def _source(self, node: fx.Node, old: fx.Node) -> fx.Node:
         """Return what is copied; of memory that may be written back at the end, a copy that the end leaves alone."""

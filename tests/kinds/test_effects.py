@@ -113,6 +113,7 @@ OVERWRITES: dict[str, Callable[[torch.Tensor], object]] = {
     "uniform_": torch.Tensor.uniform_,
     "exponential_": torch.Tensor.exponential_,
     "random_": lambda y: y.random_(5),
+    "copy_": lambda y: y.copy_(torch.ones_like(y)),
 }
 
 
