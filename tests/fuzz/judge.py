@@ -39,7 +39,8 @@ class Verdict:
 
     Attributes:
         kind: right, refused, silent, raw error, hang, unstable (rounding alone moves it so far), or invalid (one device
-            does not run it). Zeros: a gradient is zeros where PyTorch gives none, and nothing else is different.
+            does not run it). Zeros: a gradient is zeros where PyTorch gives none, or an output has none where it would
+            be zero.
         call: which of the calls showed it.
         details: the differences, or the error.
     """
@@ -256,7 +257,7 @@ def _judge(trial: Trial, want: list[Outcome], plan: str) -> Verdict:
         found = differences(mine, theirs)
         if found:
             kind = "silent"
-            if all(how == ZEROS for _, how in found):
+            if all(how == ZEROS or name.startswith("differentiable") for name, how in found):
                 kind = "zeros"
             elif _unstable(trial, want, {name for name, _ in found}):
                 kind = "unstable"
