@@ -382,6 +382,7 @@ class ParallelModule(StandIn):
                 share_random_state(self.mesh, self._device)
             leaves = [x.to(self._device) if isinstance(x, torch.Tensor) else x for x in leaves]
             self._ahead.drop()
+            self._synchronization.calls += 1
             for axis, packed in self._packed[id(compiled)].items():
                 self.axes[axis].group.packed = packed
             regathers = compiled.regathers and torch.is_grad_enabled()

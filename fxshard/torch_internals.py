@@ -26,6 +26,7 @@ from torch.distributed.checkpoint.filesystem import _StorageInfo as StorageInfo
 from torch.distributed.checkpoint.filesystem import _StoragePrefix as StoragePrefix
 from torch.distributions import Distribution
 from torch.export import _trace as exporter
+from torch.fx.experimental.proxy_tensor import get_proxy_mode, get_proxy_slot
 from torch.fx.traceback import annotate, preserve_node_meta
 from torch.nn.modules.module import _IncompatibleKeys as IncompatibleKeys
 from torch.utils import _pytree as pytree
@@ -77,6 +78,7 @@ __all__ = [
     "preserve_node_meta",
     "make_wrapper",
     "no_modes",
+    "node_of",
     "print_python",
     "pytree",
     "record",
@@ -110,6 +112,16 @@ make_wrapper = torch.Tensor._make_wrapper_subclass
 def print_python(expression: Any) -> str:
     """An expression or a condition of dynamic sizes as Python."""
     return str(PythonPrinter().doprint(expression))
+
+
+def node_of(tensor: torch.Tensor) -> fx.Node | None:
+    """The node by which the graph that is being traced knows a tensor; None where none is, or it is a constant."""
+    mode = get_proxy_mode()
+    slot = None if mode is None else get_proxy_slot(tensor, mode.tracer, None)
+    if slot is None or getattr(slot, "constant", None) is not None:
+        return None
+    node: fx.Node | None = getattr(getattr(slot, "proxy", None), "node", None)
+    return node
 
 
 def has_kernel(operator: str, key: str) -> bool:

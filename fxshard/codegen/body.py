@@ -92,6 +92,8 @@ class Body:
         for at, item in enumerate(self.region.items):
             for node in item.inputs if isinstance(item, Region) else item.all_input_nodes:
                 self._use(node, at)
+            if isinstance(item, Region) and item.decision is not None:
+                self._use(item.decision, at)
         for node in self._returned():
             self._use(node, len(self.region.items))
         self.loops, self.enters = self._find_loops()
@@ -222,6 +224,10 @@ class Body:
     def _call(self, region: Region, at: int) -> Iterator[str]:
         self.source = ""
         code = call_of(region, self.members.names[id(region)], map(self.text, region.inputs), self.file.is_uneven)
+        if region.decision is not None and region.way is not None:
+            nothing = "None" if len(region.outputs) < 2 else f"({', '.join(['None'] * len(region.outputs))})"
+            ways = (code, nothing) if region.way[1] else (nothing, code)
+            code = f"{ways[0]} if {self.text(region.decision)} else {ways[1]}"
         if region.outputs:
             code = f"{', '.join(self._result(n, region, at) for n in region.outputs)} = {code}"
         kinds = [self._comment(n) for n in region.outputs]
@@ -281,6 +287,8 @@ class Body:
             if (
                 self.file.classes.of(here) is not self.file.classes.of(after)
                 or here.checkpoint != after.checkpoint
+                or here.way is not None
+                or after.way is not None
                 or [b for _, b in changes] != [carried]
                 or self.uses.get(carried) != [end + 1]
                 or (taken is not None and changes[0][0] is not taken)

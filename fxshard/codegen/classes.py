@@ -107,6 +107,7 @@ class _Key:
                         item.path[self.prefix :],
                         item.checkpoint,
                         item.function,
+                        item.way and (item.way[1], self._encode(item.decision)),
                         tuple(self._encode(n) for n in item.inputs),
                     )
                 )

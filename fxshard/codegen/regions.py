@@ -26,12 +26,14 @@ import torch
 from torch import fx
 
 from fxshard.passes.fold import PREFIX
-from fxshard.passes.origins import checkpoint_of, clean_path
+from fxshard.passes.origins import checkpoint_of, clean_path, way_of
+from fxshard.runtime.branches import TAKEN
 from fxshard.runtime.module import is_word
 
 Path: TypeAlias = tuple[str, ...]
 Item: TypeAlias = "fx.Node | Region"
 
+_LEAVES = ("placeholder", "get_attr")
 SMALLEST = 4
 """A call of fewer nodes is written where it stands, unless it is computed anew in the backward pass."""
 
@@ -45,6 +47,8 @@ class Region:
         class_name: the module's class, as the user named it.
         parent: the call that makes this one; None for the model's.
         checkpoint: whether it is computed anew in the backward pass.
+        way: the branch that it is on, and its way; None where it always is computed.
+        decision: what decides whether that way is taken.
         function: the function's name, where this is not the call of a whole module.
         items: nodes and inner calls, in order.
         size: how many nodes there are, inner calls included.
@@ -56,6 +60,8 @@ class Region:
     class_name: str
     parent: Region | None
     checkpoint: bool = False
+    way: tuple[int, bool] | None = None
+    decision: fx.Node | None = None
     function: str = ""
     items: list[Item] = field(default_factory=list)
     size: int = 0
@@ -88,11 +94,18 @@ def regions_of(graph: fx.Graph) -> Region:
             names = inner
             module, class_name = stacks.modules[key]
             function = checkpoint_of(key)
-            opened.append(Region(module, class_name, opened[-1], function is not None, function or ""))
+            way = way_of(key)
+            function = f"way_{way[0]}" if way else function
+            opened.append(Region(module, class_name, opened[-1], checkpoint_of(key) is not None, way))
+            opened[-1].function = function or ""
             opened[-2].items.append(opened[-1])
         opened[-1].items.append(node)
     root.class_name = stacks.root or "Model"
     root.items = _settle(root)
+    decisions = {node.args[3]: node.args[0] for node in nodes if node.target is TAKEN}
+    for region in walk(root):
+        if region.way is not None:
+            region.decision = decisions[region.way[0]]
     _connect(graph, root)
     return root
 
@@ -121,7 +134,7 @@ class _Stacks:
         name = name.rsplit(".", 1)[-1]
         name = name if is_word(name) and not name.startswith("__") else "Module"  # which classes read as another name
         self.modules[key] = (module, name)
-        if checkpoint_of(key) is None and not module:
+        if checkpoint_of(key) is None and way_of(key) is None and not module:
             self.root = name
             return False
         return True
@@ -185,7 +198,7 @@ def _settle(region: Region) -> list[Item]:
         item.items = _settle(item)
         region.size += item.size
         wraps = _merge(item)
-        is_small = item.size < SMALLEST and not item.checkpoint
+        is_small = item.size < SMALLEST and not item.checkpoint and item.way is None
         items += _inside(item.items if is_small or wraps else [item], region.path)
     for item in items:
         if isinstance(item, Region):
@@ -198,7 +211,10 @@ def _merge(outer: Region) -> bool:
     if len(outer.items) != 1 or not isinstance(outer.items[0], Region):
         return False
     inner = outer.items[0]
+    if outer.way is not None and inner.way is not None:
+        return False
     inner.checkpoint |= outer.checkpoint
+    inner.way, inner.decision = inner.way or outer.way, inner.decision or outer.decision
     if inner.function and inner.path == outer.path:  # the function is all that the module does
         inner.class_name, inner.function = outer.class_name, outer.function
     return True
@@ -212,7 +228,7 @@ def _inside(items: Sequence[Item], owner: str) -> Iterator[Item]:
     for item in items:
         if not isinstance(item, Region) or _is_inside(item.path, owner) or (item.function and item.path == owner):
             yield item
-        elif item.checkpoint:
+        elif item.checkpoint or item.way is not None:
             item.path, item.function = owner, item.function or item.path.rpartition(".")[2]
             item.items = list(_inside(item.items, owner))
             yield item
@@ -245,11 +261,10 @@ def _connect(graph: fx.Graph, root: Region) -> None:
             found = chains[id(region)] = [*(chain(region.parent) if region.parent else ()), region]
         return found
 
-    for node in graph.nodes:
-        if node.op in ("placeholder", "get_attr"):
-            continue
-        reading = chain(home.get(node, root))
-        for operand in node.all_input_nodes:
+    reads = [(chain(home.get(n, root)), n.all_input_nodes) for n in graph.nodes if n.op not in _LEAVES]
+    reads += [(chain(r.parent), [r.decision]) for r in walk(root) if r.decision is not None and r.parent is not None]
+    for reading, operands in reads:
+        for operand in operands:
             made = home.get(operand)
             if made is reading[-1]:
                 continue

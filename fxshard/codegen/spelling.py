@@ -19,6 +19,7 @@ from fxshard.passes.under_way import BEGIN
 from fxshard.plan.graph import is_parameter
 from fxshard.rules.recipe import is_tensor
 from fxshard.runtime import collectives, groups, overlap, ring, under_way
+from fxshard.runtime.branches import TAKEN
 from fxshard.torch_internals import HigherOrderOperator, OpOverload
 
 aten = torch.ops.aten
@@ -113,6 +114,9 @@ def spell(node: fx.Node, text: Text, imports: set[str], axes: Mapping[str, str])
     kwargs = {k: v for k, v in node.kwargs.items() if k not in _USELESS or v != _USELESS[k]}
     if target is aten.copy_.default and is_parameter(args[0]):
         return _called("overwrite", args, kwargs, text)
+    if target is TAKEN:
+        decision, yes, no, _ = map(text, args)
+        return f"{yes} if {decision} else {no}"
     if isinstance(target, OpOverload):
         return _short(target, args, kwargs, text) or _long(target, args, kwargs, text)
     if is_ours(target):

@@ -31,6 +31,7 @@ from torch.export.graph_signature import InputKind, OutputKind
 from torch.fx.graph import CodeGen
 
 from fxshard.errors import CaptureError
+from fxshard.passes.branches import with_branches
 from fxshard.passes.calls import (
     Leaf,
     bounds_of,
@@ -41,11 +42,14 @@ from fxshard.passes.calls import (
     named_dynamic_shapes,
     structure_error,
 )
+from fxshard.passes.decisions import Decisions
 from fxshard.passes.export import Outputs, export, fits_graph, has_meta, quiet
 from fxshard.passes.guards import guards_of
+from fxshard.passes.host import replaced_draws
 from fxshard.passes.origins import module_of, source_of
 from fxshard.passes.reads import Reads, reading
 from fxshard.passes.root import Root
+from fxshard.passes.traces import Trace, check_drawn
 from fxshard.passes.trees import flatten, paths, put_back, reorder
 from fxshard.passes.vmaps import unmap
 from fxshard.passes.writes import Written, check_lost
@@ -191,25 +195,24 @@ def _capture(
     leaves, in_spec = flatten(tree)
     shapes = named_dynamic_shapes(dynamic_shapes, signature, args, kwargs, tree)
     place, with_grad = _seen_on(model, device), torch.is_grad_enabled() and not torch.is_inference_mode_enabled()
-    outputs = Outputs()
+    exporter = _Exporter(model, tree, shapes, place)
     try:
         with reading() as noted:
-            program = export(model, tree, shapes, outputs, place)
+            exported = exporter.run()
         reads = noted.of(model)
     except CaptureError as error:
         if "HigherOrderOp" not in error.what:
             raise
-        outputs = Outputs()  # torch.cond and its like do not run where attributes are watched
-        program, reads = export(model, tree, shapes, outputs, place), Reads.all_of(model)
-    check_lost(outputs.written, reads)
+        exported = exporter.run()  # torch.cond and its like do not run where attributes are watched
+        reads = Reads.all_of(model)
     words = reads.named(model).words
     asks_needs = not words.isdisjoint(("requires_grad", "grad_fn", "is_leaf"))
     asks_grad = asks_needs or not words.isdisjoint(("is_grad_enabled", "is_inference_mode_enabled", "is_inference"))
     if asks_grad and not with_grad:
-        outputs = Outputs()
-        program = export(model, tree, shapes, outputs, place, grad=False)
+        exported = exporter.run(grad=False)
+    outputs, program, root = exported.outputs, exported.program, exported.trace.root
+    check_lost(outputs.written, reads)
     guards = guards_of(program)
-    root, placeholders, aliases = _flat_graph(model, program, outputs)
     if has_meta(model):
         _replace_meta_device(root, leaves)
     ranges = {symbol: bounds_of(span) for symbol, span in program.range_constraints.items()}
@@ -219,8 +222,8 @@ def _capture(
         root=root,
         in_spec=in_spec,
         out_spec=outputs.spec or program.call_spec.out_spec,  # of a GraphModule, export calls no hooks
-        placeholders=placeholders,
-        aliases=aliases,
+        placeholders=exported.placeholders,
+        aliases=exported.aliases,
         training=model.training,
         constants={i: leaf for i, leaf in enumerate(leaves) if info[i].shape is None and info[i].symbol is None},
         example_inputs=info,
@@ -237,6 +240,50 @@ def _capture(
         asks_grad=asks_grad,
         asks_needs=outputs.asks_needs or asks_needs,
     )
+
+
+@dataclass
+class _Exported:
+    """One export of a model."""
+
+    trace: Trace
+    outputs: Outputs
+    program: torch.export.ExportedProgram
+    placeholders: tuple[str, ...]
+    aliases: dict[str, str]
+
+
+class _Exporter:
+    """Exports a model, as often as there are ways through it."""
+
+    def __init__(self, model: nn.Module, tree: Any, shapes: Any, device: torch.device | None) -> None:
+        self.model, self.tree, self.shapes, self.device = model, tree, shapes, device
+
+    def run(self, grad: bool = True) -> _Exported:
+        """The model with all its ways; ``grad``: whether gradients are enabled, for a model that asks."""
+        made: list[_Exported] = []
+
+        def trace(decisions: Decisions) -> Trace:
+            made.append(self._export(decisions, grad))
+            if len(made) == 1:
+                self._check_draws(made[0], decisions.answers, grad)
+            return made[-1].trace
+
+        base = with_branches(trace)
+        return next(each for each in made if each.trace is base)
+
+    def _check_draws(self, made: _Exported, answers: Mapping[int, bool], grad: bool) -> None:
+        """Raises where a number that is drawn outside of torch decides what is computed."""
+        for high in (False, True) if made.outputs.drew else ():
+            with replaced_draws(high):
+                check_drawn(made.trace, self._export(Decisions(answers), grad).trace, made.outputs.drew)
+
+    def _export(self, decisions: Decisions, grad: bool) -> _Exported:
+        outputs = Outputs()
+        program = export(self.model, self.tree, self.shapes, outputs, self.device, grad, decisions)
+        root, placeholders, aliases = _flat_graph(self.model, program, outputs)
+        same = outputs.spec, outputs.constants, outputs.changes_inputs, outputs.written
+        return _Exported(Trace(root, decisions.count, same), outputs, program, placeholders, aliases)
 
 
 def _seen_on(model: nn.Module, device: torch.device | None) -> torch.device | None:

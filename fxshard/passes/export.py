@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import random
 import re
 import sys
 import threading
@@ -21,7 +20,9 @@ from torch.utils.checkpoint import CheckpointFunction
 
 from fxshard.errors import CaptureError, FxshardError
 from fxshard.passes.checkpoints import marked, run_checkpointed
+from fxshard.passes.decisions import Decisions
 from fxshard.passes.functions import call_whole
+from fxshard.passes.host import host_state, is_same_state, put_back_host_state
 from fxshard.passes.origins import TORCH_DIR
 from fxshard.passes.trees import flatten, without_unchanged
 from fxshard.passes.values import is_plain
@@ -49,6 +50,7 @@ class Outputs:
         changes_inputs: whether what is in the inputs' containers is other than before.
         written: what the model assigned to attributes of its modules.
         asks_needs: whether what is computed depended on what requires a gradient.
+        drew: the modules of random numbers outside of torch that it drew from.
     """
 
     def __init__(self) -> None:
@@ -58,6 +60,7 @@ class Outputs:
         self.changes_inputs = False
         self.written: tuple[Written, ...] = ()
         self.asks_needs = False
+        self.drew: tuple[str, ...] = ()
         self._given: tuple[list[Any], pytree.TreeSpec | None] = [], None
         self._before: Before | None = None
 
@@ -110,7 +113,13 @@ def _hides_tensors(value: Any) -> bool:
 
 
 def export(
-    model: nn.Module, tree: Any, shapes: Any, outputs: Outputs, device: torch.device | None, grad: bool = True
+    model: nn.Module,
+    tree: Any,
+    shapes: Any,
+    outputs: Outputs,
+    device: torch.device | None,
+    grad: bool = True,
+    decisions: Decisions | None = None,
 ) -> torch.export.ExportedProgram:
     """Run torch.export, with every error turned into one of ours, and all global state put back.
 
@@ -121,10 +130,11 @@ def export(
         outputs: what the model returns goes there, too.
         device: where the model and its inputs are shown to export; None where they are.
         grad: whether gradients are enabled where the model is called, for one that asks.
+        decisions: answers what the model asks of values.
     """
     with torch.inference_mode(False):
         args, kwargs = _stand_ins(tree, device)
-    drawn = random.getstate()
+    drawn = host_state()
     try:
         with (
             quiet(),
@@ -135,6 +145,7 @@ def export(
             _unmoved(model),
             marked(),
             _flat_regions(),
+            (decisions or Decisions()).answering(),
             trusted_distributions(),  # which would decide by values whether to raise
             torch.inference_mode(False),
             torch.set_grad_enabled(grad),
@@ -145,13 +156,8 @@ def export(
     except Exception as error:
         raise _capture_error(model, error) from None
     finally:
-        drew, _ = random.getstate() != drawn, random.setstate(drawn)
-    if drew:
-        warnings.warn(
-            "the model draws from Python's random module; the draw made at capture is frozen into the graph: draw "
-            "with torch instead",
-            stacklevel=3,
-        )
+        outputs.drew = tuple(name for name, state in host_state().items() if not is_same_state(state, drawn[name]))
+        put_back_host_state(drawn)
     return program
 
 

@@ -9,8 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import random
-import sys
 import threading
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -23,6 +21,7 @@ from torch.utils.checkpoint import CheckpointFunction
 from fxshard.errors import CaptureError
 from fxshard.passes.capture import Captured
 from fxshard.passes.effects import base_of
+from fxshard.passes.host import host_state, put_back_host_state, seed_host
 from fxshard.passes.typing import values_of
 from fxshard.passes.writes import unchanged
 from fxshard.ruler import TOLERANCE, compare
@@ -128,11 +127,8 @@ def _run(
     """
     saved = [(each, each.detach().clone()) for each in (*model.buffers(), *written)]
     own_args, own_kwargs = pytree.tree_map_only(torch.Tensor, _own, (args, dict(kwargs)))
-    numpy = sys.modules.get("numpy")  # not ours: a model may draw from it
-    drawn = random.getstate(), numpy.random.get_state() if numpy else None
-    random.seed(len(saved) + 1)  # what a capture froze of these is drawn anew
-    if numpy:
-        numpy.random.seed(len(saved) + 1)
+    drawn = host_state()
+    seed_host(len(saved) + 1)  # what a capture froze of these is drawn anew
     cuda = list(range(torch.cuda.device_count())) if torch.cuda.is_available() else []
     wanted: dict[str, torch.Tensor] = {
         f"gradient of {name}": p for name, p in model.named_parameters() if p.requires_grad
@@ -163,9 +159,7 @@ def _run(
         for each, value in saved:
             with torch.inference_mode(each.is_inference()), torch.no_grad():
                 each.copy_(value)
-        random.setstate(drawn[0])
-        if numpy:
-            numpy.random.set_state(drawn[1])
+        put_back_host_state(drawn)
     return found
 
 

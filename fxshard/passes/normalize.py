@@ -63,7 +63,7 @@ _PLAIN_WRAPPERS = frozenset(
 )
 _GUARDS = frozenset(
     (
-        *("_assert_tensor_metadata", "_assert_scalar", "_assert_async", "_functional_assert_scalar"),
+        *("_assert_tensor_metadata", "_assert_scalar", "_functional_assert_scalar"),
         *("sym_constrain_range", "sym_constrain_range_for_size", "_functional_assert_async"),
     )
 )

@@ -9,12 +9,43 @@ from pathlib import Path
 import torch
 from torch import fx
 
-__all__ = ["CHECKPOINT", "TORCH_DIR", "checkpoint_of", "clean_path", "module_of", "source_of"]
+__all__ = [
+    "BRANCH",
+    "CHECKPOINT",
+    "TORCH_DIR",
+    "branch_of",
+    "checkpoint_of",
+    "clean_path",
+    "module_of",
+    "source_of",
+    "way_of",
+]
 
 TORCH_DIR = str(Path(torch.__file__).parent)
 
 CHECKPOINT = "@checkpoint"
 """Stands in the key of a stack's entry for a call that is computed anew in the backward pass: see ``recompute.py``."""
+
+BRANCH = "@branch"
+"""Stands in the key of a stack's entry for what is computed on one way of a branch: see ``branches.py``."""
+
+
+def way_of(key: str) -> tuple[int, bool] | None:
+    """The branch of a stack's entry, and whether it is the way of True; None for another entry.
+
+    >>> way_of("L__self___layers_0@branch3:True"), way_of("L__self___layers_0")
+    ((3, True), None)
+    """
+    if BRANCH not in key:
+        return None
+    number, _, when = key.rpartition(BRANCH)[2].partition(":")
+    return int(number), when == "True"
+
+
+def branch_of(node: fx.Node) -> tuple[int, bool] | None:
+    """The way on which a node is computed, if it is on one."""
+    stack = node.meta.get("nn_module_stack") or ()
+    return next((way for way in map(way_of, stack) if way is not None), None)
 
 
 def checkpoint_of(key: str) -> str | None:

@@ -20,6 +20,7 @@ from fxshard.mesh import Mesh
 from fxshard.passes.annotate import annotate
 from fxshard.passes.capture import Captured
 from fxshard.passes.check import check
+from fxshard.passes.enclose import enclose, has_branches
 from fxshard.passes.fold import fold
 from fxshard.passes.functionalize import nested_graphs
 from fxshard.passes.insert_collectives import COMMUNICATES, insert_collectives
@@ -109,9 +110,8 @@ class Compiled:
             return self.graph
         if rank not in self._graphs:
             with _collector_paused():
-                self._graphs[rank] = optimize(
-                    localize(self.stages["insert_collectives"], self.mesh, rank, self.options.independent)
-                )
+                local = localize(self.stages["insert_collectives"], self.mesh, rank, self.options.independent)
+                self._graphs[rank] = enclose(optimize(local))
         return self._graphs[rank]
 
     def written_for(self, rank: int) -> fx.Graph:
@@ -126,9 +126,14 @@ class Compiled:
 
         There are none where the ranks' programs differ: one may have nothing to multiply where another has.
         """
-        if not self.options.overlap or self.is_uneven:
+        if not self.options.overlap or self.is_uneven or self.has_branches:
             return {}
         return {edge.conversion: length_of(edge, self.mesh) for edge in edges(self.graph)}
+
+    @cached_property
+    def has_branches(self) -> bool:
+        """Whether the model decides by values what it computes."""
+        return has_branches(self.graph)
 
     @cached_property
     def _graphs(self) -> dict[int, fx.Graph]:
@@ -191,9 +196,13 @@ class Compiled:
 
     @cached_property
     def packs(self) -> tuple[Packed, ...]:
-        """The weights that are gathered at once, and ahead; none where the ranks' programs differ."""
+        """The weights that are gathered at once, and ahead; none where the ranks' programs differ, or branch."""
         large = self.options.bucket_bytes
-        return () if self.is_uneven else packs_of(self.graph, self.mesh, min(PACK_BYTES, large), large)
+        return (
+            ()
+            if self.is_uneven or self.has_branches
+            else packs_of(self.graph, self.mesh, min(PACK_BYTES, large), large)
+        )
 
     @cached_property
     def regathers(self) -> bool:
@@ -310,7 +319,7 @@ def _compile(
     graph = stage("localize", localize, graph, mesh, 0, options.independent)
     together = options.overlap and not has_uneven_parts(stages["insert_collectives"])
     tidied = bring_together if together else _as_it_is
-    stage("optimize", lambda local: tidied(fold(optimize(local), root)), graph)
+    stage("optimize", lambda local: enclose(tidied(fold(optimize(local), root))), graph)
     compiled = Compiled(captured, resolved, mesh, root, stages, times, options)
     stage("check_schedules", check_schedules, compiled)
     return compiled

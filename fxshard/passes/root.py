@@ -7,13 +7,16 @@ in dicts, and runs its graph without generating code.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Collection, Mapping
 from typing import Any
 
 import torch
 from torch import fx, nn
 
+from fxshard.passes.origins import branch_of
 from fxshard.passes.typing import copy_graph
+from fxshard.runtime.branches import TAKEN
 from fxshard.runtime.hidden import overwrite
 from fxshard.runtime.module import find, is_word, place
 
@@ -76,6 +79,22 @@ class Interpreter(fx.Interpreter):
 
     def __init__(self, root: nn.Module, graph: fx.Graph | None = None, keep: bool = False) -> None:
         super().__init__(root, garbage_collect_values=not keep, graph=graph)
+
+    @functools.cached_property
+    def _decisions(self) -> dict[int, fx.Node]:
+        """Branch -> what decides it."""
+        return {node.args[3]: node.args[0] for node in self.graph.nodes if node.target is TAKEN}
+
+    def run_node(self, n: fx.Node) -> Any:
+        """Runs a node, unless it is on a way that is not taken."""
+        way = branch_of(n) if self._decisions else None
+        if way is not None and bool(self.env[self._decisions[way[0]]]) != way[1]:
+            return None
+        if n.target is TAKEN:
+            values: Any = self.map_nodes_to_values(n.args, n)
+            decision, yes, no, _ = values
+            return yes if decision else no
+        return super().run_node(n)
 
     def get_attr(self, target: Any, args: Any, kwargs: Any) -> Any:
         """See ``fx.Interpreter.get_attr``."""

@@ -12,7 +12,7 @@ a program is read off the graph that came in.
 
 Views of the result go with the wait. A collective begins and ends in the call of one module, the innermost that holds
 what it moves and all who read it. It stays as it is where nothing between the two takes long (``WORK``), where it cuts
-uneven parts or blocks, and in calls that are computed anew, which may end before the wait.
+uneven parts or blocks, on a way of a branch, and in calls that are computed anew, which may end before the wait.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ import torch
 from torch import fx
 
 from fxshard.passes.insert_collectives import COMMUNICATES, CONVERSIONS
-from fxshard.passes.origins import checkpoint_of
+from fxshard.passes.origins import checkpoint_of, way_of
 from fxshard.passes.typing import copy_graph
 from fxshard.runtime import collectives as run
 from fxshard.runtime import overlap as beside
@@ -129,7 +129,7 @@ def _path(node: fx.Node) -> Path:
 
 
 def _marks(node: fx.Node) -> bool:
-    return any(checkpoint_of(key) is not None for key in _path(node))
+    return any(checkpoint_of(key) is not None or way_of(key) is not None for key in _path(node))
 
 
 def _shared(paths: list[Path]) -> Path:

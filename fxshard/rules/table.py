@@ -56,6 +56,7 @@ TABLE = """
     dropout                         | @dropout                                  |
     prelu                           | @prelu                                    |
     fxshard::hidden_write           | @pointwise                                |
+    fxshard::taken                  | @pointwise                                | 1,2
     new_ones new_zeros new_full new_empty new_empty_strided        | @shape_only |
     mse_loss l1_loss smooth_l1_loss huber_loss binary_cross_entropy binary_cross_entropy_with_logits kl_div
     soft_margin_loss                | @elementwise_loss                         |
@@ -200,7 +201,7 @@ TABLE = """
 WHOLE = """
     nonzero nonzero_static argwhere masked_select unique_dim unique_consecutive _unique _unique2 bincount
         | the shape of the result depends on all values
-    item is_nonzero equal _is_all_true _is_any_true
+    item is_nonzero equal _is_all_true _is_any_true _assert_async
         | it asks one question of all values
     take put
         | its positions count the elements of all dims

@@ -68,10 +68,12 @@ class Synchronization:
     Attributes:
         held: they wait.
         members: what sums them: those of one dtype over the same axes each.
+        calls: how many calls of the program there were.
     """
 
     held: bool = False
     members: list[Buckets] = field(default_factory=list)
+    calls: int = 0
 
     @contextlib.contextmanager
     def hold(self) -> Iterator[None]:
@@ -301,18 +303,21 @@ def _runs(weights: Sequence[nn.Parameter]) -> list[list[int]]:
 class _Together:
     """Small weights that go through one function: for each of its own, autograd would take longer than they are worth.
 
-    When one is read, all become views, and the others wait to be read. A view that nobody reads does no harm: it gives
-    the function no gradient.
+    When one is read, all become views, and the others wait to be read, in the same call: those of an earlier one may
+    know of no gradient. A view that nobody reads does no harm: it gives the function no gradient.
     """
 
     def __init__(self, buckets: Buckets, run: Sequence[int]) -> None:
         self.buckets, self.run = buckets, list(run)
         self.weights = [buckets.weights[index] for index in run]
         self.waiting: dict[int, torch.Tensor] = {}
+        self.call = -1
 
     def take(self, weight: torch.Tensor) -> torch.Tensor:
         """The weight as its readers see it."""
-        if id(weight) not in self.waiting:
+        calls = self.buckets.synchronization.calls
+        if id(weight) not in self.waiting or self.call != calls:
+            self.call = calls
             views = record(Deferred, self.buckets, self.run, *self.weights)
             self.waiting = {id(each): view for each, view in zip(self.weights, views, strict=True)}
         return self.waiting.pop(id(weight))

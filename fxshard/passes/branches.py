@@ -1,0 +1,238 @@
+"""Branches: a model's ``if`` on a value, as both of its ways, of which a run takes one.
+
+``torch.export`` follows one way, and so must know it. Here it is told (``decisions.py``), and each answer leaves a
+mark. One with which the model raises is an assertion that it is the other. Else the model is traced again with other
+answers, every second decision turned at once, and the traces are laid side by side (``traces.py``): up to a mark, and
+from some node behind it on, they are equal. What stands between is what the two ways compute; where a node behind reads
+another value, there the ways meet:
+
+    rand = rand([])                            rand = rand([])
+    lt = lt(rand, 0.1)                         lt = lt(rand, 0.1)
+    linear = linear(x, w)      x, when lt      linear = linear(x, w)           # on branch 0, where lt is false
+    relu = relu(linear)        relu(x)   ->    taken = taken(lt, x, linear, 0)
+                                               relu = relu(taken)
+
+That every decision is for itself is proven on every trace, among them the one with all decisions turned: the graph,
+with its branches decided so, must be that trace, node for node. Otherwise the model is refused.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import fx
+
+from fxshard.errors import CaptureError
+from fxshard.passes.decisions import Decisions
+from fxshard.passes.effects import has_effect, is_mutating
+from fxshard.passes.origins import BRANCH, branch_of, module_of, source_of
+from fxshard.passes.traces import Meeting, Trace, alike, operands, refused, same_leaves
+from fxshard.rules.lookup import draws
+from fxshard.rules.recipe import written
+from fxshard.runtime.branches import TAKEN
+
+__all__ = ["with_branches"]
+
+aten = torch.ops.aten
+
+
+def with_branches(export: Callable[[Decisions], Trace]) -> Trace:
+    """The trace whose graph has the ways of all decisions in it.
+
+    Args:
+        export: traces the model with these decisions.
+
+    Raises:
+        CaptureError: a decision is not one between two ways that meet again.
+    """
+    sure: dict[int, str] = {}
+    answers: dict[int, bool] = {}
+
+    def trace(wanted: Mapping[int, bool], free: frozenset[int] | None = None) -> tuple[Trace, frozenset[int]]:
+        """A trace with these answers, and of those in ``free`` the ones with which the model did not raise."""
+        wanted = dict(wanted)
+        while True:
+            decisions = Decisions(wanted)
+            try:
+                return export(decisions), frozenset(free or ()) - sure.keys()
+            except CaptureError as error:
+                last = decisions.count - 1
+                if free is not None:  # within the way that was turned there may be decisions of its own
+                    last = max((k for k in free - sure.keys() if k <= last), default=-1)
+                if last < 0 or last in sure or decisions.drawn:
+                    raise
+                sure[last] = error.what
+                wanted[last] = not wanted.get(last, False)
+
+    base, _ = trace({})
+    answers = {number: number in sure for number in range(base.count)}
+    if not base.count:
+        return base
+    if base.count != len(base.marks):
+        raise CaptureError(
+            "the forward decides by values inside a tensor, within torch.cond or its like",
+            fix="use torch.where there, or a torch.cond of its own",
+        )
+    for _ in range(2):
+        groups = [group - sure.keys() for group in _groups(base.count)]
+        found = [trace({**answers, **_turned(answers, group)}, group) for group in groups if group]
+        others = [(flips, other) for other, flips in found if flips]
+        meetings = [Meeting(base, other, flips) for flips, other in others]
+        short = {number for each in meetings for number in each.shorter}
+        if not short:
+            break
+        answers |= _turned(answers, short)  # the way that computes more is followed: it reads what others leave
+        base, _ = trace(answers, frozenset())
+    everything = frozenset(answers) - sure.keys()
+    turned = [*others, (everything, trace({**answers, **_turned(answers, everything)}, frozenset())[0])]
+    for each in meetings:
+        each.join()
+    made = _merge(base, answers, meetings, sure)
+    for flips, other in turned:
+        _prove(base, made, other, {**answers, **_turned(answers, flips)})
+    return base
+
+
+def _turned(answers: Mapping[int, bool], flips: Sequence[int] | frozenset[int] | set[int]) -> dict[int, bool]:
+    return {k: not answers[k] for k in flips}
+
+
+def _groups(count: int) -> list[frozenset[int]]:
+    """Every second decision: so that of two neighbours one is as it was."""
+    groups = [frozenset(range(start, count, 2)) for start in (0, 1)]
+    return [group for group in groups if group]
+
+
+def _merge(
+    base: Trace, answers: Mapping[int, bool], meetings: Sequence[Meeting], sure: Mapping[int, str]
+) -> set[fx.Node]:
+    """Writes what other ways compute into the base's graph, and the values where they meet.
+
+    Returns:
+        What is there beside what the model computes.
+    """
+    graph = base.root.graph
+    beside: set[fx.Node] = set()
+    joins: dict[int, dict[fx.Node, fx.Node]] = {}
+    away: dict[int, list[fx.Node]] = {}
+    match: dict[fx.Node, fx.Node] = {}
+    for each in meetings:
+        match |= each.match
+        away |= {k: each.other[k] for k in each.flips}
+        for number in each.flips:
+            _mark(each.own[number], number, answers[number], base.marks[number])
+        joins |= each.joins
+    if any(n.op == "get_attr" and n not in match for nodes in away.values() for n in _read(nodes)):
+        raise refused(base.marks[0], "one way alone reads a tensor")
+    now: dict[fx.Node, fx.Node] = {}  # a value that only the base computes -> what others read
+    for number in range(base.count):
+        mark, segment = base.marks[number], base.segments[number + 1]
+        if number in sure:
+            beside |= _assert(mark, answers[number], sure[number])
+            continue
+        own = next((e.own[number] for e in meetings if number in e.flips), [])
+        if (own or away[number]) and not joins[number]:
+            raise refused(mark, "nothing that either way computes is read")
+        decision = _flag(mark, beside) if own else None
+        with graph.inserting_before(segment[len(own)]):
+            for node in away[number]:
+                for operand in operands(node):
+                    if operand not in match:
+                        raise refused(mark, "one way alone reads a tensor")
+                match[node] = graph.node_copy(node, lambda n: now.get(match[n], match[n]))
+            _mark([match[n] for n in away[number]], number, not answers[number], mark)
+            for x, y in joins[number].items():
+                other = match.get(y, y)
+                yes, no = (x, now.get(other, other)) if answers[number] else (now.get(other, other), x)
+                node = graph.call_function(TAKEN, (decision, yes, no, number))
+                node.meta = {**mark.meta, "val": x.meta["val"]}
+                now[x] = node
+        for x in own:
+            for reader in [user for user in x.users if user not in own and user.target is not TAKEN]:
+                if x not in now:
+                    raise refused(mark, "what follows depends on it")
+                reader.replace_input_with(x, now[x])
+    for number, mark in enumerate(base.marks):
+        if number not in sure:
+            graph.erase_node(mark)
+    return beside
+
+
+def _flag(mark: fx.Node, beside: set[fx.Node]) -> fx.Node:
+    """What a decision is made by, as one bool."""
+    value = mark.all_input_nodes[0]
+    with mark.graph.inserting_before(mark):
+        if value.meta["val"].dtype != torch.bool:
+            value = _call(aten.ne.Scalar, (value, 0), mark, beside)
+        if value.meta["val"].dim():
+            value = _call(aten.reshape.default, (value, []), mark, beside)
+    return value
+
+
+def _call(target: Any, args: tuple[Any, ...], mark: fx.Node, beside: set[fx.Node]) -> fx.Node:
+    node = mark.graph.call_function(target, args)
+    value = args[0].meta["val"]
+    with value.fake_mode:
+        node.meta = {**mark.meta, "val": target(value, *args[1:])}
+    beside.add(node)
+    return node
+
+
+def _assert(mark: fx.Node, answer: bool, error: str) -> set[fx.Node]:
+    """Lets a mark assert that a decision is what it was."""
+    beside = {mark}
+    value: Any = mark.args[0]
+    if not answer:
+        with mark.graph.inserting_before(mark):
+            value = _call(aten.eq.Scalar, (value, 0), mark, beside)
+    where = source_of(mark) or module_of(mark) or "the model"
+    mark.args = (value, f"{where} decides by a value, and goes another way now, which ends in: {error}")
+    return beside
+
+
+def _read(nodes: Sequence[fx.Node]) -> Iterator[fx.Node]:
+    for node in nodes:
+        yield from operands(node)
+
+
+def _mark(nodes: Sequence[fx.Node], number: int, when: bool, mark: fx.Node) -> None:
+    """Notes on nodes that they belong to one way: within the call of the module that decides, ``mark``'s."""
+    stacks = [list((node.meta.get("nn_module_stack") or {"": ("", "")}).items()) for node in (mark, *nodes)]
+    depth = 0
+    while all(len(s) > depth and s[depth] == stacks[0][depth] for s in stacks):
+        depth += 1
+    stacks = stacks[1:]
+    for node, stack in zip(nodes, stacks, strict=True):
+        if has_effect(node) and (is_mutating(node.target) or written(node)) and not draws(node):
+            held = next(iter(written(node).values()), None) or node.args[0]
+            if held not in nodes:
+                raise refused(node, "one way changes a tensor that is read elsewhere")
+        key, entry = stack[max(depth - 1, 0)]
+        inserted = (f"{key}{BRANCH}{number}:{when}", entry)
+        node.meta["nn_module_stack"] = dict([*stack[:depth], inserted, *stack[depth:]])
+
+
+def _prove(base: Trace, beside: set[fx.Node], other: Trace, answers: Mapping[int, bool]) -> None:
+    """Raises where the graph, decided so, is not what was traced with these answers."""
+    match = same_leaves(base, other, base.marks[0])
+    value: dict[fx.Node, fx.Node] = {}
+    ours: list[fx.Node] = []
+    for node in base.root.graph.nodes:
+        branch = branch_of(node)
+        if node in beside:
+            continue
+        if node.target is TAKEN:
+            chosen = node.args[1] if answers[node.args[3]] else node.args[2]
+            value[node] = value.get(chosen, chosen)
+        elif node.op in ("call_function", "output") and (branch is None or answers[branch[0]] == branch[1]):
+            ours.append(node)
+    theirs = [node for segment in other.segments for node in segment]
+    for a, b in zip(ours, theirs, strict=False):
+        reads = ((value.get(x, x), match.get(y)) for x, y in zip(operands(a), operands(b), strict=False))
+        if not alike(a, b) or any(x is not y for x, y in reads):
+            raise refused(base.marks[0], "the ways of several decisions depend on each other")
+        match[b] = a
+    if len(ours) != len(theirs):
+        raise refused(base.marks[0], "the ways of several decisions depend on each other")

@@ -1,0 +1,211 @@
+"""A model that decides by a value what it computes: both ways are there, and a run takes the one that one device takes."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterator
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+import fxshard
+from fxshard.errors import CaptureError
+from fxshard.runtime.branches import TAKEN
+from tests.distributed import branches
+from tests.distributed.branches import Dropping
+from tests.distributed.launch import launch
+from tests.presets import preset
+
+PLANS = ("tp2", "sp2", "dp2", "zero2", "dp2_tp2", "tp3")
+
+
+def same(model: nn.Module, program: fxshard.ParallelModule, *args: torch.Tensor, seed: int = 0) -> torch.Tensor:
+    """Compares outputs, gradients, which weights have none, and what is drawn afterwards; gives the output."""
+    model.zero_grad(set_to_none=True)
+    torch.manual_seed(seed)
+    want = model(*args)
+    after = torch.rand(3)
+    want.pow(2).sum().backward()
+    program.zero_grad(set_to_none=True)
+    torch.manual_seed(seed)
+    run = fxshard.simulate(program, *args)
+    assert torch.equal(torch.rand(3), after)
+    for got in run.outputs:
+        torch.testing.assert_close(got, want)
+    run.backward(lambda out: out.pow(2).sum())
+    grads = run.full_grads()
+    for name, parameter in model.named_parameters():
+        assert (parameter.grad is None) == (name not in grads), name
+        if parameter.grad is not None:
+            torch.testing.assert_close(grads[name], parameter.grad)
+    out: torch.Tensor = want.detach()
+    return out
+
+
+@pytest.mark.parametrize("plan", PLANS)
+def test_dropped_layers(plan: str) -> None:
+    torch.manual_seed(0)
+    model, x = Dropping(0.4).double(), torch.randn(4, 6, 12, dtype=torch.float64)
+    program = fxshard.parallelize(model, preset(plan), (x,))
+    outputs = [same(model, program, x, seed=seed) for seed in range(8)]
+    assert len({round(float(out.sum()), 9) for out in outputs}) > 4  # other layers are dropped each time
+    model.eval()
+    same(model, program.eval(), x)
+
+
+@pytest.mark.parametrize("ask", ["tensor", "one element", "item", "not"])
+@pytest.mark.parametrize("p", [0.0, 1.0])
+def test_what_a_draw_always_is_is_no_branch(ask: str, p: float) -> None:
+    asks: dict[str, Callable[[], object]] = {
+        "tensor": lambda: torch.rand([]) < p,
+        "one element": lambda: torch.rand(1) < p,
+        "item": lambda: torch.rand(1).item() < p,
+        "not": lambda: not torch.rand([]) >= p,
+    }
+
+    class Sometimes(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Linear(8, 8), nn.Linear(8, 8)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            out: torch.Tensor = self.a(x) if asks[ask]() else F.dropout(self.b(x), 0.5, self.training)
+            return out
+
+    model, x = Sometimes().double(), torch.randn(4, 8, dtype=torch.float64)
+    program = fxshard.parallelize(model, preset("tp2"), (x,))
+    same(model, program, x)
+    nodes = program.graph_after("optimize").nodes
+    assert not any(node.target is TAKEN for node in nodes)
+
+
+class ByValue(nn.Module):
+    """Which way is taken depends on the input."""
+
+    def __init__(self, both: bool) -> None:
+        super().__init__()
+        self.up, self.down, self.other, self.both = nn.Linear(8, 16), nn.Linear(16, 8), nn.Linear(8, 8), both
+
+    def forward(self, x: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        if mask.any():
+            x = x + self.down(self.up(x).relu()) * mask
+        elif self.both:
+            x = self.other(x).tanh()
+        if mask.all().item():
+            x = x * 2
+        return x
+
+
+@pytest.mark.parametrize("plan", PLANS)
+@pytest.mark.parametrize("both", [False, True])
+def test_the_way_that_an_input_decides(both: bool, plan: str) -> None:
+    torch.manual_seed(0)
+    model, x = ByValue(both).double(), torch.randn(4, 8, dtype=torch.float64, requires_grad=True)
+    some = torch.zeros(4, 8, dtype=torch.float64)
+    program = fxshard.parallelize(model, preset(plan), (x, some))
+    for mask in (some, some + 1, some.index_fill(0, torch.tensor([1]), 1.0), some):
+        same(model, program, x, mask)
+
+
+def test_a_way_that_raises_raises_in_the_program() -> None:
+    class Careful(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.l = nn.Linear(8, 8)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            if not torch.isfinite(x).all():
+                raise ValueError("what is this?")
+            if (x > 100).any():
+                raise ValueError("too much")
+            out: torch.Tensor = self.l(x)
+            return out
+
+    model, x = Careful().double(), torch.randn(4, 8, dtype=torch.float64)
+    program = fxshard.parallelize(model, preset("dp2"), (x,))
+    same(model, program, x)
+    with pytest.raises(RuntimeError, match="what is this"):
+        fxshard.simulate(program, x / 0)
+    with pytest.raises(RuntimeError, match="too much"):
+        fxshard.simulate(program, x + 1000)
+
+
+class Told(nn.Module):
+    """A model whose forward is a function of its own layers and the input."""
+
+    def __init__(self, forward: Callable[[Told, torch.Tensor], object]) -> None:
+        super().__init__()
+        self.a, self.b, self.norm, self.how = nn.Linear(8, 8), nn.Linear(8, 4), nn.BatchNorm1d(8), forward
+        self.register_buffer("seen", torch.zeros(8))
+
+    def forward(self, x: torch.Tensor) -> object:
+        return self.how(self, x)
+
+
+def twice(m: Told, x: torch.Tensor) -> torch.Tensor:
+    dropped = False
+    for _ in range(3):  # never two in a row
+        if torch.rand([]) < 0.5 and not dropped:
+            dropped = True
+        else:
+            x, dropped = m.a(x), False
+    return x
+
+
+def loop(m: Told, x: torch.Tensor) -> torch.Tensor:
+    while x.norm() > 1:
+        x = x * 0.5
+    return x
+
+
+def updating(m: Told, x: torch.Tensor) -> torch.Tensor:
+    if x.sum() > 0:
+        m.seen.add_(x.sum(0).detach())
+    return m.a(x) + m.seen
+
+
+REFUSED: dict[str, Callable[[Told, torch.Tensor], object]] = {
+    "other shapes": lambda m, x: m.a(x) if x.sum() > 0 else m.b(x),
+    "other kinds": lambda m, x: (m.a(x), x) if x.sum() > 0 else m.a(x),
+    "depend on each other": twice,
+    "a loop": loop,
+    "a buffer is written": updating,
+    "running statistics": lambda m, x: m.norm(x) if x.sum() > 0 else m.a(x),
+    "drawn by numpy": lambda m, x: m.a(x) * float(np.random.rand()),
+    "masked by numpy": lambda m, x: m.a(x) * torch.from_numpy(np.random.rand(4, 8)),
+    "drawn by python": lambda m, x: m.a(x) if random.random() < 0.5 else m.a(x) * 2,
+    "drawn between": lambda m, x: m.a(x) * random.uniform(2, 3),
+    "chosen by python": lambda m, x: m.a(x) * random.choice([1.0, 2.0, 3.0, 4.0]),
+}
+
+
+@pytest.fixture
+def quiet_draws() -> Iterator[None]:
+    state, other = random.getstate(), np.random.get_state()
+    yield
+    random.setstate(state)
+    np.random.set_state(other)
+
+
+@pytest.mark.usefixtures("quiet_draws")
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_is_not_two_ways_that_meet_is_refused(name: str) -> None:
+    model, x = Told(REFUSED[name]).double(), torch.randn(4, 8, dtype=torch.float64)
+    with pytest.raises(CaptureError) as caught:
+        fxshard.parallelize(model, preset("tp2"), (x,))
+    assert caught.value.fix
+
+
+@pytest.mark.usefixtures("quiet_draws")
+@pytest.mark.parametrize("draw", [np.random.random, random.random, lambda: np.random.uniform(0, 1)])
+def test_numbers_of_the_host_that_decide_nothing_do_no_harm(draw: Callable[[], float]) -> None:
+    model = Told(lambda m, x: m.a(x) if draw() > 0 else m.b(x)).double()
+    x = torch.randn(4, 8, dtype=torch.float64)
+    same(model, fxshard.parallelize(model, preset("tp2"), (x,)), x)
+
+
+def test_dropped_layers_on_ranks() -> None:
+    launch(2, branches.dropping)
