@@ -16,7 +16,7 @@ from torch import fx
 from fxshard.placement import Shard, shard
 from fxshard.plan.graph import Graph, contraction, shapes_of, shares_among
 from fxshard.plan.pairs import Met, Pair, find_pair
-from fxshard.rules.recipe import At, Dim, Factor, operands_of
+from fxshard.rules.recipe import At, Dim, Factor, Shape, operands_of
 from fxshard.rules.table import name_of
 
 
@@ -50,34 +50,35 @@ class Split:
 def find_split(facts: Graph, size: int) -> Split:
     """What of a graph an axis of ``size`` ranks splits.
 
-    A weight is split one way only: a pair that would split it another way than an earlier pair is left out. A pair
-    with a norm over the split dim inside, whose ranks share statistics, is one only where there is none without.
+    A weight is split one way only: of two pairs that would split it in two ways, the one with more weights is left, such
+    as an attention before a small MLP that makes its position bias. A pair with a norm over the split dim inside, whose
+    ranks share statistics, is one only where there is none without.
     """
     taken: dict[fx.Node, Shard] = {}
     pairs: dict[fx.Node, Pair] = {}
     behind_norms: list[fx.Node] = []
     without_rule: set[fx.Node] = set()
 
-    def find(row: fx.Node, through_norms: bool) -> None:
-        met = Met()
-        pair = find_pair(row, facts, size, through_norms, met)
-        without_rule.update(met.without_rule)
-        if met.norm:
-            behind_norms.append(row)
-        have = pairs[row].weights if row in pairs else {}
-        if pair is None or pair.weights.keys() <= have.keys():
-            return
-        if all(_agree(taken.get(w), p) for w, p in pair.weights.items()):
-            taken.update(pair.weights)
-            pairs[row] = pair
+    def find(rows: Iterable[fx.Node], through_norms: bool) -> None:
+        found = []
+        for row in rows:
+            met = Met()
+            pair = find_pair(row, facts, size, through_norms, met)
+            without_rule.update(met.without_rule)
+            if met.norm:
+                behind_norms.append(row)
+            have = pairs[row].weights if row in pairs else {}
+            if pair is not None and not pair.weights.keys() <= have.keys():
+                found.append(pair)
+        for pair in sorted(found, key=lambda each: -sum(map(_numel, each.weights))):
+            if all(_agree(taken.get(w), p) for w, p in pair.weights.items()):
+                taken.update(pair.weights)
+                pairs[pair.row] = pair
 
-    for node in facts.order:
-        if node.op == "call_function" and node in facts.learned:
-            find(node, through_norms=False)
+    find([n for n in facts.order if n.op == "call_function" and n in facts.learned], through_norms=False)
     words = vocabulary(facts, size, taken)
     taken |= words
-    for node in tuple(behind_norms):
-        find(node, through_norms=True)
+    find(tuple(behind_norms), through_norms=True)
     rows = sorted(pairs, key=facts.order.__getitem__)
     return Split(
         tuple(pairs[row] for row in rows),
@@ -91,6 +92,8 @@ def _agree(have: Shard | None, want: Shard) -> bool:
     return have is None or repr(have) == repr(want)
 
 
+WIDER = 8
+"""How many times the features of its operand a product may have whose result is gathered."""
 ALONE = 1 / 16
 """The least size of a weight, beside the largest one of a pair, for which its product's result is gathered."""
 
@@ -138,16 +141,22 @@ def _matrix(weight: fx.Node) -> int:
 def _output_features(node: fx.Node, product: tuple[Factor, int, int], facts: Graph, size: int) -> Shard | None:
     """How the weight of a product is split by its output features; None where it cannot be."""
     _, value, position = product
-    recipe = facts.recipe(node)
+    recipe, operand = facts.recipe(node), facts.operands[node][value]
     for factor in recipe.factors if recipe is not None else ():
         at = factor.inputs[position]
         if at is None or factor.inputs[value] is not None or factor.outputs[0] is None or factor.lowering:
             continue
-        shares = shares_among(factor.size, size)
-        if at.blocks != (1,) or shares is None or 0 in shares:
+        shares, made = shares_among(factor.size, size), facts.shapes[node][0]
+        if at.blocks != (1,) or shares is None or 0 in shares or _is_far_wider(made, facts.shapes[operand][0]):
             return None
         return of_base(facts.operands[node][position], shard(at.dim, shares=shares), facts, size)
     return None
+
+
+def _is_far_wider(made: Shape, source: Shape) -> bool:
+    """Whether a product has many more features than what it is made of: its weight is small beside what is gathered."""
+    many, few = made[-1:], source[-1:]
+    return all(isinstance(size, int) for size in (*many, *few)) and many > tuple(WIDER * size for size in few)
 
 
 def of_base(view: fx.Node, placement: Shard, facts: Graph, size: int) -> Shard | None:

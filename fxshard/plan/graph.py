@@ -98,7 +98,7 @@ def _contraction(node: fx.Node, facts: Graph) -> tuple[Factor, int, int] | None:
         return None
     recipe = facts.recipe(node)
     for factor in recipe.factors if recipe is not None else ():
-        if any(at is not None for at in factor.outputs) or factor.lowering:
+        if any(at is not None for at in factor.outputs) or factor.lowering not in (None, "share"):
             continue
         at = [i for i, a in enumerate(factor.inputs) if a is not None]
         weights = [i for i in at if operands[i] in facts.weights]
@@ -109,7 +109,11 @@ def _contraction(node: fx.Node, facts: Graph) -> tuple[Factor, int, int] | None:
 
 
 def shares_among(count: Dim, size: int) -> tuple[int, ...] | None:
-    """How ``count`` units fall to the ranks; None where that is not known."""
+    """How ``count`` units fall to the ranks; None where that is not known, or all would fall to one.
+
+    >>> shares_among(8, 2), shares_among(3, 2), shares_among(1, 2)
+    ((), (2, 1), None)
+    """
     if isinstance(count, int):
-        return chunk_shares(count, size) if count > 0 else None
+        return chunk_shares(count, size) if count > 1 or size == 1 else None
     return () if divides(count, size) else None

@@ -8,7 +8,8 @@ computed from weights (masks, rotary tables). A walk that meets a norm, or a res
 column: no pair.
 
 A packed projection is cut in pieces on the way (q, k, v). The pieces' demands meet at its output: there, and in the
-weight, each piece is a block that is split on its own.
+weight, each piece is a block that is split on its own. Pieces of which nothing is asked, such as the one key head that
+all queries share, are stored in parts too where they are the smaller half, and gathered by who reads them.
 
 Reference: Megatron-LM (Shoeybi et al., 2019), section 3.
 """
@@ -129,6 +130,7 @@ class _Walk:
     split: set[fx.Node] = field(default_factory=set)
     obstacles: set[int] = field(default_factory=set)
     without_rule: set[fx.Node] = field(default_factory=set)
+    packed: set[fx.Node] = field(default_factory=set)
     sound: bool = True
 
     def ask(self, node: fx.Node, result: int, dim: int, blocks: tuple[int, ...]) -> None:
@@ -189,6 +191,10 @@ class _Walk:
         shapes = self.facts.shapes[node]
         found = None
         merged = {_merge(demand, shapes[result][dim]) for (result, _), demand in asked.items()}
+        if merged == {None} and contraction(node, self.facts) and not self.cut.shares:
+            ((_, demand),) = asked.items()
+            merged = {_merge(_filled(demand, shapes[0][dim], self.size), shapes[0][dim])}
+            self.packed.add(node)
         if recipe is not None and len(merged) == 1:
             (blocks,) = merged
             results = [result for result, _ in asked]
@@ -225,13 +231,14 @@ class _Walk:
         parts = segments_of(node, dim)
         if parts is None or (len(parts) == 1 and parts[0] == (0, self.facts.shapes[operand][0][dim])):
             return False
-        if len(asked) != len(parts):
-            return False
+        pieces = {result for result, _ in asked}
         for (result, _), demand in asked.items():
             blocks = _merge(demand, parts[result][1] - parts[result][0])
             if blocks is None:
                 return False
             self.ask_segment(operand, 0, dim, parts[result][0], parts[result][1], blocks)
+        if len(pieces) < len(parts):
+            self.packed.add(node)
         self.split.add(node)
         self.region.add(node)
         return True
@@ -240,7 +247,7 @@ class _Walk:
         """The split values that are read by others than the region, and not just handed out."""
         return {
             node
-            for node in self.split
+            for node in self.split - self.packed
             if not all(self._inside(u) or self._unread(node, u) or self._is_statistic(node, u) for u in node.users)
         }
 
@@ -305,6 +312,26 @@ class _Walk:
             return True
         handed_out = name in WEIGHT_VIEWS or name in CUTS or name in ("aten.cat", "aten.clone", "aten.contiguous")
         return (handed_out or user.target is operator.getitem) and all(self._inside(u) for u in user.users)
+
+
+def _filled(demand: Demand, size: Dim, parts: int) -> Demand:
+    """A demand for pieces of a dim, and for what lies between them: if that is the smaller half, and can be cut.
+
+    >>> _filled({(0, 4): (1,)}, 6, 2)
+    {(0, 4): (1,), (4, 6): (1,)}
+    """
+    out, position, missing = dict(demand), 0, 0
+    ends = sorted(demand)
+    for start, end in [*ends, (size, size)]:
+        if not isinstance(start, int) or not isinstance(end, int):
+            return demand
+        if start > position:
+            out[position, start] = (1,)
+            missing += start - position
+            if (start - position) % parts:
+                return demand
+        position = end
+    return dict(sorted(out.items())) if isinstance(size, int) and missing * 2 <= size else demand
 
 
 def _narrower(made: Shape, source: Shape) -> bool:
