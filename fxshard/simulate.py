@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -18,8 +18,10 @@ class Simulation:
         outputs: what each rank returned, in rank order.
     """
 
-    def __init__(self, program: ParallelModule, outputs: list[Any]) -> None:
-        self._program = program
+    def __init__(
+        self, program: ParallelModule, outputs: list[Any], shared: Mapping[str, Sequence[torch.Tensor]]
+    ) -> None:
+        self._program, self._shared = program, shared
         self.outputs = outputs
         self._grads: dict[str, torch.Tensor] | None = None
 
@@ -46,6 +48,36 @@ class Simulation:
                 if earlier is not None:
                     parameter.grad = earlier if parameter.grad is None else parameter.grad + earlier
         return [loss.detach() for loss in losses]
+
+    def grad(self, loss_fn: Callable[[Any], torch.Tensor]) -> list[dict[str, torch.Tensor]]:
+        """The gradients of every rank's own loss, as that rank has them; they can be differentiated again.
+
+        For penalties on gradients: what is computed of them may be part of the loss that ``backward`` is given.
+
+        Args:
+            loss_fn: maps one rank's output to that rank's scalar loss.
+
+        Returns:
+            For each rank the gradients of the inputs that require one, whole, by their names in the graph, and of its
+            parameters, of which it may hold a part.
+
+        >>> import fxshard
+        >>> model, x = torch.nn.Linear(8, 4), torch.randn(4, 8, requires_grad=True)
+        >>> run = fxshard.simulate(fxshard.parallelize(model, fxshard.tensor_parallel(2), (x,)), x)
+        >>> penalties = iter([found["input"].pow(2).sum() for found in run.grad(lambda y: y.pow(2).sum())])
+        >>> losses = run.backward(lambda y: y.sum() + next(penalties))
+        """
+        ranks = range(self._program.mesh.world_size)
+        wanted = [
+            {name: xs[rank] for name, xs in self._shared.items()}
+            | {n: p for n, p in self._program.rank_module(rank).named_parameters() if p.requires_grad}
+            for rank in ranks
+        ]
+        total = torch.stack([loss_fn(output).reshape(()) for output in self.outputs]).sum()
+        each = [value for found in wanted for value in found.values()]
+        made = iter(torch.autograd.grad(total, each, create_graph=True, allow_unused=True))
+        found = [{name: next(made) for name in names} for names in wanted]
+        return [{name: grad for name, grad in grads.items() if grad is not None} for grads in found]
 
     def full_grads(self) -> dict[str, torch.Tensor]:
         """The whole gradients of this run's ``backward``, under the original names."""
@@ -109,4 +141,6 @@ def simulate(program: ParallelModule, *args: Any, **kwargs: Any) -> Simulation:
         leaves[index].copy_(shared[index][0])
     outputs = [program.finish(compiled, made[0], args, kwargs)]
     outputs += [compiled.captured.unflatten_outputs(each) for each in made[1:]]
-    return Simulation(program, outputs)
+    names = compiled.captured.placeholders
+    given = {name: xs for name, xs in zip(names, shared, strict=True) if getattr(xs[0], "requires_grad", False)}
+    return Simulation(program, outputs, given)

@@ -336,8 +336,9 @@ class Deferred(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
         """Nothing goes on to a weight yet, unless something else than ``.grad`` waits for its gradient."""
-        if torch.is_grad_enabled():  # create_graph=True: what comes out cannot be differentiated once more
-            return _differentiable_once(ctx, *grads)
+        if torch.is_grad_enabled():  # create_graph=True: each by itself, so that it can be differentiated once more
+            run = ctx.buckets.group.run
+            return None, None, *(None if grad is None else run("all_reduce", "identity", grad) for grad in grads)
         return _take(ctx, *grads)
 
 
@@ -355,6 +356,3 @@ def _take(ctx: Any, *grads: torch.Tensor | None) -> tuple[torch.Tensor | None, .
     if waiting:
         buckets.add(waiting)
     return tuple(out)
-
-
-_differentiable_once = torch.autograd.function.once_differentiable(_take)

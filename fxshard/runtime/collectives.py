@@ -13,6 +13,9 @@ The forward type decides the backward one (``g`` is a gradient):
     chunk(x, axis, d)           this rank's part              all_gather(g)
     all_to_all(x, axis, i, j)   parts along i -> parts of j   all_to_all(g, j, i)
 
+So a backward pass is made of the same functions, the gradient of each is the other of its pair, and it can be
+differentiated again (``create_graph=True``).
+
 Sums are made in the dtype of what is summed, each addition rounded to it, or, where the program asks for it
 (``reduce_dtype``), in a wider one, and rounded once. They are made in place where the compiler found that nothing else
 reads the summands (``inplace``).
@@ -331,9 +334,15 @@ class ProcessAxisGroup:
             return x if name == "identity" else self.raw(name, x, inplace, dim)
         if inplace and name == "all_reduce" and self.sums_in_place(x):
             self.raw(name, x.detach(), inplace)  # behind autograd's back: the gradient of the sum is that of x
-            return x
+            return self.pass_back(x)
         out: torch.Tensor = record(_Collective, x, self, name, backward, inplace, dim)
         return out
+
+    def pass_back(self, x: torch.Tensor) -> torch.Tensor:
+        """``x``, a sum that was made in place; its gradient is differentiated as that of any sum (``create_graph``)."""
+        if x.requires_grad:
+            x.register_hook(lambda grad: self.run("identity", "all_reduce", grad) if torch.is_grad_enabled() else None)
+        return x
 
     def sums_in_place(self, x: torch.Tensor) -> bool:
         """Whether ``x`` can be overwritten with its sum, if it may be."""
@@ -394,19 +403,15 @@ class _Collective(torch.autograd.Function):
     def forward(
         ctx: Any, x: torch.Tensor, group: ProcessAxisGroup, name: str, backward: str, inplace: bool, dim: int
     ) -> torch.Tensor:
-        ctx.group, ctx.backward_name, ctx.inplace, ctx.dim = group, backward, inplace, dim
+        ctx.group, ctx.name, ctx.backward_name, ctx.inplace, ctx.dim = group, name, backward, inplace, dim
         return x.view_as(x) if name == "identity" else group.raw(name, x, dim=dim)
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        if torch.is_grad_enabled():  # create_graph=True: what comes out cannot be differentiated once more
-            return _differentiable_once(ctx, grad)
-        return ctx.group.raw(ctx.backward_name, grad, ctx.inplace, ctx.dim), None, None, None, None, None
-
-
-@torch.autograd.function.once_differentiable
-def _differentiable_once(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-    return ctx.group.raw(ctx.backward_name, grad, dim=ctx.dim), None, None, None, None, None
+        group: ProcessAxisGroup = ctx.group
+        if torch.is_grad_enabled():  # create_graph=True: the gradient of the gradient is the collective itself
+            return group.run(ctx.backward_name, ctx.name, grad, dim=ctx.dim), None, None, None, None, None
+        return group.raw(ctx.backward_name, grad, ctx.inplace, ctx.dim), None, None, None, None, None
 
 
 def _identity(group: ProcessAxisGroup, x: torch.Tensor, dim: int) -> torch.Tensor:
@@ -471,14 +476,18 @@ _LOCAL = ("identity", "own_part")
 class _Nothing(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, shape: tuple[int, ...], dtype: torch.dtype, *operands: torch.Tensor) -> torch.Tensor:
-        ctx.like = [(x.shape, x.dtype, x.device) for x in operands]
+        ctx.save_for_backward(*operands)  # whose gradients depend on each other, on the ranks that have a part
         return operands[0].new_zeros(shape, dtype=dtype)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[Any, ...]:
-        grads = [torch.zeros(shape, dtype=dtype, device=device) for shape, dtype, device in ctx.like]
-        return (None, None, *(g if needed else None for g, needed in zip(grads, ctx.needs_input_grad[2:], strict=True)))
+        operands = ctx.saved_tensors
+        flows = torch.is_grad_enabled()
+        grads = (
+            nothing([grad, *operands], tuple(x.shape), x.dtype, flows) if needed else None
+            for x, needed in zip(operands, ctx.needs_input_grad[2:], strict=True)
+        )
+        return None, None, *grads
 
 
 def nothing(

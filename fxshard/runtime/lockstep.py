@@ -150,13 +150,16 @@ class LockstepAxisGroup:
 class _Lockstep(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, name: str, backward: str, dtype: Any, *xs: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        ctx.backward_name, ctx.dtype = backward, dtype
+        ctx.name, ctx.backward_name, ctx.dtype = name, backward, dtype
         return _communicate(name, xs, dtype)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[Any, ...]:
-        return (None, None, None, *_communicate(ctx.backward_name, grads, ctx.dtype))
+        if torch.is_grad_enabled():  # create_graph=True: the gradient of the gradient is the collective itself
+            outs = _Lockstep.apply(ctx.backward_name, ctx.name, ctx.dtype, *grads)  # type: ignore[no-untyped-call]
+        else:
+            outs = _communicate(ctx.backward_name, grads, ctx.dtype)
+        return None, None, None, *outs
 
 
 Tensors = Sequence[torch.Tensor]

@@ -107,6 +107,12 @@ class Pack:
 
         return mine
 
+    def scattered(self, grads: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        """This rank's parts of the sums of gradients, which can be differentiated again."""
+        name = "reduce_scatter" if self.summed else "own_part"
+        parts = (self.group.run(name, "all_gather", self._cut(grad, i).reshape(-1)) for i, grad in enumerate(grads))
+        return [part.view(weight.shape) for part, weight in zip(parts, self.weights, strict=True)]
+
     def _joined(self, piece: torch.Tensor, index: int) -> torch.Tensor:
         """``[ranks, elements of a part]`` -> the whole."""
         dim, shape = self.dims[index], list(self.weights[index].shape)
@@ -160,8 +166,8 @@ class _Gathered(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        if torch.is_grad_enabled():  # create_graph=True: what comes out cannot be differentiated once more
-            return _differentiable_once(ctx, *grads)
+        if torch.is_grad_enabled():  # create_graph=True: at once, so that it can be differentiated once more
+            return None, *ctx.pack.scattered(grads)
         return _scattered(ctx, *grads)
 
 
@@ -174,5 +180,3 @@ def _scattered(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...
     pack.ahead.add(pack.weights, wait)
     return (None,) * (1 + len(grads))
 
-
-_differentiable_once = torch.autograd.function.once_differentiable(_scattered)

@@ -59,7 +59,7 @@ def begin_all_reduce(x: torch.Tensor, axis: Axis, inplace: bool = False) -> Begu
         return all_reduce(x, axis, inplace)
     if inplace and group.sums_in_place(x):
         arrive = group.begin("all_reduce", x.detach())  # behind autograd's back: the gradient of the sum is that of x
-        return Begun(lambda: _itself(x, arrive()))
+        return Begun(lambda: _itself(group.pass_back(x), arrive()))
     return _begin(group, _Way("all_reduce", "identity"), x)
 
 
@@ -162,9 +162,7 @@ class _Begin(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None]:
-        if torch.is_grad_enabled():  # create_graph=True: what comes out cannot be differentiated once more
-            return _arrived_once(ctx, grad)
-        return _arrived(ctx, grad)
+        return ctx.between.back.pop()(), None
 
 
 class _Wait(torch.autograd.Function):
@@ -177,20 +175,17 @@ class _Wait(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None]:
-        if torch.is_grad_enabled():
-            return _departed_once(ctx, grad)
-        return _departed(ctx, grad)
+        between: _Between = ctx.between
+        way = between.way.back()
+        if torch.is_grad_enabled():  # create_graph=True: at once, so that it can be differentiated once more
+            out = _at_once(between.group, way, grad)
+            between.back.append(lambda: out)
+        else:
+            between.back.append(_start(between.group, way, grad))
+        return grad.new_empty(0), None
 
 
-def _departed(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None]:
-    between: _Between = ctx.between
-    between.back.append(_start(between.group, between.way.back(), grad))
-    return grad.new_empty(0), None
-
-
-def _arrived(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None]:
-    return ctx.between.back.pop()(), None
-
-
-_departed_once = torch.autograd.function.once_differentiable(_departed)
-_arrived_once = torch.autograd.function.once_differentiable(_arrived)
+def _at_once(group: ProcessAxisGroup, way: _Way, x: torch.Tensor) -> torch.Tensor:
+    if way.name != "all_to_all":
+        return group.run(way.name, way.backward, x, dim=way.dim)
+    return joined(group.run(way.name, way.backward, stacked(x, group.size, way.other)), group.size, way.dim)

@@ -1,4 +1,4 @@
-"""A model that decides by a value what it computes: both ways are there, and a run takes the one that one device takes."""
+"""A model that decides by a value what it computes: both ways are there; a run takes the one that one device takes."""
 
 from __future__ import annotations
 
