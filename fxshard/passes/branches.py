@@ -36,6 +36,8 @@ from fxshard.runtime.branches import TAKEN
 __all__ = ["with_branches"]
 
 aten = torch.ops.aten
+ASSERTIONS = 16
+"""How many decisions may be assertions: each takes a trace that ends in an error."""
 
 
 def with_branches(export: Callable[[Decisions], Trace]) -> Trace:
@@ -61,7 +63,7 @@ def with_branches(export: Callable[[Decisions], Trace]) -> Trace:
                 last = decisions.count - 1
                 if free is not None:  # within the way that was turned there may be decisions of its own
                     last = max((k for k in free - sure.keys() if k <= last), default=-1)
-                if last < 0 or last in sure or decisions.drawn:
+                if last < 0 or last in sure or decisions.drawn or len(sure) == ASSERTIONS:
                     raise
                 sure[last] = error.what
                 wanted[last] = not wanted.get(last, False)

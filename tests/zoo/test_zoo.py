@@ -75,7 +75,7 @@ def is_right(name: str, plan: str, training: bool) -> Row:
 
 
 def test_a_refusal_is_captured_only_once() -> None:
-    refused = specimen("LongformerForMaskedLM", False)
+    refused = specimen("ViltModel", False)
     first, again = check(refused, "tp2"), check(refused, "dp2")
     assert first.error == again.error
     assert refused._refused is not None
