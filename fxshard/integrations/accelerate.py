@@ -57,6 +57,10 @@ class Accelerator(accelerate.Accelerator):  # type: ignore[misc]
     >>> optimizer.step()
     """
 
+    scaler: Any
+    _models: list[Any]
+    _optimizers: list[Any]
+
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._settle()
@@ -86,7 +90,7 @@ class Accelerator(accelerate.Accelerator):  # type: ignore[misc]
         if self.dispatch_batches:
             yield "dispatch_batches would give each rank a part of the batch; leave it out"
         if self.state.dynamo_plugin.backend != DynamoBackend.NO:
-            yield "a dynamo backend would compile the program while it is prepared; call torch.compile(program) yourself"
+            yield "a dynamo backend would compile the program while it is prepared; call torch.compile(program)"
         if self.mixed_precision == "fp8":
             yield "fp8 replaces modules, and a program has none that run; use bf16"
 
@@ -135,7 +139,9 @@ class Accelerator(accelerate.Accelerator):  # type: ignore[misc]
 
     # --- training --------------------------------------------------------------------------------------------------
 
-    def prepare_model(self, model: nn.Module, device_placement: bool | None = None, evaluation_mode: bool = False) -> Any:
+    def prepare_model(
+        self, model: nn.Module, device_placement: bool | None = None, evaluation_mode: bool = False
+    ) -> Any:
         """Adds mixed precision, and wraps nothing."""
         if isinstance(model, ParallelModule):
             check_ranks(model)
@@ -174,8 +180,8 @@ class Accelerator(accelerate.Accelerator):  # type: ignore[misc]
                 return program
             if held & asked:
                 raise FxshardError(
-                    f"the gradients of {len(asked)} parameters cannot be clipped: {len(held & asked)} of them are among "
-                    f"the {len(held)} of a program, and the norm is that of a whole model",
+                    f"the gradients of {len(asked)} parameters cannot be clipped: {len(held & asked)} of them are of a "
+                    f"program of {len(held)}, and the norm is that of a whole model",
                     fix="call clip_grad_norm_(program.parameters(), max_norm), once for each program",
                 )
         return nn.ParameterList(given)
@@ -193,7 +199,7 @@ class Accelerator(accelerate.Accelerator):  # type: ignore[misc]
         return super().get_state_dict(model, unwrap)
 
     def save_state(self, output_dir: str | None = None, safe_serialization: bool = True, **options: Any) -> Any:
-        """As ``accelerate`` does, and of programs and their optimizers a checkpoint that any mesh can load; collective."""
+        """As ``accelerate`` does; of programs and their optimizers, what any mesh can load; collective."""
         pairs = self._pairs()
         with self._without(pairs):
             folder = super().save_state(output_dir, safe_serialization, **options)
@@ -221,7 +227,7 @@ class Accelerator(accelerate.Accelerator):  # type: ignore[misc]
             its = [each for each in map(unwrapped, self._optimizers) if held & ids_of(each)]
             if len(its) > 1 or (its and not ids_of(its[0]) <= held):
                 raise FxshardError(
-                    "the state cannot be saved: a program has several optimizers, or its optimizer other parameters too",
+                    "the state cannot be saved: a program has several optimizers, or one that has other parameters too",
                     fix="give each program one optimizer of its own, or call fxshard.save_checkpoint for each of them",
                 )
             out.append((program, its[0] if its else None))
@@ -266,7 +272,7 @@ def check_processes(state: Any) -> None:
         raise DistributedError(
             f"accelerate takes this for process {state.process_index} of {state.num_processes}, torch.distributed for "
             f"rank {rank} of {world}: each rank would write what rank 0 should",
-            fix="start the script with torchrun; on CPUs say so: Accelerator(cpu=True), TrainingArguments(use_cpu=True)",
+            fix="start it with torchrun, and on CPUs say so: Accelerator(cpu=True), TrainingArguments(use_cpu=True)",
         )
 
 

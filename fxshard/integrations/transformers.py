@@ -12,6 +12,7 @@ left to do for a trainer is what it does by itself, past ``accelerate``:
 
 from __future__ import annotations
 
+import random
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -41,11 +42,40 @@ ELEMENTWISE = ("adamw_torch", "adamw_torch_fused", "sgd", "adagrad", "rmsprop")
 """Optimizers that treat each number of a weight by itself, so that a part is stepped as the whole would be."""
 
 
-class ProgramTrainer:
-    """What a trainer of transformers needs beside, to train a program: a base class in front of any of them.
+class Trainer(transformers.Trainer):  # type: ignore[misc]
+    """``transformers.Trainer`` for programs: ``model`` is what ``parallelize`` returned, all else is as it was.
 
-        class Mine(ProgramTrainer, transformers.Seq2SeqTrainer): ...
+    ``per_device_train_batch_size`` is that of the whole batch, which each rank is given and splits itself. Losses,
+    gradient norms, metrics and checkpoints are those of one device, and training goes on on any other mesh.
+
+    Start it with torchrun, and build the model alike on every rank. A program without example inputs is captured from
+    the first batch, and for every other size of batch when it comes. Other trainers of transformers work too, behind
+    this one: ``class Mine(Trainer, transformers.Seq2SeqTrainer)``.
+
+    Raises:
+        FxshardError: when the arguments ask for what a program does itself, or for what would train another model.
+
+    >>> import tempfile, fxshard
+    >>> from fxshard.integrations.transformers import Trainer
+    >>> config = transformers.LlamaConfig(
+    ...     vocab_size=32, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2
+    ... )
+    >>> model = transformers.LlamaForCausalLM(config)
+    >>> program = fxshard.parallelize(model, fxshard.zero(1))  # zero(8), and torchrun --nproc-per-node 8
+    >>> rows = [{"input_ids": torch.arange(8), "labels": torch.arange(8)}] * 8
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     args = transformers.TrainingArguments(
+    ...         folder, max_steps=2, save_strategy="no", use_cpu=True, dataloader_pin_memory=False, report_to=[]
+    ...     )
+    ...     trained = Trainer(program, args, train_dataset=rows).train()
+    {'train_runtime': ...}
+    >>> trained.global_step
+    2
     """
+
+    label_smoother: Any
+    accelerator: Any
+    current_flos: Any
 
     # --- beginning -------------------------------------------------------------------------------------------------
 
@@ -84,8 +114,10 @@ class ProgramTrainer:
         self._capture(self.model)
         name = str(getattr(self.args.optim, "value", self.args.optim))
         if self.optimizer is None and self.optimizer_cls_and_kwargs is None and name not in ELEMENTWISE:
-            split = [name for name, _ in self.model.named_parameters() if any(map(is_shard, self.model.placements_of(name)))]
-            if split:
+            split = [
+                name for name, _ in self.model.named_parameters() if any(map(is_shard, self.model.placements_of(name)))
+            ]
+            if split and self.model.mesh.world_size > 1:
                 raise FxshardError(
                     f"optim={name!r} is not known to step a part of a weight as it would the whole, and "
                     f"{len(split)} weights lie in parts, first {split[0]}",
@@ -196,20 +228,6 @@ class ProgramTrainer:
             super()._load_rng_state(folder)
 
 
-class Trainer(ProgramTrainer, transformers.Trainer):  # type: ignore[misc]
-    """``transformers.Trainer`` for programs; its arguments are the same, and ``model`` is what ``parallelize`` returned.
-
-    ``per_device_train_batch_size`` is that of the whole batch, which each rank is given and splits itself. Losses,
-    gradient norms, metrics and checkpoints are those of one device, and a checkpoint goes on on any other mesh.
-
-    Start it with torchrun, and build the model alike on every rank. A program without example inputs is captured from
-    the first batch; every other size of batch is captured when it comes, so ``dataloader_drop_last`` saves time.
-
-    Raises:
-        FxshardError: when the arguments ask for what a program does itself, or for what would train another model.
-    """
-
-
 def check_program(model: Any) -> ParallelModule:
     """The same; raises ``FxshardError`` where it is not a program for the ranks that run."""
     if not isinstance(model, ParallelModule):
@@ -245,8 +263,9 @@ def problems_of(args: Any) -> Iterator[str]:
 
 @contextmanager
 def same_randomness() -> Iterator[None]:
-    """Afterwards torch and numpy draw as if nothing had been drawn within."""
-    kept = np.random.get_state()
+    """Afterwards torch, numpy and Python draw as if nothing had been drawn within."""
+    kept = random.getstate(), np.random.get_state()
     with torch.random.fork_rng():
         yield
-    np.random.set_state(kept)
+    random.setstate(kept[0])
+    np.random.set_state(kept[1])
