@@ -257,6 +257,8 @@ def problems_of(args: Any) -> Iterator[str]:
         yield "fp16_full_eval and bf16_full_eval would change the dtype of the weights; take bf16=True"
     if args.train_sampling_strategy == "batch_rebalance":
         yield "train_sampling_strategy='batch_rebalance' gives each rank other rows; take 'random'"
+    if getattr(args, "predict_with_generate", False):
+        yield "predict_with_generate calls parts of a program, which do not run; let the model itself generate"
     if args.save_on_each_node:
         yield "save_on_each_node: a checkpoint is one folder that all ranks see"
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -96,9 +98,30 @@ def make(folder: Path, model: Any = None, **changes: Any) -> Any:
     ],
 )
 def test_arguments_are_refused(tmp_path: Path, changes: dict[str, Any], said: str) -> None:
-    with pytest.raises(FxshardError, match=r"^these TrainingArguments cannot train a program:\n  - ") as caught:
+    with (
+        mock.patch.dict(os.environ),
+        pytest.raises(FxshardError, match=r"^these TrainingArguments cannot train a program:\n  - ") as caught,
+    ):
         make(tmp_path, **changes)
     assert said in str(caught.value)
+
+
+def test_other_trainers_go_behind(tmp_path: Path) -> None:
+    class Mine(Trainer, transformers.Seq2SeqTrainer):
+        pass
+
+    plain = training.arguments(tmp_path).to_dict()
+    shared = {
+        name: plain[name] for name in ("output_dir", "report_to", "use_cpu", "disable_tqdm", "dataloader_pin_memory")
+    }
+    for generate in (False, True):
+        args = transformers.Seq2SeqTrainingArguments(**shared, max_steps=1, predict_with_generate=generate)
+        program = fxshard.parallelize(training.llama(), fxshard.zero(1))
+        if generate:
+            with pytest.raises(FxshardError, match="predict_with_generate calls parts of a program"):
+                Mine(program, args, train_dataset=training.rows(8, 0))
+        else:
+            assert Mine(program, args, train_dataset=training.rows(8, 0)).train().global_step == 1
 
 
 def test_models_are_refused(tmp_path: Path) -> None:
