@@ -112,14 +112,13 @@ class Trainer(transformers.Trainer):  # type: ignore[misc]
     def create_optimizer(self, model: Any = None) -> Any:
         """Over this rank's parts."""
         self._capture(self.model)
-        name = str(getattr(self.args.optim, "value", self.args.optim))
-        if self.optimizer is None and self.optimizer_cls_and_kwargs is None and name not in ELEMENTWISE:
-            split = [
-                name for name, _ in self.model.named_parameters() if any(map(is_shard, self.model.placements_of(name)))
-            ]
+        asked = str(getattr(self.args.optim, "value", self.args.optim))
+        if self.optimizer is None and self.optimizer_cls_and_kwargs is None and asked not in ELEMENTWISE:
+            names = [name for name, _ in self.model.named_parameters()]
+            split = [name for name in names if any(map(is_shard, self.model.placements_of(name)))]
             if split and self.model.mesh.world_size > 1:
                 raise FxshardError(
-                    f"optim={name!r} is not known to step a part of a weight as it would the whole, and "
+                    f"optim={asked!r} is not known to step a part of a weight as it would the whole, and "
                     f"{len(split)} weights lie in parts, first {split[0]}",
                     fix=f"take one of {', '.join(ELEMENTWISE)}, or a plan of data_parallel alone",
                 )
