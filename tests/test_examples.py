@@ -127,6 +127,20 @@ def test_torchrun_restarts_training_that_lost_a_rank(tmp_path: Path) -> None:
     assert all(abs(losses[step] - loss) < 1e-3 for step, loss in single.items())
 
 
+@pytest.mark.slow
+def test_the_trainer_of_transformers_on_two_processes(tmp_path: Path) -> None:
+    single = run_example("hf_trainer.py", options=("--folder", str(tmp_path / "one")))
+    printed = run_example("hf_trainer.py", *TORCHRUN, options=("--folder", str(tmp_path / "two"), "--plan", "zero2"))
+    pattern = r"^step (\d) +loss (\S+) +norm (\S+)(?: +resumed (\S+))?$"
+    rows, expected = (re.findall(pattern, text, re.MULTILINE) for text in (printed, single))
+    assert [row[0] for row in rows] == list("12345678")
+    for row, want in zip(rows, expected, strict=True):
+        assert [float(each or 0) for each in row] == pytest.approx([float(each or 0) for each in want], abs=1e-4)
+    assert all(row[3] == row[1] for row in rows[4:])
+    assert "(one device)" in single
+    assert "(zero2, 2 processes)" in printed
+
+
 def test_quickstart() -> None:
     printed = run_example("quickstart.py")
     assert "ok: True" in printed

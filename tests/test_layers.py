@@ -27,7 +27,7 @@ LAYERS: list[set[str]] = [
     {"cache", "codegen", "inspect"},
     {"program", "compiling", "captures", "standing_in"},
     {"counting", "gradients", "simulate", "verify", "checkpoint"},
-    {"api", "cli"},
+    {"api", "cli", "integrations"},
     {"", "__main__"},
 ]
 LEVELS = {part: level for level, parts in enumerate(LAYERS) for part in parts}

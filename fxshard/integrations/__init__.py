@@ -1,0 +1,1 @@
+"""Programs in other libraries' loops; each module imports its library, which fxshard itself does not need."""
