@@ -22,6 +22,7 @@ from fxshard.plan.plan import (
 )
 from fxshard.program import ParallelModule
 from fxshard.rules.table import register_rule
+from fxshard.runtime.layout import layout_of
 from fxshard.runtime.scaler import GradScaler
 from fxshard.simulate import Simulation, simulate
 from fxshard.verify import VerifyReport, verify
@@ -47,6 +48,7 @@ __all__ = [
     "expert_parallel",
     "grad_norm",
     "latest_checkpoint",
+    "layout_of",
     "load_checkpoint",
     "load_pretrained",
     "parallelize",

@@ -12,6 +12,7 @@ from torch import nn
 from torch.distributed.tensor.placement_types import Placement
 
 from fxshard.errors import MeshError, PlanError
+from fxshard.gradients import measure_parts_of
 from fxshard.mesh import Mesh
 from fxshard.passes.pipeline import Options
 from fxshard.plan.formats import axis_for, is_style, read_styles
@@ -114,6 +115,7 @@ def parallelize(
     options = Options(reduce_dtype, randomness == "independent", bucket_bytes, regather, asked_anew, compare, overlap)
     folder = cache if cache is not None else os.environ.get("FXSHARD_CACHE")
     program = ParallelModule(model, asked, device_mesh, dynamic_shapes, options, Path(folder) if folder else None)
+    measure_parts_of(program)
     if args or kwargs:
         program.capture(tuple(args), kwargs)
         program._captures.fixed = True

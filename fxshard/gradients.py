@@ -13,6 +13,8 @@ norm of the same numbers in the same order: it is equal on all ranks, bit for bi
 
 from __future__ import annotations
 
+import weakref
+from collections.abc import Callable, Container
 from typing import Any
 
 import torch
@@ -25,10 +27,46 @@ from fxshard.errors import GradientError, InputError
 from fxshard.placement import is_shard
 from fxshard.program import ParallelModule
 from fxshard.runtime.faults import guarded
-from fxshard.torch_internals import foreach_norm
+from fxshard.torch_internals import foreach_norm, replace_total_norm
 
 LOW = (torch.float16, torch.bfloat16)
 """Measured in float32: a norm of float16 ends at 65504, and one of bfloat16 has eight bits, on each rank other ones."""
+
+
+_programs: weakref.WeakSet[ParallelModule] = weakref.WeakSet()
+
+
+def measure_parts_of(program: ParallelModule) -> None:
+    """From now on ``torch.nn.utils.clip_grad_norm_`` and ``get_total_norm`` know parts of this program's gradients."""
+    if program.mesh.world_size > 1:
+        _programs.add(program)
+        replace_total_norm(_total_norm)
+
+
+@torch.no_grad()
+def _total_norm(
+    own: Callable[..., torch.Tensor], tensors: Any, norm_type: float, error_if_nonfinite: bool, foreach: bool | None
+) -> torch.Tensor:
+    """Torch's norm of some tensors, of which some are the gradients of a program's parts: of the whole gradients."""
+    given = [tensors] if isinstance(tensors, torch.Tensor) else list(tensors)
+    found: dict[ParallelModule, set[str]] = {}
+    parts: set[int] = set()
+    for program in list(_programs):
+        named = {id(p.grad): name for name, p in program.named_parameters() if p.grad is not None}
+        names = {named[id(tensor)] for tensor in given if id(tensor) in named}
+        if names:
+            found[program] = names
+            parts |= named.keys()
+    if not found:
+        return own(tensors, norm_type, error_if_nonfinite, foreach)
+    order = _order(norm_type)
+    others = [tensor for tensor in given if id(tensor) not in parts]
+    norms = [own(others, order).double()] if others else []
+    norms += [_norm_of_parts(program, order, names).double() for program, names in found.items()]
+    total: torch.Tensor = torch.linalg.vector_norm(torch.stack(norms), order)
+    if error_if_nonfinite and not torch.isfinite(total):
+        raise _not_finite(next(iter(found)), total)
+    return total.to(_dtype(next(iter(found))))
 
 
 @torch.no_grad()
@@ -63,20 +101,25 @@ def grad_norm(program: nn.Module, norm_type: float = 2.0) -> torch.Tensor:
         grads = [p.grad for p in _module(program).parameters() if p.grad is not None]
         whole: torch.Tensor = get_total_norm(grads, order)
         return whole
+    return _norm_of_parts(program, order).to(_dtype(program))
+
+
+def _norm_of_parts(program: ParallelModule, order: float, names: Container[str] | None = None) -> torch.Tensor:
+    """The norm of a program's whole gradient, or of those of some parameters; collective."""
     if program.unsummed:
         raise GradientError(
             "gradients of no_sync wait to be summed over the ranks: each rank has a norm of its own",
             fix="run the last backward pass outside of no_sync",
         )
     ranks = _ranks_here(program)
-    parts = torch.stack([_norm(_counted(program, rank), order, program._device) for rank in ranks])
+    parts = torch.stack([_norm(_counted(program, rank, names), order, program._device) for rank in ranks])
     if len(ranks) < program.mesh.world_size:
         own = parts.to(program._device)
         parts = own.new_empty(program.mesh.world_size)
         with guarded(None, "all_gather", own):
             dist.all_gather_single(parts, own)
     total: torch.Tensor = torch.linalg.vector_norm(parts, order)
-    return total.to(_dtype(program))
+    return total
 
 
 @torch.no_grad()
@@ -85,9 +128,9 @@ def clip_grad_norm_(
 ) -> torch.Tensor:
     """Scales all gradients so that the norm of the whole model's gradient is at most ``max_norm``; collective.
 
-    ``torch.nn.utils.clip_grad_norm_`` would measure this rank's parts alone, and each rank would scale by a factor of
-    its own. This scales by one factor, torch's: ``min(1, max_norm / (norm + 1e-6))``. Without a process group it scales
-    the gradients of all simulated ranks.
+    It scales by one factor on all ranks, torch's: ``min(1, max_norm / (norm + 1e-6))``. Without a process group it
+    scales the gradients of all simulated ranks. ``torch.nn.utils.clip_grad_norm_(program.parameters(), ...)`` does the
+    same, but in simulation scales those of rank 0 alone.
 
     Args:
         program: what ``parallelize`` returned; of another module, torch's own function is called.
@@ -147,13 +190,13 @@ def _ranks_here(program: ParallelModule) -> list[int]:
     return [program.rank] if alone else list(range(world))
 
 
-def _counted(program: ParallelModule, rank: int) -> list[torch.Tensor]:
-    """The gradients that ``rank`` counts: of those that several ranks hold alike, the first one's."""
+def _counted(program: ParallelModule, rank: int, names: Container[str] | None = None) -> list[torch.Tensor]:
+    """The gradients that ``rank`` counts, of ``names`` or of all: what several ranks hold alike, the first counts."""
     at = program.mesh.coordinate(rank)
     out = []
     for name, parameter in program.rank_module(rank).named_parameters():
         grad, placed = parameter.grad, program.placements_of(name)
-        if grad is None:
+        if grad is None or (names is not None and name not in names):
             continue
         if grad.is_meta:
             raise GradientError(

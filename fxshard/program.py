@@ -6,7 +6,7 @@ import copy
 import logging
 import os
 import threading
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from functools import cached_property, partial
@@ -40,11 +40,13 @@ from fxshard.runtime.buckets import Buckets, Synchronization, defer
 from fxshard.runtime.collectives import Axis, ProcessAxisGroup
 from fxshard.runtime.devices import target_device
 from fxshard.runtime.faults import calling, compared, told_to_others
+from fxshard.runtime.layout import Layout, mark_part
 from fxshard.runtime.loading import KEY, describe_parts, load_state_dict
 from fxshard.runtime.meeting import meet
 from fxshard.runtime.mirror import mirror
 from fxshard.runtime.module import RankModule, find, joined, load, local_part, place, share
 from fxshard.runtime.optimizer_state import load_optimizer_state_dict, sharded_optimizer_state_dict
+from fxshard.runtime.optimizers import WholeMatrix, watch_optimizers
 from fxshard.runtime.original import Original
 from fxshard.runtime.packs import Ahead, Pack
 from fxshard.runtime.process import check_world, checksum, joint_group, process_axes, share_random_state
@@ -307,9 +309,13 @@ class ParallelModule(StandIn):
                     part = local_part(tensor, self._placements[name], self.mesh, rank).to(self._device)
                     is_parameter = isinstance(tensor, nn.Parameter)
                     made[id(tensor)] = nn.Parameter(part, tensor.requires_grad) if is_parameter else part
+                    if is_parameter and self.mesh.world_size > 1:
+                        layout = Layout(tuple(tensor.shape), self._placements[name], self.mesh, rank)
+                        mark_part(made[id(tensor)], layout)
                 place(module, name, made[id(tensor)], name not in persistent)
             module.train(self.training)
             self._ranks[rank] = module
+            watch_optimizers()
         return self._ranks[rank]
 
     @cached_property
@@ -489,6 +495,32 @@ class ParallelModule(StandIn):
     def unsummed(self) -> bool:
         """Whether gradients of ``no_sync`` wait for a backward pass outside of it, which sums them over the ranks."""
         return any(buckets.unsummed for buckets in self._buckets)
+
+    def whole_matrix(
+        self, optimizer_class: Callable[..., torch.optim.Optimizer], params: Any = None, **options: Any
+    ) -> WholeMatrix:
+        """An optimizer that steps whole matrices, over parts: Muon, Adafactor, LAMB and the like.
+
+        Such optimizers compute a step from all elements of a matrix, and would be silently wrong over parts. This one
+        gathers a parameter, its gradient and its state, makes the step of one device on every rank, and keeps this
+        rank's part; its memory is that of the parts. In simulation it steps the parts of all ranks.
+
+        Args:
+            optimizer_class: such as ``torch.optim.Muon``.
+            params: some of ``program.parameters()``, or groups of them; by default all.
+            options: the optimizer's, such as ``lr``.
+
+        >>> import fxshard
+        >>> model, x = nn.Linear(8, 8, bias=False), torch.randn(4, 8)
+        >>> program = fxshard.parallelize(model, fxshard.zero(2), (x,))
+        >>> optimizer = program.whole_matrix(torch.optim.Muon, lr=0.1)
+        >>> losses = fxshard.simulate(program, x).backward(lambda y: y.pow(2).mean())
+        >>> optimizer.step()
+
+        Reference: Jordan et al., 2024, Muon: an optimizer for hidden layers in neural networks.
+        """
+        given = self.parameters() if params is None else params
+        return WholeMatrix(self._weights(), lambda: self.axes, optimizer_class, given, options)
 
     # --- state dicts: docs/checkpoints.md --------------------------------------------------------------------------
 

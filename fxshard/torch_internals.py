@@ -7,6 +7,7 @@ names further modules of torch as text, to tell their warnings and frames from t
 from __future__ import annotations
 
 import contextlib
+import functools
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -29,6 +30,7 @@ from torch.export import _trace as exporter
 from torch.fx.experimental.proxy_tensor import get_proxy_mode, get_proxy_slot
 from torch.fx.traceback import annotate, preserve_node_meta
 from torch.nn.modules.module import _IncompatibleKeys as IncompatibleKeys
+from torch.nn.utils import clip_grad
 from torch.utils import _pytree as pytree
 from torch.utils import checkpoint as CHECKPOINT_MODULE
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
@@ -82,6 +84,7 @@ __all__ = [
     "print_python",
     "pytree",
     "record",
+    "replace_total_norm",
     "saving_hooks",
     "set_element",
     "trusted_distributions",
@@ -122,6 +125,23 @@ def node_of(tensor: torch.Tensor) -> fx.Node | None:
         return None
     node: fx.Node | None = getattr(getattr(slot, "proxy", None), "node", None)
     return node
+
+
+def replace_total_norm(total_norm: Callable[..., torch.Tensor]) -> None:
+    """Lets ``torch.nn.utils.clip_grad_norm_`` and ``get_total_norm`` call ``total_norm(torch's own, ...)``, once."""
+    own = clip_grad._get_total_norm
+    if hasattr(own, "fxshard"):
+        return
+
+    @functools.wraps(own)
+    def replaced(
+        tensors: Any, norm_type: float = 2.0, error_if_nonfinite: bool = False, foreach: bool | None = None
+    ) -> torch.Tensor:
+        return total_norm(own, tensors, norm_type, error_if_nonfinite, foreach)
+
+    replaced.fxshard = True  # type: ignore[attr-defined]
+    clip_grad._get_total_norm = replaced
+    torch.nn.utils.get_total_norm = replaced
 
 
 def has_kernel(operator: str, key: str) -> bool:

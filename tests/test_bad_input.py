@@ -218,7 +218,7 @@ class Branches(nn.Module):
 
 class Branch(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if x.sum() > 0:  # the line
+        if x.sum().item() > 0:  # the line
             return x * 2
         return x
 

@@ -52,13 +52,24 @@ def statement(indent: int, code: str, comment: str = "") -> Iterator[str]:
         yield from fit(line)
 
 
+_LITERALS = re.compile(r""" "(?:[^"\\]|\\.)*" | '(?:[^'\\]|\\.)*' """, re.VERBOSE)
+
+
 def fit(line: str) -> Iterator[str]:
-    """A line, broken inside its last outermost brackets where it is too long."""
-    close = max(line.rfind(")"), line.rfind("]"))
+    """A line, broken inside its last outermost brackets where it is too long; not within texts.
+
+    >>> print(*fit(f"check(x, '{'(' * 120}')"), sep=chr(10))  # doctest: +ELLIPSIS
+    check(
+        x,
+        '((...((',
+    )
+    """
+    shape = _LITERALS.sub(lambda found: "." * len(found[0]), line)
+    close = max(shape.rfind(")"), shape.rfind("]"))
     if len(line) <= WIDTH or close < 0:
         yield line
         return
-    cuts, start = _outermost(line, close)
+    cuts, start = _outermost(shape, close)
     if start < 0 or start + 1 == close:
         yield line
         return
@@ -78,16 +89,12 @@ def fit(line: str) -> Iterator[str]:
 
 
 def _outermost(line: str, close: int) -> tuple[list[int], int]:
-    """The commas directly inside the brackets that end at ``close``, and where these begin."""
+    """The commas directly inside the brackets that end at ``close``, and where these begin, in a line without texts."""
     cuts: list[int] = []
-    depth, quoted = 0, ""
+    depth = 0
     for i in range(close, -1, -1):
         c = line[i]
-        if quoted:
-            quoted = "" if c == quoted else quoted
-        elif c in "\"'":
-            quoted = c
-        elif c in ")]}":
+        if c in ")]}":
             depth += 1
         elif c in "([{":
             depth -= 1

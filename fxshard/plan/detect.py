@@ -50,9 +50,9 @@ class Split:
 def find_split(facts: Graph, size: int) -> Split:
     """What of a graph an axis of ``size`` ranks splits.
 
-    A weight is split one way only: of two pairs that would split it in two ways, the one with more weights is left, such
-    as an attention before a small MLP that makes its position bias. A pair with a norm over the split dim inside, whose
-    ranks share statistics, is one only where there is none without.
+    A weight is split one way only: of two pairs that would split it in two ways, the one with more weights is left,
+    such as an attention before a small MLP that makes its position bias. A pair with a norm over the split dim inside,
+    whose ranks share statistics, is one only where there is none without.
     """
     taken: dict[fx.Node, Shard] = {}
     pairs: dict[fx.Node, Pair] = {}

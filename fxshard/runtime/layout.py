@@ -95,6 +95,28 @@ class Layout:
         return f"rank {self.rank} of {self.mesh}, {list(self.shape)} under {where}"
 
 
+_PART = "fxshard_layout"
+
+
+def mark_part(parameter: torch.Tensor, layout: Layout) -> None:
+    """Notes on a parameter of which tensor it is a part."""
+    setattr(parameter, _PART, layout)
+
+
+def layout_of(parameter: torch.Tensor) -> Layout | None:
+    """Of which whole tensor a program's parameter is this rank's part, and how that lies; None of any other tensor.
+
+    >>> import fxshard
+    >>> x = torch.randn(2, 4)
+    >>> program = fxshard.parallelize(torch.nn.Linear(4, 8), {"weight": fxshard.Shard(0)}, (x,), mesh={"tp": 2})
+    >>> print(program.weight.shape, "of", fxshard.layout_of(program.weight))
+    torch.Size([4, 4]) of rank 0 of {tp: 2}, [8, 4] under tp: Shard(0)
+    >>> fxshard.layout_of(torch.nn.Linear(4, 8).weight)
+    """
+    found: Layout | None = getattr(parameter, _PART, None)
+    return found
+
+
 @lru_cache(maxsize=4096)
 def boxes_of(
     shape: tuple[int, ...], placements: Placements, sizes: tuple[int, ...], at: tuple[int, ...]

@@ -7,7 +7,7 @@ In: a torch optimizer over a program's parameters, or over a plain module's. Out
 
 and back again. State of the shape of its parameter lies as the parameter does. State of another shape belongs to the
 part and not to the parameter: where the parameter is cut it has no meaning on another mesh, unless it is one number,
-the same on all ranks.
+the same on all ranks, or the state of an optimizer of whole matrices.
 """
 
 from __future__ import annotations
@@ -18,13 +18,14 @@ from typing import Any
 import torch
 
 from fxshard.runtime.devices import target_device
+from fxshard.runtime.optimizers import WholeMatrix
 from fxshard.runtime.parts import local_of
 from fxshard.runtime.process import checksum
 from fxshard.runtime.together import gathered, refuse
 from fxshard.runtime.weights import Weights
 from fxshard.torch_internals import pytree
 
-FIX_STATE = "use an optimizer that keeps state element by element, such as SGD, AdamW or Adagrad"
+FIX_STATE = "use an optimizer that keeps state element by element, such as AdamW, or make it with program.whole_matrix"
 
 
 def sharded_optimizer_state_dict(weights: Weights, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
@@ -42,7 +43,7 @@ def sharded_optimizer_state_dict(weights: Weights, optimizer: torch.optim.Optimi
             if isinstance(value, torch.Tensor) and value.shape == parameter.shape:
                 state[name][key] = weights.sharded(name, value)
                 continue
-            if not _is_one_number(value) and weights.layout(name).is_cut:
+            if not _is_one_number(value) and weights.layout(name).is_cut and not isinstance(optimizer, WholeMatrix):
                 problems.append(_other_shape(weights, name, key, value))
             state[name][key] = value
             shared[f"{key} of {name}"] = checksum(value) if isinstance(value, torch.Tensor) else repr(value)
@@ -128,7 +129,8 @@ def template(
                     made = weights.sharded(name, torch.zeros(parameter.shape, dtype=value.dtype, device=on))
                 else:
                     made = pytree.tree_map(lambda x: torch.zeros_like(x, device="cpu") if _is_tensor(x) else x, value)
-                if layout.is_cut and tuple(getattr(value, "shape", ())) != layout.shape and not _is_one_number(value):
+                fits = tuple(getattr(value, "shape", ())) == layout.shape or _is_one_number(value)
+                if layout.is_cut and not fits and not isinstance(optimizer, WholeMatrix):
                     problems.append(_other_shape(weights, name, key, value))
                 out.setdefault(name, {})[key] = made
     refuse(problems, "cannot load the state of the optimizer:", FIX_STATE)

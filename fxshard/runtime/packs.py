@@ -179,4 +179,3 @@ def _scattered(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...
         return None, *wait()
     pack.ahead.add(pack.weights, wait)
     return (None,) * (1 + len(grads))
-

@@ -90,4 +90,4 @@ def penalties(world: int) -> None:
                 (loss_of(out) + penalty_of(dict(enumerate(made)))).backward()  # type: ignore[arg-type]
                 grads = {"input": x.grad} | program.full_grads()
                 for name, value in want.items():
-                    torch.testing.assert_close(grads[name], value, msg=lambda t, name=name: f"{plan} {name}: {t}")
+                    torch.testing.assert_close(grads[name], value, msg=lambda t, at=f"{plan} {name}": f"{at}: {t}")
