@@ -39,6 +39,7 @@ def parallelize(
     compare: str = "first_call",
     cache: str | os.PathLike[str] | None = None,
     overlap: int = 0,
+    constants: str | Sequence[str] = (),
 ) -> ParallelModule:
     """Compiles an unmodified model for a mesh.
 
@@ -74,6 +75,9 @@ def parallelize(
         overlap: in how many pieces products at the edge of what is split are computed, each beside the collective of
             the one before, and weights' gradients beside the sum of the input's (asynchronous tensor parallelism).
             With 1 only the latter. 0: one after the other.
+        constants: names or globs of inputs whose values decide shapes, such as ``"image_grid_thw"`` of Qwen2-VL: they
+            are read when the model is captured, and a call with other values is captured for itself. Reading them at
+            each call waits for the device that they are on.
 
     Returns:
         A module that is called like the model, with the same whole inputs on every rank.
@@ -112,7 +116,16 @@ def parallelize(
     if overlap < 0:
         raise PlanError(f"overlap is {overlap}", fix="give a number of pieces, or 0 for no overlap")
     asked_anew = (checkpoint,) if isinstance(checkpoint, str) else tuple(checkpoint)
-    options = Options(reduce_dtype, randomness == "independent", bucket_bytes, regather, asked_anew, compare, overlap)
+    options = Options(
+        reduce_dtype,
+        randomness == "independent",
+        bucket_bytes,
+        regather,
+        asked_anew,
+        compare,
+        overlap,
+        (constants,) if isinstance(constants, str) else tuple(constants),
+    )
     folder = cache if cache is not None else os.environ.get("FXSHARD_CACHE")
     program = ParallelModule(model, asked, device_mesh, dynamic_shapes, options, Path(folder) if folder else None)
     measure_parts_of(program)

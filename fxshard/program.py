@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import logging
 import os
 import threading
@@ -28,6 +29,7 @@ from fxshard.inspect.report import Collective, collectives_of, explain, notes_of
 from fxshard.mesh import Mesh
 from fxshard.passes.annotate import placements
 from fxshard.passes.capture import LOCK, Captured, capture, number_constants
+from fxshard.passes.constants import check_constants, declared
 from fxshard.passes.fidelity import check_fidelity
 from fxshard.passes.pipeline import STAGES, Compiled, Options, compile_graph
 from fxshard.passes.serves import Changes, Conditions
@@ -92,6 +94,8 @@ class ParallelModule(StandIn):
         self._dynamic_shapes = dynamic_shapes
         self._cache = cache
         self.options = options or Options()
+        self._signature = inspect.signature(model.forward)
+        check_constants(self.options.constants, self._signature)
         self._captures = Captures(Changes())
         self._lock = threading.RLock()
         self._latest: Compiled | None = None
@@ -158,8 +162,13 @@ class ParallelModule(StandIn):
             args: the inputs.
             kwargs: likewise, by name.
         """
-        held, _ = self._serving(args, dict(kwargs or {}))
+        held, _ = self._serving(*self._declared(args, kwargs or {}))
         return held.compiled
+
+    def _declared(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[tuple[Any, ...], Mapping[str, Any]]:
+        """A call with its declared constants."""
+        names = self.options.constants
+        return declared(names, self._signature, args, kwargs) if names else (args, kwargs)
 
     def _serving(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Held, list[Any]]:
         """The capture that serves a call, which becomes the latest, and the call's leaves."""
@@ -309,7 +318,7 @@ class ParallelModule(StandIn):
                     part = local_part(tensor, self._placements[name], self.mesh, rank).to(self._device)
                     is_parameter = isinstance(tensor, nn.Parameter)
                     made[id(tensor)] = nn.Parameter(part, tensor.requires_grad) if is_parameter else part
-                    if is_parameter and self.mesh.world_size > 1:
+                    if self.mesh.world_size > 1:
                         layout = Layout(tuple(tensor.shape), self._placements[name], self.mesh, rank)
                         mark_part(made[id(tensor)], layout)
                 place(module, name, made[id(tensor)], name not in persistent)
@@ -363,7 +372,7 @@ class ParallelModule(StandIn):
         Raises:
             InputError: when the inputs do not fit what was captured with example inputs.
         """
-        held, leaves = self._serving(args, kwargs)
+        held, leaves = self._serving(*self._declared(args, kwargs))
         check_apart(held.compiled, leaves)
         return held.compiled, leaves
 

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from fxshard.passes.capture import Captured
 
 __all__ = [
+    "DECLARED",
     "Excluded",
     "Leaf",
     "bounds_of",
@@ -26,6 +27,7 @@ __all__ = [
     "in_words",
     "canonical_call",
     "check_leaves",
+    "is_declared",
     "leaf_of",
     "named_dynamic_shapes",
     "structure_error",
@@ -156,6 +158,7 @@ def check_leaves(captured: Captured, leaves: list[Any]) -> None:
     sizes = _Sizes(captured.ranges, captured.free_sizes)
     derived: list[tuple[Leaf, Any, int, str]] = []
     problems = []
+    others = False  # values of a declared constant that were not captured yet, nor the sizes that go with them
     for index, (leaf, info) in enumerate(zip(leaves, captured.example_inputs, strict=True)):
         if info.shape is not None:
             problem = _check_tensor(leaf, info, sizes, derived)
@@ -163,6 +166,7 @@ def check_leaves(captured: Captured, leaves: list[Any]) -> None:
             problem = sizes.check(leaf, info.symbol)
         else:
             problem = _check_constant(leaf, captured.constants[index])
+            others |= bool(problem) and is_declared(leaf)
         if problem:
             problems.append(f"{info.path}: {problem}")
     for info, expr, size, where in derived:
@@ -170,7 +174,7 @@ def check_leaves(captured: Captured, leaves: list[Any]) -> None:
         if expected.is_Integer and int(expected) != size:
             problems.append(f"{info.path}: {where} is {size}, expected {expr} = {expected}")
     if problems:
-        raise (Excluded if len(problems) == sizes.excluded else InputError)(
+        raise (Excluded if others or len(problems) == sizes.excluded else InputError)(
             "the inputs do not fit what was captured: " + "; ".join(problems),
             fix="give inputs of the captured shapes, capture again with these, or name the dims that vary in "
             "dynamic_shapes, in a range that has these sizes",
@@ -239,6 +243,15 @@ class _Sizes:
         if self.known.setdefault(symbol, size) != size:
             return f"is {size}, but the same dynamic size {symbol} is {self.known[symbol]} in another input"
         return ""
+
+
+DECLARED = "fxshard constant: "
+"""Begins the text that stands for a tensor whose values were declared constant: see ``constants.py``."""
+
+
+def is_declared(leaf: Any) -> bool:
+    """Whether a leaf stands for such a tensor."""
+    return isinstance(leaf, str) and leaf.startswith(DECLARED)
 
 
 def _check_constant(leaf: Any, value: Any) -> str:

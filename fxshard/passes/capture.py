@@ -42,6 +42,7 @@ from fxshard.passes.calls import (
     named_dynamic_shapes,
     structure_error,
 )
+from fxshard.passes.constants import as_declared
 from fxshard.passes.decisions import Decisions
 from fxshard.passes.export import Outputs, export, fits_graph, has_meta, quiet
 from fxshard.passes.guards import guards_of
@@ -124,6 +125,7 @@ class Captured:
             leaves, spec = flatten(reorder(tree, self.in_spec))
         if spec != self.in_spec:
             raise structure_error(self, tree)
+        leaves = [as_declared(leaf, self.constants.get(i)) for i, leaf in enumerate(leaves)]
         check_leaves(self, leaves)
         return leaves
 

@@ -20,6 +20,7 @@ from torch.utils.checkpoint import CheckpointFunction
 
 from fxshard.errors import CaptureError, FxshardError
 from fxshard.passes.checkpoints import marked, run_checkpointed
+from fxshard.passes.constants import handed_out
 from fxshard.passes.decisions import Decisions
 from fxshard.passes.functions import call_whole
 from fxshard.passes.host import host_state, is_same_state, put_back_host_state
@@ -140,6 +141,7 @@ def export(
             quiet(),
             unchanged(model),
             _hooked(model, outputs),
+            handed_out(model, True, device),
             _seen_on(model, device),
             _whole_functions(model, outputs),
             _unmoved(model),

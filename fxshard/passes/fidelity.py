@@ -20,6 +20,7 @@ from torch.utils.checkpoint import CheckpointFunction
 
 from fxshard.errors import CaptureError
 from fxshard.passes.capture import Captured
+from fxshard.passes.constants import handed_out
 from fxshard.passes.effects import base_of
 from fxshard.passes.host import host_state, put_back_host_state, seed_host
 from fxshard.passes.typing import values_of
@@ -64,7 +65,7 @@ def check_fidelity(
     written = [find(root, name) for name in _overwritten(root.graph)]
 
     def both(backward: bool) -> tuple[dict[str, Any] | None, dict[str, Any] | None]:
-        with unchanged(model):
+        with unchanged(model), handed_out(model, False, next((t.device for t in tensors), None)):
             want = _run(model, model, lambda a, k: model(*a, **k), args, kwargs, written, backward)
         return want, _run(model, root, replay, args, kwargs, written, backward)
 
@@ -80,12 +81,14 @@ def check_fidelity(
     def again() -> list[Any] | None:
         def run(dtype: torch.dtype) -> dict[str, Any] | None:
             copied = copy.deepcopy(model).to(dtype)
+            stack.enter_context(handed_out(copied, False, next((t.device for t in tensors), None)))
             given = pytree.tree_map_only(
                 torch.Tensor, lambda t: t.to(dtype) if t.is_floating_point() else t, (args, dict(kwargs))
             )
             return _run(copied, copied, lambda a, k: copied(*a, **k), *given)
 
-        other = other_precision(model.parameters(), run)
+        with contextlib.ExitStack() as stack:
+            other = other_precision(model.parameters(), run)
         return None if other is None else [other.get(name) for name, _, _ in rows]
 
     compared = compare(rows, tolerance_of(root.graph), again)

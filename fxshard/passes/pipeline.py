@@ -63,6 +63,7 @@ class Options:
             the first call without the values of the inputs.
         overlap: in how many pieces products at the edge of what is split are computed beside their collective; 0 for
             one after the other.
+        constants: globs of the inputs whose values are constants of a capture.
     """
 
     reduce_dtype: torch.dtype | None = None
@@ -72,6 +73,7 @@ class Options:
     checkpoint: tuple[str, ...] = ()
     compare: str = "first_call"
     overlap: int = 0
+    constants: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

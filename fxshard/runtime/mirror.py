@@ -1,12 +1,12 @@
 """The modules that a program shows: those of the model, with this rank's parts of their weights.
 
 ``program.model.layers[0]`` is an instance of the layer's class, so that code which sorts modules by their classes, or
-reads their plain attributes, finds what it looks for. It holds parts, so it does not run, and what a program could not
-honour is refused:
+reads their plain attributes, finds what it looks for. A module whose weights every rank holds whole can be called. One
+with parts does not run, and what a program could not honour is refused:
 
     program.lm_head.weight = nn.Parameter(...)      replaced weights, buffers and modules
     program.model.norm.register_forward_hook(...)   hooks on parts
-    program.model.norm(x)                           calls of parts
+    program.model.layers[0](x)                      calls of modules with parts
     DDP(program), fully_shard(program)              wrappers that take parts for replicas
 
 What means another capture is honoured: ``train()`` and ``eval()`` of a part, and plain attributes.
@@ -23,6 +23,7 @@ import torch
 from torch import fx, nn
 
 from fxshard.errors import FxshardError
+from fxshard.runtime.layout import layout_of
 from fxshard.runtime.module import Container, joined
 
 WRAPPERS = {
@@ -117,13 +118,20 @@ class Mirror:
         """Nothing can be taken from a program."""
         refuse(f"{self._place()[0]}.{name} cannot be deleted: the program's code reads it", "change the model first")
 
-    def forward(self, *args: Any, **kwargs: Any) -> NoReturn:
-        """Parts do not run."""
-        path, _ = self._place()
-        raise FxshardError(
-            f"{path} is a part of a program: it holds this rank's weights, and cannot be called",
-            fix="call the program; for a module on its own, parallelize that module",
-        )
+    def _forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Runs the model's own code, unless weights are parts."""
+        assert isinstance(self, nn.Module)
+        for name, tensor in (*self.named_parameters(), *self.named_buffers()):
+            layout = layout_of(tensor)
+            if layout is not None and layout.is_cut:
+                path, _ = self._place()
+                raise FxshardError(
+                    f"{path or 'the model'} is a part of a program, and cannot be called: of "
+                    f"{joined(path, name)} this rank holds a part ({layout})",
+                    fix="call the program; for a module on its own, parallelize that module, or leave its weights "
+                    'whole: tensor_parallel(2) | Plan(params={"name": {"tp": Replicate()}})',
+                )
+        return super().forward(*args, **kwargs)  # type: ignore[misc]
 
     def _refuse_hook(self, *args: Any, **kwargs: Any) -> NoReturn:
         path, _ = self._place()
@@ -174,7 +182,13 @@ def check_unmoved(module: nn.Module, function: Callable[[torch.Tensor], torch.Te
 @functools.cache
 def _class_of(cls: Any) -> type:
     """The class of the modules that stand for those of ``cls``."""
-    return type(cls.__name__, (Mirror, cls), {"__module__": cls.__module__, "__qualname__": cls.__qualname__})
+
+    @functools.wraps(cls.forward)
+    def forward(self: Mirror, *args: Any, **kwargs: Any) -> Any:
+        return self._forward(*args, **kwargs)
+
+    own = {"__module__": cls.__module__, "__qualname__": cls.__qualname__, "forward": forward}
+    return type(cls.__name__, (Mirror, cls), own)
 
 
 def mirror(model: nn.Module, rank_module: nn.Module, listener: Listener) -> nn.Module:

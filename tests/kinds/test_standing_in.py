@@ -17,6 +17,8 @@ from torch.optim.swa_utils import AveragedModel
 import fxshard
 from fxshard import data_parallel, tensor_parallel
 from fxshard.errors import FxshardError, InputError
+from tests.distributed import inside
+from tests.distributed.launch import launch
 
 X = torch.randn(4, 8, generator=torch.Generator().manual_seed(0))
 
@@ -167,3 +169,7 @@ def test_ranks_whose_weights_were_changed_apart() -> None:
     optimizer.step()
     with pytest.raises(InputError, match="was changed on rank 0, and on no other"):
         fxshard.simulate(program, X)
+
+
+def test_a_module_of_a_model_can_be_its_program() -> None:
+    launch(2, inside.replaced, ("tp2", "sp2", "dp2", "zero2"))
