@@ -307,7 +307,7 @@ class _Functionalizer:
         if name == "fill_diagonal_" and held.meta["val"].dim() == 2 and len(node.args) == 2:
             diagonal = self._emit(node, _aten.diagonal.default, (held,))
             filled = self._emit(node, _aten.full_like.default, (diagonal, node.args[1]))
-            return self._emit(node, _aten.diagonal_scatter.default, (held, filled))
+            return self._scatter(node, _aten.diagonal_scatter.default, held, filled, ())
         counterpart = _counterpart(node.target)
         if counterpart is None:
             raise self._error(node, "changes its operand in place, and has no functional counterpart")
@@ -380,10 +380,11 @@ class _Functionalizer:
         if name in _IDENTITIES:
             return value
         if name in _SCATTERS:
-            return self._emit(node, getattr(_aten, _SCATTERS[name]).default, (source(), value, *rest), kwargs)
+            return self._scatter(node, getattr(_aten, _SCATTERS[name]).default, source(), value, rest, kwargs)
         if name == "narrow" and all(isinstance(item, int) for item in rest):
             dim, start, length = rest
-            return self._emit(node, _aten.slice_scatter.default, (source(), value, dim, start, start + length))  # type: ignore[operator]
+            ends = dim, start, start + length  # type: ignore[operator]
+            return self._scatter(node, _aten.slice_scatter.default, source(), value, ends)
         if name in _RESHAPES and _shows_all(name, source().meta["val"], value.meta["val"]):
             return self._emit(node, _aten.reshape.default, (value, self._sizes(source())))
         if name in _PERMUTATIONS:
@@ -400,12 +401,30 @@ class _Functionalizer:
         assert view.index is not None
         index = view.index % len(parts)
         if _name(view.node.target) == "unbind":
-            return self._emit(node, _aten.select_scatter.default, (source, value, dim, index))
+            return self._scatter(node, _aten.select_scatter.default, source, value, (dim, index))
         sizes = [part.shape[dim] for part in parts[: index + 1]]
         if not all(isinstance(size, int) for size in sizes):
             raise self._error(node, "writes to a part of a split whose sizes are dynamic")
         start = sum(sizes[:-1])
-        return self._emit(node, _aten.slice_scatter.default, (source, value, dim, start, start + sizes[-1]))
+        ends = dim, start, start + sizes[-1]
+        return self._scatter(node, _aten.slice_scatter.default, source, value, ends)
+
+    def _scatter(
+        self, node: fx.Node, target: Any, source: fx.Node, value: fx.Node, rest: Any, kwargs: Any = None
+    ) -> fx.Node:
+        """Put ``value`` in the place of a part of ``source``; complex ones as pairs, which alone have a gradient."""
+        if not source.meta["val"].is_complex():
+            return self._emit(node, target, (source, value, *rest), kwargs or {})
+        ndim, names = source.meta["val"].dim(), [a.name for a in target._schema.arguments]
+        given = dict(zip(names[2:], rest, strict=False)) | dict(kwargs or {})
+        for name in ("dim", "dim1", "dim2"):
+            if name in names:
+                given[name] = given.get(name, int(name == "dim2")) % ndim
+        plain = [self._emit(node, _aten.resolve_conj.default, (each,)) for each in (source, value)]
+        pairs = [self._emit(node, _aten.view_as_real.default, (each,)) for each in plain]
+        if target is _aten.diagonal_scatter.default:  # the diagonal comes last, behind the pair
+            pairs[1] = self._emit(node, _aten.transpose.int, (pairs[1], -1, -2))
+        return self._emit(node, _aten.view_as_complex.default, (self._emit(node, target, tuple(pairs), given),))
 
     def _write_back(self) -> None:
         """Write each changed parameter, buffer and input once."""

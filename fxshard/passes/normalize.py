@@ -46,12 +46,14 @@ from fxshard.passes.functionalize import (
     same_shape,
 )
 from fxshard.passes.masks import read_masks
+from fxshard.passes.origins import module_of
 from fxshard.passes.root import Root
+from fxshard.rules.recipe import bind
 from fxshard.runtime.autocast import State, entered
 from fxshard.runtime.module import find
 from fxshard.torch_internals import EXIT_AUTOCAST, MODE_MARKS, SET_GRAD, Graph, OpOverload
 
-__all__ = ["normalize"]
+__all__ = ["sparse_tables", "normalize"]
 
 _aten = torch.ops.aten
 _hop = torch.ops.higher_order
@@ -118,7 +120,14 @@ def _kind(target: Any) -> str:
     if not isinstance(target, OpOverload) or target.namespace != "aten":
         return ""
     name = target._schema.name.removeprefix("aten::")
-    kinds = {"guard": _GUARDS, "identity": _IDENTITIES, "dropout": _DROPOUTS, "bias": {"linear", "addmm"}}
+    kinds = {
+        "guard": _GUARDS,
+        "identity": _IDENTITIES,
+        "dropout": _DROPOUTS,
+        "bias": {"linear", "addmm"},
+        "drawn like": {"randint_like"},
+        "table": {"embedding", "embedding_bag", "_embedding_bag"},
+    }
     return next((kind for kind, names in kinds.items() if name in names), "detach_" if name == "detach_" else "")
 
 
@@ -296,10 +305,38 @@ def _simplify(graph: fx.Graph, root: Root) -> None:
             _split_bias(graph, node)
         elif kind == "like":
             _name_sizes(graph, node)
+        elif kind == "drawn like":
+            _detach(graph, node)
+        elif kind == "table":
+            _dense(node)
     read_masks(graph)
     for node in reversed(graph.nodes):
         if is_dead(node) and not any(has_effect(item) for item in _within(node, root)):
             graph.erase_node(node)
+
+
+def _detach(graph: fx.Graph, node: fx.Node) -> None:
+    """Let a draw that has only the shape of its operand read no value of it: torch has no gradient for that."""
+    source = node.args[0]
+    if isinstance(source, fx.Node):
+        with graph.inserting_before(node):
+            detached = graph.call_function(_aten.detach.default, (source,))
+        detached.meta = {**node.meta, "val": source.meta["val"].detach()}
+        node.replace_input_with(source, detached)
+
+
+def _dense(node: fx.Node) -> None:
+    """Let a table have a dense gradient: sums over ranks, and gradients' other ways, know no sparse ones."""
+    for index, argument in enumerate(node.target._schema.arguments):  # type: ignore[union-attr]
+        if argument.name == "sparse":
+            node.args = tuple(False if i == index else value for i, value in enumerate(node.args))
+            node.kwargs = {key: value for key, value in node.kwargs.items() if key != "sparse"}
+
+
+def sparse_tables(graph: fx.Graph) -> list[str]:
+    """The modules whose tables are asked to have sparse gradients, which they do not get."""
+    found = [n for n in graph.nodes if _kind(n.target) == "table" and bind(n).get("sparse")]
+    return list(dict.fromkeys(module_of(node) or "the model" for node in found))
 
 
 def _is_identity(node: fx.Node) -> bool:

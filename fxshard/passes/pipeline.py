@@ -25,7 +25,7 @@ from fxshard.passes.fold import fold
 from fxshard.passes.functionalize import nested_graphs
 from fxshard.passes.insert_collectives import COMMUNICATES, insert_collectives
 from fxshard.passes.localize import localize
-from fxshard.passes.normalize import normalize
+from fxshard.passes.normalize import normalize, sparse_tables
 from fxshard.passes.optimize import optimize
 from fxshard.passes.origins import module_of
 from fxshard.passes.overlap import bring_together, edges, length_of, overlap
@@ -313,7 +313,9 @@ def _compile(
     graph, notes = stage("recompute", recompute, graph, options.checkpoint, dict(model.named_modules()))
     mark_parameters(graph, root)
     resolved = stage("resolve", resolve, plan, graph, names_of(graph, captured, model), settled)
-    resolved = replace(resolved, notes=(*resolved.notes, *notes))
+    tables = sparse_tables(captured.root.graph)
+    sparse = [f"{name}: the gradient of its table is sparse on one device, and dense here" for name in tables]
+    resolved = replace(resolved, notes=(*resolved.notes, *notes, *sparse))
     graph = stage("annotate", annotate, graph, resolved, mesh)
     graph = stage("propagate", propagate, graph, mesh, [mesh.index(name) for name in resolved.plan.ring])
     graph = stage("insert_collectives", insert_collectives, graph, mesh)

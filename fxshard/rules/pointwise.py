@@ -30,9 +30,18 @@ def cast(call: Call) -> Recipe:
     factors = make_factors([names, *others], [names], call, {})
     source = call.dtype("self")
     target = call.dtype("other") or call.arguments.get("dtype") or source
-    exact = source is not None and target is not None and torch.promote_types(source, target) == target
+    exact = source is not None and target is not None and _holds(target, source)
     linear = exact and (target == source or bool(target and (target.is_floating_point or target.is_complex)))
     return Recipe(factors, LINEAR if linear else (), unread=frozenset(range(1, len(call.inputs))))
+
+
+def _holds(wide: torch.dtype, narrow: torch.dtype) -> bool:
+    """Whether every number of one dtype is one of another, too."""
+    if wide == narrow:
+        return True
+    if narrow.itemsize == 1 and narrow.is_floating_point:  # float8, which torch does not promote
+        return wide.itemsize > 1 and (wide.is_floating_point or wide.is_complex)
+    return not (wide.itemsize == 1 and wide.is_floating_point) and torch.promote_types(narrow, wide) == wide
 
 
 def masked_fill(call: Call) -> Recipe:

@@ -45,7 +45,7 @@ TABLE = """
     mul multiply                    | @pointwise                                | 0;1
     div divide true_divide          | @pointwise                                | 0
     neg negative positive clone contiguous alias alias_copy detach lift_fresh lift_fresh_copy zeros_like
-    real imag conj resolve_conj resolve_neg      | @pointwise | 0
+    real imag conj _conj resolve_conj resolve_neg      | @pointwise | 0
     lerp                            | @pointwise                                | 0,1
     where                           | @where                                    |
     where.self                      | @where                                    | 1,2

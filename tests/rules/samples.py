@@ -263,6 +263,11 @@ def _() -> list[Any]:
     return [call(r(12, 24)), call(r(24)), call(ints(9, 12)), call(cplx(12), gradients=False), call(r())]
 
 
+@samples("_conj.default")
+def _() -> list[Any]:
+    return [call(cplx(12), gradients=False), call(cplx(12, 4), gradients=False)]
+
+
 @samples("clone.default", "contiguous.default")
 def _() -> list[Any]:
     x = r(2, 12, 4, 6)
