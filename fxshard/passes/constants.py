@@ -84,6 +84,8 @@ def handed_out(model: nn.Module, traced: bool, device: torch.device | None = Non
                 made = _read(value, device)
                 return _Counted(made) if traced else made
 
+        if not any(map(is_declared, pytree.tree_leaves((args, kwargs)))):
+            return None  # containers stay the caller's, who may be waiting for what is put into them
         return pytree.tree_map(tensor, (args, kwargs))
 
     handle = model.register_forward_pre_hook(give, prepend=True, with_kwargs=True)
