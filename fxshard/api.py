@@ -13,10 +13,11 @@ from torch.distributed.tensor.placement_types import Placement
 
 from fxshard.errors import MeshError, PlanError
 from fxshard.gradients import measure_parts_of
+from fxshard.inspect.coverage import Coverage
 from fxshard.mesh import Mesh
 from fxshard.passes.pipeline import Options
 from fxshard.plan.formats import axis_for, is_style, read_styles
-from fxshard.plan.plan import Plan
+from fxshard.plan.plan import MEASURE, Plan
 from fxshard.program import ParallelModule
 from fxshard.runtime.buckets import BUCKET_BYTES
 from fxshard.runtime.process import check_world
@@ -133,6 +134,15 @@ def parallelize(
         program.capture(tuple(args), kwargs)
         program._captures.fixed = True
     return program
+
+
+def _coverage(plan: Plan, model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any] | None) -> Coverage:
+    if not args and not kwargs:
+        raise PlanError("coverage needs example inputs", fix="plan.coverage(model, args, kwargs)")
+    return parallelize(model, plan, args, kwargs).coverage()
+
+
+MEASURE[:] = [_coverage]
 
 
 def _plan(plan: Any, mesh: Any, model: nn.Module) -> Plan:

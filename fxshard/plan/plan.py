@@ -29,6 +29,10 @@ PARTS = ("params", "uses", "inputs", "activations", "outputs")
 """What a plan speaks of."""
 
 
+MEASURE: list[Any] = []
+"""What measures the coverage of a plan: it needs the whole compiler, which stands above plans and puts it here."""
+
+
 @dataclass(frozen=True)
 class Plan:
     """How a model's tensors lie on a mesh.
@@ -67,6 +71,22 @@ class Plan:
     uses: Mapping[str, Entry] = field(default_factory=dict)
     presets: tuple[tuple[str, str], ...] = ()
     ring: tuple[str, ...] = ()
+
+    def coverage(self, model: nn.Module, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None) -> Any:
+        """How much of a model's weights this plan splits, and why the rest lies whole on every rank: print it.
+
+        Args:
+            model: any module; it may be on the meta device.
+            args: example inputs.
+            kwargs: likewise, by name.
+
+        >>> import torch
+        >>> from fxshard import tensor_parallel
+        >>> model = torch.nn.Sequential(torch.nn.Linear(8, 32), torch.nn.ReLU(), torch.nn.Linear(32, 8))
+        >>> print(tensor_parallel(2).coverage(model, (torch.randn(4, 8),)))
+        100.0% of the bytes of matrices are split (2,048 of 2,048); none is whole on every rank
+        """
+        return MEASURE[0](self, model, args, kwargs)
 
     def __post_init__(self) -> None:
         if self.mesh is not None:
