@@ -94,6 +94,8 @@ def _agree(have: Shard | None, want: Shard) -> bool:
 
 WIDER = 8
 """How many times the features of its operand a product may have whose result is gathered."""
+CHEAP = 8
+"""How many times the elements of a result a weight must have for which it is gathered, though it stands alone."""
 ALONE = 1 / 16
 """The least size of a weight, beside the largest one of a pair, for which its product's result is gathered."""
 
@@ -102,8 +104,8 @@ def columns_alone(facts: Graph, size: int, taken: Mapping[fx.Node, Shard]) -> di
     """Products whose weight is split though no pair splits it: by its output features, the result gathered at once.
 
     That costs a gather of the result, and saves the memory of the weight: so it is done for large weights only, of
-    which the model has several alike, or which lie in a list of layers. The keys of a single head that all queries
-    share are such.
+    which the model has several alike, or which lie in a list of layers, or beside which the result is small. The keys
+    of a single head that all queries share are such, and the head of a classifier.
     """
     found: dict[fx.Node, tuple[fx.Node, Shard]] = {}
     for node in facts.order:
@@ -119,13 +121,22 @@ def columns_alone(facts: Graph, size: int, taken: Mapping[fx.Node, Shard]) -> di
     return {
         node: (weight, placement)
         for node, (weight, placement) in found.items()
-        if _numel(weight) >= least and (shapes[shapes_of(weight)[0], placement] > 1 or _is_listed(weight))
+        if _numel(weight) >= least
+        and (
+            shapes[shapes_of(weight)[0], placement] > 1
+            or _is_listed(weight)
+            or _elements(node) * CHEAP <= _numel(weight)
+        )
     }
 
 
 def _is_listed(weight: fx.Node) -> bool:
     """Whether a weight belongs to one of a list of modules."""
     return any(part.isdigit() for part in str(weight.target).split("."))
+
+
+def _elements(node: fx.Node) -> int:
+    return math.prod(size for size in shapes_of(node)[0] if isinstance(size, int))
 
 
 def _numel(weight: fx.Node) -> int:

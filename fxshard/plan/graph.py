@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import operator
 from dataclasses import dataclass, field
 from typing import Any
@@ -43,9 +44,25 @@ class Graph:
                 if any(o in learned or o in weights for o in ops):
                     if ops[0] in weights and facts._is_of_weight(node):
                         weights[node] = weights[ops[0]]
+                    elif (base := facts._reshaped(node)) is not None:
+                        weights[node] = weights[base]
                     else:
                         learned.add(node)
         return facts
+
+    def _reshaped(self, node: fx.Node) -> fx.Node | None:
+        """The weight that a call makes another of, element for element: standardized, scaled, cast, added to.
+
+        What is made of weights alone, and is as large as the largest of them.
+        """
+        ops, shapes = self.operands[node], self.shapes[node]
+        if len(shapes) != 1 and name_of(node.target)[1] not in ("aten.native_layer_norm", "aten.native_batch_norm"):
+            return None
+        made = [o for o in ops if o in self.weights]
+        if any(o.op == "placeholder" or o in self.learned for o in ops) or len(shapes[0]) < 2:
+            return None
+        largest = max(made, key=lambda each: _size(self.shapes[each][0]))
+        return largest if _size(self.shapes[largest][0]) == _size(shapes[0]) else None
 
     def _is_of_weight(self, node: fx.Node) -> bool:
         """Whether a call gives a weight in another form: a view, or the matrices of it that positions pick.
@@ -72,6 +89,10 @@ class Graph:
             current = (REPLICATE,) * len(inputs)
             self.recipes[node] = None if lists else recipe_for(node, inputs, self.shapes[node], current)
         return self.recipes[node]
+
+
+def _size(shape: Shape) -> int:
+    return math.prod(size for size in shape if isinstance(size, int))
 
 
 def is_parameter(node: fx.Node) -> bool:

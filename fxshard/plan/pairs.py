@@ -17,6 +17,7 @@ Reference: Megatron-LM (Shoeybi et al., 2019), section 3.
 from __future__ import annotations
 
 import heapq
+import math
 import operator
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -24,7 +25,7 @@ from dataclasses import dataclass, field
 from torch import fx
 
 from fxshard.placement import Cut, Shard, normalize_blocks, shard
-from fxshard.plan.graph import CUTS, Graph, contraction, shares_among
+from fxshard.plan.graph import CUTS, Graph, contraction, shapes_of, shares_among
 from fxshard.rules.lookup import WEIGHT_VIEWS
 from fxshard.rules.recipe import At, Dim, Factor, Recipe, Shape, uncombine, units
 from fxshard.rules.table import find_rule, name_of
@@ -68,7 +69,8 @@ def find_pair(row: fx.Node, facts: Graph, size: int, through_norms: bool, met: M
         return None  # its input is read by others: a norm's result, a residual stream
     tried: set[tuple[int, ...]] = set()
     obstacles = [found[0].size]
-    while obstacles:  # uneven shares only where even ones lead to no column, and then of the most units
+    best: Pair | None = None
+    while obstacles:  # uneven shares only where they split more than even ones, and those of the most units first
         shares = shares_among(obstacles.pop(0), size)
         if shares is None or shares in tried:
             continue
@@ -76,10 +78,15 @@ def find_pair(row: fx.Node, facts: Graph, size: int, through_norms: bool, met: M
         pair, walk = _walk_from(row, found, facts, Cut((1,), shares), size, through_norms)
         met.norm |= walk.met_norm
         met.without_rule |= walk.without_rule
-        if pair is not None:
-            return pair
+        if pair is not None and (best is None or _elements(pair) > _elements(best)):
+            best = pair
         obstacles = sorted({*obstacles, *walk.obstacles}, reverse=True)
-    return None
+    return best
+
+
+def _elements(pair: Pair) -> int:
+    """How many elements of weights a pair splits."""
+    return sum(math.prod(n for n in shapes_of(w)[0] if isinstance(n, int)) for w in pair.weights)
 
 
 def _walk_from(
@@ -103,10 +110,11 @@ def _walk_from(
         met_norm = walk.met_norm
         if not read_outside:
             break
-        more = walk.narrow_rows(read_outside)
+        narrow = walk.narrow_rows(read_outside)
+        more = {each: found for rows_of in narrow.values() for each, found in rows_of.items()}
         rows |= more
         # what is shared with others, as a position bias is by all layers, is whole, and cut where it is read
-        whole |= read_outside - {facts.operands[each][at] for each, (_, at, _) in more.items()}
+        whole |= read_outside - narrow.keys()
     own = {facts.weights[facts.operands[each][position]] for each, (_, _, position) in rows.items()}
     columns = [w for w in walk.leaves if w not in own and sum(s != 1 for s in facts.shapes[w][0]) > 1]
     return (Pair(row, walk.leaves) if columns else None), walk
@@ -251,28 +259,50 @@ class _Walk:
             if not all(self._inside(u) or self._unread(node, u) or self._is_statistic(node, u) for u in node.users)
         }
 
-    def narrow_rows(self, values: set[fx.Node]) -> dict[fx.Node, tuple[Factor, int, int]]:
-        """Products by which alone split values are read outside, and which make fewer features of them: more rows.
+    def narrow_rows(self, values: set[fx.Node]) -> dict[fx.Node, dict[fx.Node, tuple[Factor, int, int]]]:
+        """Values that are read outside only by products that make fewer features of them, and these: more rows.
 
-        A state-space mixer computes its steps from the very features that it scans; their sum is small.
+        A state-space mixer computes its steps from the very features that it scans; their sum is small. So is what a
+        squeeze-and-excitation makes of the features that it weighs, first meaned over all places.
         """
-        out: dict[fx.Node, tuple[Factor, int, int]] = {}
+        out: dict[fx.Node, dict[fx.Node, tuple[Factor, int, int]]] = {}
         for node in values:
-            found = {}
-            for user in node.users:
-                if self._inside(user) or self._unread(node, user):
-                    continue
-                row = contraction(user, self.facts) if user.op == "call_function" else None
-                if row is None or self.facts.operands[user][row[1]] is not node:
-                    break
-                at, (result, dim) = row[0].inputs[row[1]], next(iter(self.asked[node]))
-                size, made = self.facts.shapes[node][result], self.facts.shapes[user][0]
-                if at is None or at.dim != dim or at.blocks != (1,) or not _narrower(made, size):
-                    break
-                found[user] = row
-            else:
-                out |= found
+            found: dict[fx.Node, tuple[Factor, int, int]] = {}
+            result, dim = next(iter(self.asked[node]))
+            if all(self._narrows(node, user, result, dim, found) for user in node.users):
+                out[node] = found
         return out
+
+    def _narrows(
+        self,
+        node: fx.Node,
+        user: fx.Node,
+        result: int,
+        dim: int,
+        found: dict[fx.Node, tuple[Factor, int, int]],
+        depth: int = STATISTIC,
+    ) -> bool:
+        """Whether a reader is inside, or leads to such products, which are added to ``found``."""
+        if self._inside(user) or self._unread(node, user):
+            return True
+        if user.op != "call_function" or not depth:
+            return False
+        row = contraction(user, self.facts)
+        if row is not None and self.facts.operands[user][row[1]] is node:
+            at = row[0].inputs[row[1]]
+            narrower = _narrower(self.facts.shapes[user][0], self.facts.shapes[node][result])
+            if at is None or at.dim != dim or at.blocks != (1,) or not narrower:
+                return False
+            found[user] = row
+            return True
+        recipe = self.facts.recipe(user)
+        if recipe is None or len(self.facts.operands[user]) != 1 or len(self.facts.shapes[user]) != 1:
+            return False
+        for factor in recipe.factors:
+            at, out = factor.inputs[0], factor.outputs[0]
+            if at is not None and at.dim == dim and at.blocks == (1,) and out is not None and factor.lowering is None:
+                return all(self._narrows(user, u, 0, out.dim, found, depth - 1) for u in user.users)
+        return False
 
     def closed(self) -> bool:
         """Whether no split value is read outside."""
@@ -335,9 +365,9 @@ def _filled(demand: Demand, size: Dim, parts: int) -> Demand:
 
 
 def _narrower(made: Shape, source: Shape) -> bool:
-    """Whether a product has at most half the features of what it is made of."""
-    few, many = made[-1], source[-1]
-    return made[:-1] == source[:-1] and isinstance(few, int) and isinstance(many, int) and few * 2 <= many
+    """Whether a product has at most half the elements of what it is made of."""
+    known = [math.prod(size for size in shape if isinstance(size, int)) for shape in (made, source)]
+    return len(made) == len(source) and known[0] * 2 <= known[1]
 
 
 def _merge(demand: Demand, size: Dim) -> tuple[int, ...] | None:
