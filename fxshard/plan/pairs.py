@@ -24,7 +24,7 @@ from dataclasses import dataclass, field
 
 from torch import fx
 
-from fxshard.placement import Cut, Shard, normalize_blocks, shard
+from fxshard.placement import Cut, Shard, cut_of, normalize_blocks, shard
 from fxshard.plan.graph import CUTS, Graph, contraction, shapes_of, shares_among
 from fxshard.rules.lookup import WEIGHT_VIEWS
 from fxshard.rules.recipe import At, Dim, Factor, Recipe, Shape, uncombine, units
@@ -70,7 +70,7 @@ def find_pair(row: fx.Node, facts: Graph, size: int, through_norms: bool, met: M
     tried: set[tuple[int, ...]] = set()
     obstacles = [found[0].size]
     best: Pair | None = None
-    while obstacles:  # uneven shares only where they split more than even ones, and those of the most units first
+    while obstacles:  # uneven shares only where they spare more than even ones, and those of the most units first
         shares = shares_among(obstacles.pop(0), size)
         if shares is None or shares in tried:
             continue
@@ -78,15 +78,21 @@ def find_pair(row: fx.Node, facts: Graph, size: int, through_norms: bool, met: M
         pair, walk = _walk_from(row, found, facts, Cut((1,), shares), size, through_norms)
         met.norm |= walk.met_norm
         met.without_rule |= walk.without_rule
-        if pair is not None and (best is None or _elements(pair) > _elements(best)):
+        if pair is not None and (best is None or _saved(pair, size) > _saved(best, size)):
             best = pair
         obstacles = sorted({*obstacles, *walk.obstacles}, reverse=True)
     return best
 
 
-def _elements(pair: Pair) -> int:
-    """How many elements of weights a pair splits."""
-    return sum(math.prod(n for n in shapes_of(w)[0] if isinstance(n, int)) for w in pair.weights)
+def _saved(pair: Pair, size: int) -> float:
+    """How many elements of weights the rank that holds most of them is spared."""
+
+    def spared(placement: Shard) -> float:
+        shares = cut_of(placement).shares or (1,) * size
+        return 1 - max(shares) / sum(shares)
+
+    sizes = ((math.prod(n for n in shapes_of(w)[0] if isinstance(n, int)), p) for w, p in pair.weights.items())
+    return sum(elements * spared(placement) for elements, placement in sizes)
 
 
 def _walk_from(

@@ -24,6 +24,8 @@ from tests.presets import presets
 from tests.zoo.models import ISLANDS, Entry, Inputs, Tolerances
 
 PLANS = presets("tp2", "tp4", "dp2", "sp2")
+TRAINED = ("tp2", "sp2")
+"""The plans under which architectures are trained."""
 TWO_AXES = {"dp2_tp2": data_parallel(2) | tensor_parallel(2)}
 
 

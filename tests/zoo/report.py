@@ -16,7 +16,7 @@ from concurrent.futures import ProcessPoolExecutor
 import torch
 
 from tests.zoo import vision
-from tests.zoo.check import PLANS, Row, Specimen, check
+from tests.zoo.check import PLANS, TRAINED, Row, Specimen, check
 from tests.zoo.models import ZOO
 
 PROCESSES = 2
@@ -29,7 +29,7 @@ def everything() -> list[str]:
 
 
 def rows_of(name: str) -> list[Row]:
-    """Evaluation under the four plans, training under ``tp2``."""
+    """Evaluation under the four plans, training under two of them."""
     warnings.simplefilter("ignore")
     logging.disable(logging.CRITICAL)
     torch.set_num_threads(1)
@@ -53,7 +53,7 @@ def rows_of(name: str) -> list[Row]:
             print(name, rows[-1].error, file=sys.stderr, flush=True)
             continue
         spent, first = time.perf_counter() - started, len(rows)
-        for plan in ("tp2",) if training else PLANS:
+        for plan in TRAINED if training else PLANS:
             with contextlib.redirect_stderr(io.StringIO()):  # torch.export prints the graphs that it gives up
                 rows.append(check(specimen, plan))
             if rows[-1].refused and not training:
@@ -82,19 +82,21 @@ def page(rows: list[Row]) -> str:
     names = list(dict.fromkeys(row.name for row in rows))
     right = [name for name in names if all(r.verdict == "right" for r in rows if r.name == name and r.mode == "eval")]
     trained = [row for row in rows if row.mode == "train"]
+    taught = [name for name in names if all(row.verdict == "right" for row in trained if row.name == name)]
     wrong = [row for row in rows if row.verdict in ("WRONG", "CRASH")]
     families = Counter({row.name: row.family for row in rows}.values())
     shares = [r.layer_share for r in rows if (r.mode, r.plan) == ("eval", "tp2") and r.layer_share is not None]
     parts = f"""# The zoo
 
 {len(names)} architectures and variants of such, tiny and with random weights, run under four plans in simulation, and
-once more in training mode, with dropout, under `tensor_parallel(2)`:
+once more in training mode, with dropout and layers that are dropped, under `tensor_parallel(2)` and
+`sequence_parallel(2)`:
 {", ".join(f"{n} {family}" for family, n in families.items())}.
 Outputs, all gradients and buffers are compared with those of the original module on one device.
 This page is generated: `python -m tests.zoo > docs/zoo.md`. `tests/zoo/test_zoo.py` tests the same.
 
 - **{len(right)} of {len(names)} ({len(right) / len(names):.1%}) are right under all four plans.** In training:
-  {sum(r.verdict == "right" for r in trained)} of {len(trained)}.
+  {len(taught)} ({len(taught) / len(names):.1%}) under both.
 - **{len(wrong)} are wrong.** What cannot be captured [ends in an error](#refused).
 - {sum(s >= 0.95 for s in shares)} of {len(shares)} have 95% or more of the bytes of their attention and MLP split by
   `tensor_parallel(2)`.
@@ -105,6 +107,7 @@ How to read the tables:
   all parameters. *split under tp2*: how.
 - *tp2*, *tp4*, *dp2*, *sp2*: the collectives of one step, forward / backward: *ar* all_reduce, *ag* all_gather, *rs*
   reduce_scatter, *a2a* all_to_all; then their payload in KiB.
+- *training*: the same comparison in training mode.
 - *no rule*: operators that run whole because the table has no rule for them.
 - *s*: seconds for everything in the line, captures included.
 """.splitlines()
@@ -116,18 +119,23 @@ How to read the tables:
 def table_of(family: str, rows: list[Row]) -> str:
     lines = []
     for name in dict.fromkeys(row.name for row in rows if row.family == family):
-        mine = {("train" if r.mode == "train" else r.plan): r for r in rows if r.name == name}
+        of_name = [r for r in rows if r.name == name]
+        mine = {r.plan: r for r in of_name if r.mode == "eval"}
+        verdict = {f"{r.plan} {r.verdict}": r for r in of_name if r.mode == "train" and r.verdict != "right"}
+        training = " ".join(verdict) or "right"
         verdicts = " ".join(f"{plan} {row.verdict}" for plan, row in mine.items() if row.verdict != "right") or "right"
         tp = mine.get("tp2")
         if tp is None or tp.collectives is None:
-            lines.append([f"`{name}`", verdicts])
+            lines.append([f"`{name}`", verdicts, training])
             continue
         layers = "" if tp.layer_share is None else f"{tp.layer_share:.0%}"
         moved = [f"{traffic(mine[plan])}" if plan in mine else "" for plan in PLANS]
-        seconds = f"{sum(row.seconds for row in mine.values()):.1f}"
-        fallbacks = " ".join(dict.fromkeys(op for row in mine.values() for op in row.fallbacks))
-        lines.append([f"`{name}`", verdicts, layers, f"{tp.share:.0%}", split(tp), *moved, fallbacks, seconds])
-    header = ["model", "result", "layers", "all", "split under tp2", *PLANS, "no rule", "s"]
+        seconds = f"{sum(row.seconds for row in of_name):.1f}"
+        fallbacks = " ".join(dict.fromkeys(op for row in of_name for op in row.fallbacks))
+        lines.append(
+            [f"`{name}`", verdicts, training, layers, f"{tp.share:.0%}", split(tp), *moved, fallbacks, seconds]
+        )
+    header = ["model", "result", "training", "layers", "all", "split under tp2", *PLANS, "no rule", "s"]
     return table(header, lines)
 
 

@@ -8,7 +8,7 @@ import re
 import pytest
 
 from tests.zoo import vision
-from tests.zoo.check import PLANS, TWO_AXES, Row, Specimen, check
+from tests.zoo.check import PLANS, TRAINED, TWO_AXES, Row, Specimen, check
 from tests.zoo.models import ZOO, Entry
 
 FAST = (
@@ -48,7 +48,7 @@ def test_an_architecture(name: str, plan: str) -> None:
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize(("name", "plan"), architectures("tp2"))
+@pytest.mark.parametrize(("name", "plan"), architectures(*TRAINED))
 def test_an_architecture_while_it_is_trained(name: str, plan: str) -> None:
     """Dropout draws: mask for mask what the single device draws."""
     is_right(name, plan, training=True)
