@@ -23,6 +23,7 @@ from fxshard.passes.checkpoints import marked, run_checkpointed
 from fxshard.passes.decisions import Decisions
 from fxshard.passes.functions import call_whole
 from fxshard.passes.host import host_state, is_same_state, put_back_host_state
+from fxshard.passes.keywords import without_keywords
 from fxshard.passes.origins import TORCH_DIR
 from fxshard.passes.trees import flatten, without_unchanged
 from fxshard.passes.values import is_plain
@@ -146,6 +147,7 @@ def export(
             marked(),
             _flat_regions(),
             (decisions or Decisions()).answering(),
+            without_keywords(),
             trusted_distributions(),  # which would decide by values whether to raise
             torch.inference_mode(False),
             torch.set_grad_enabled(grad),
