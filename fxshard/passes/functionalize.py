@@ -28,6 +28,7 @@ from torch.fx.node import map_arg
 
 from fxshard.errors import CaptureError
 from fxshard.passes.effects import base_of, is_mutating, may_view
+from fxshard.passes.layouts import carry
 from fxshard.passes.origins import module_of, source_of
 from fxshard.passes.root import Root
 from fxshard.runtime.hidden import HIDDEN_WRITE
@@ -317,9 +318,10 @@ class _Functionalizer:
         if torch.Tag.nondeterministic_seeded in node.target.tags and name not in _DROPOUTS_IN_PLACE:  # type: ignore[union-attr]
             detached = self._emit(node, _aten.detach.default, (held,), val=held.meta["val"])  # of a draw there is none
             drawn = self._emit(node, counterpart, map_arg(args, lambda n: detached if n is held else n), kwargs)
+            carry(node, drawn, node.target)
             return self._over(node, held, drawn) if behind else drawn
         keeps_dtype = not outs and _one_float_dtype(node) and not name.startswith(_COMPARISONS)
-        return self._emit(node, counterpart, args, kwargs, val=held.meta["val"] if keeps_dtype else None)
+        return carry(node, self._emit(node, counterpart, args, kwargs, val=held.meta["val"] if keeps_dtype else None))
 
     def _over(self, node: fx.Node, held: fx.Node, value: fx.Node) -> fx.Node:
         """Emit ``value`` in the place of ``held``, to which a gradient of zero goes."""

@@ -45,6 +45,7 @@ from fxshard.passes.functionalize import (
     nested_graphs,
     same_shape,
 )
+from fxshard.passes.layouts import note
 from fxshard.passes.masks import read_masks
 from fxshard.passes.root import Root
 from fxshard.runtime.autocast import State, entered
@@ -185,6 +186,7 @@ class _Inliner:
 
     def _copy(self, node: fx.Node, prefix: str, env: dict[fx.Node, Any], mode: _Mode) -> fx.Node:
         """Copy one node, with what its mode does to it."""
+        note(node)
         new = self.graph.node_copy(node, env.__getitem__ if mode.grad else lambda n: self._quiet(env[n]))
         if prefix and node.op == "get_attr":
             new.target = prefix + str(node.target)
