@@ -217,12 +217,13 @@ def saving_hooks() -> tuple[Callable[[Any], Any], Callable[[Any], Any]] | None:
 @contextlib.contextmanager
 def unassigned_buffers() -> Iterator[None]:
     """Export does not look for buffers that a model assigns; it would find those of the outermost module only."""
-    own = exporter.register_buffer_assignment_hook
-    exporter.register_buffer_assignment_hook = lambda mod, assigned: own(torch.nn.Module(), assigned)
+    name = "register_buffer_assignment_hook"
+    own = getattr(exporter, name)
+    setattr(exporter, name, lambda mod, assigned: own(torch.nn.Module(), assigned))
     try:
         yield
     finally:
-        exporter.register_buffer_assignment_hook = own
+        setattr(exporter, name, own)
 
 
 @contextlib.contextmanager

@@ -338,7 +338,7 @@ def _sizes(node: fx.Node) -> Sequence[Any]:
 
 
 def _mend_shape(node: fx.Node) -> None:
-    """Note the shape that a reshape is given, where export noted another: that of a source whose sizes values decide."""
+    """Note the shape that a reshape is given, where export noted that of a source whose sizes values decide."""
     value = node.meta.get("val")
     if isinstance(value, torch.Tensor) and len(_sizes(node)) != value.dim():
         sizes = [size.meta["val"] if isinstance(size, fx.Node) else size for size in _sizes(node)]
