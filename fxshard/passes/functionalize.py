@@ -31,7 +31,7 @@ from fxshard.passes.effects import base_of, is_mutating, may_view
 from fxshard.passes.layouts import carry
 from fxshard.passes.origins import module_of, source_of
 from fxshard.passes.root import Root
-from fxshard.runtime.hidden import HIDDEN_WRITE
+from fxshard.runtime.hidden import HIDDEN, HIDDEN_WRITE
 from fxshard.runtime.module import find
 from fxshard.torch_internals import Graph, HigherOrderOperator, OpOverload
 
@@ -167,6 +167,7 @@ class _Cell:
 
     value: fx.Node
     version: int = 0
+    is_hidden: bool = True  # whether autograd knows of no write to it
 
 
 @dataclass(eq=False)
@@ -283,6 +284,7 @@ class _Functionalizer:
             self._restride(node, ref)
             return
         before = ref.cell.value if self._hides_gradient(ref) else None
+        ref.cell.is_hidden &= before is not None
         held = self._read(written)
         behind = not ref.views and self._may_carry_gradient(held)  # of a part, the rest carries it
         self._store(node, ref, self._cast(node, self._functional(node, held, behind), held))
@@ -417,7 +419,10 @@ class _Functionalizer:
             if old.op in ("get_attr", "placeholder") and ref.cell.version and not ref.views
         }
         for cell, old in changed.items():
-            self._emit(cell.value, _aten.copy_.default, (self._original(old), cell.value), val=old.meta["val"])
+            written = self._emit(
+                cell.value, _aten.copy_.default, (self._original(old), cell.value), val=old.meta["val"]
+            )
+            written.meta[HIDDEN] = cell.is_hidden
 
     def _original(self, old: fx.Node) -> fx.Node:
         found: fx.Node = next(node for node in self.graph.nodes if node.op == old.op and node.target == old.target)

@@ -165,3 +165,27 @@ def test_statistics_that_nobody_keeps(plan: str) -> None:
     fxshard.simulate(program, x)
     model(x)
     torch.testing.assert_close(program.full_state_dict()["mean"], model.mean)
+
+
+@pytest.mark.parametrize("plan", ["tp2", "nothing split"])
+def test_an_input_that_is_written_behind_autograd(plan: str) -> None:
+    """It may be a leaf that requires a gradient."""
+
+    class Adds(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.l = nn.Linear(8, 8)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            x.detach().add_(1)
+            return self.l(x)
+
+    model, x = Adds().double(), torch.randn(6, 8, dtype=torch.float64, requires_grad=True)
+    program = fxshard.parallelize(model, PLANS[plan], (x,))
+    mine, theirs = (x.detach().clone().requires_grad_() for _ in range(2))
+    want, run = model(theirs), fxshard.simulate(program, mine)
+    torch.testing.assert_close(run.outputs[0], want)
+    torch.testing.assert_close(mine, theirs)
+    want.sum().backward()
+    run.backward(torch.sum)
+    torch.testing.assert_close(mine.grad, theirs.grad)
