@@ -36,7 +36,6 @@ from fxshard.placement import (
     is_shard,
     local_shape,
 )
-from fxshard.rules.lookup import draws
 from fxshard.rules.recipe import bind, operands_of, shape_of, signature_of
 from fxshard.runtime import collectives as run
 from fxshard.torch_internals import FloorDiv, Graph, OpOverload
@@ -104,7 +103,7 @@ def localize(graph: fx.Graph, whole_mesh: Mesh, rank: int = 0, independent: bool
         lowered: Lowered | None = None
         if any(info.choices):
             lowered = _nothing(new, copy, info, mesh) or _lower(new, copy, info, mesh, independent)
-        if lowered is None and draws(node):
+        if lowered is None:
             drawn = as_drawn(new, copy, [operand in alike for operand in operands_of(node)])
             lowered = None if drawn is copy else drawn
         if lowered is not None:

@@ -45,7 +45,7 @@ from fxshard.passes.functionalize import (
     nested_graphs,
     same_shape,
 )
-from fxshard.passes.layouts import note
+from fxshard.passes.layouts import note, shown_by
 from fxshard.passes.masks import read_masks
 from fxshard.passes.root import Root
 from fxshard.runtime.autocast import State, entered
@@ -186,8 +186,15 @@ class _Inliner:
 
     def _copy(self, node: fx.Node, prefix: str, env: dict[fx.Node, Any], mode: _Mode) -> fx.Node:
         """Copy one node, with what its mode does to it."""
-        note(node)
-        new = self.graph.node_copy(node, env.__getitem__ if mode.grad else lambda n: self._quiet(env[n]))
+
+        def operand(old: fx.Node) -> Any:
+            return env[old] if mode.grad else self._quiet(env[old])
+
+        new = self.graph.node_copy(node, operand)
+        if node.target is _aten.as_strided.default:
+            base, start = shown_by(node)
+            new.args, new.kwargs = (operand(base), *new.args[1:3], start), {}
+        note(new)
         if prefix and node.op == "get_attr":
             new.target = prefix + str(node.target)
         if not mode.grad:

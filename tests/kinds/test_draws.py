@@ -54,11 +54,18 @@ DRAWS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "bernoulli_ of a part": lambda h: h.clone()[:, ::2].bernoulli_(),
 }
 
+SHOWS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    "as_strided": lambda h: h.as_strided((2, 2), (1, 3)),
+    "as_strided of a column": lambda h: h.select(-1, 1).as_strided((2, 2), (1, 2)) * 2,
+    "as_strided from": lambda h: h[1:].as_strided((2, 2), (3, 1), 2),
+    "as_strided of a copy": lambda h: (h * 2).as_strided((h.numel(),), (1,)),
+}
+
 
 class Draws(nn.Module):
     def __init__(self, layout: str, draw: str) -> None:
         super().__init__()
-        self.l, self.layout, self.draw = nn.Linear(8, 8), LAYOUTS[layout], DRAWS[draw]
+        self.l, self.layout, self.draw = nn.Linear(8, 8), LAYOUTS[layout], (DRAWS | SHOWS)[draw]
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.draw(self.layout(self.l(x)))
@@ -77,7 +84,7 @@ def check(model: nn.Module, program: fxshard.ParallelModule, x: torch.Tensor) ->
 
 @pytest.mark.parametrize("plan", PLANS)
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("draw", DRAWS)
+@pytest.mark.parametrize("draw", DRAWS | SHOWS)
 def test_what_is_drawn_lies_where_it_does_on_one_device(draw: str, layout: str, plan: str) -> None:
     torch.manual_seed(0)
     model, x = Draws(layout, draw).double(), torch.randn(6, 8, dtype=torch.float64)
