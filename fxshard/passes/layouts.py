@@ -90,7 +90,7 @@ def carry(node: fx.Node, new: fx.Node, in_place: Any = None) -> fx.Node:
 def order_drawn(node: fx.Node) -> tuple[int, ...] | None:
     """The order in which one device draws for the first operand of a node; None where it is the plain one."""
     noted = node.meta.get(_KEY)
-    order = noted.orders[0] if noted is not None and noted.orders else None
+    order = noted.orders[0] if noted is not None else _order(values_of(operands_of(node)[0])[0])
     return None if order is None or order[0] == tuple(range(len(order[0]))) else order[0]
 
 
