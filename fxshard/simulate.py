@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from fxshard.program import ParallelModule
+from fxshard.runtime.hidden import overwrite
 from fxshard.runtime.lockstep import Turns, lockstep_axes, run_ranks
 
 
@@ -138,7 +139,11 @@ def simulate(program: ParallelModule, *args: Any, **kwargs: Any) -> Simulation:
 
     made = run_ranks(world, turns, run)
     for index in compiled.overwritten_inputs:
-        leaves[index].copy_(shared[index][0])
+        given, made_of_it = leaves[index], shared[index][0]
+        if given.is_leaf and given.requires_grad:  # written behind autograd's back, or one device would not run it
+            overwrite(given, made_of_it)
+        else:
+            given.copy_(made_of_it)
     outputs = [program.finish(compiled, made[0], args, kwargs)]
     outputs += [compiled.captured.unflatten_outputs(each) for each in made[1:]]
     names = compiled.captured.placeholders

@@ -88,6 +88,7 @@ __all__ = [
     "saving_hooks",
     "set_element",
     "trusted_distributions",
+    "unassigned_buffers",
     "vmap_level",
     "will_accumulate",
 ]
@@ -231,6 +232,18 @@ def saving_hooks() -> tuple[Callable[[Any], Any], Callable[[Any], Any]] | None:
     """The hooks through which autograd saves tensors here: those of the innermost ``saved_tensors_hooks``."""
     hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
     return None if hooks is None else (hooks[0], hooks[1])
+
+
+@contextlib.contextmanager
+def unassigned_buffers() -> Iterator[None]:
+    """Export does not look for buffers that a model assigns; it would find those of the outermost module only."""
+    name = "register_buffer_assignment_hook"
+    own = getattr(exporter, name)
+    setattr(exporter, name, lambda mod, assigned: own(torch.nn.Module(), assigned))
+    try:
+        yield
+    finally:
+        setattr(exporter, name, own)
 
 
 @contextlib.contextmanager

@@ -136,18 +136,27 @@ class _Pickler(pickle.Pickler):
             return None
         if value.layout != torch.strided:
             raise NotStorable(f"a tensor of the layout {value.layout}")
-        return tuple(value.shape), value.stride(), value.dtype, value.device, value.requires_grad
+        memory = value.untyped_storage()
+        place = memory._cdata, memory.nbytes(), value.storage_offset()
+        return tuple(value.shape), value.stride(), value.dtype, value.device, value.requires_grad, place
+
+
+_WIDEST = torch.complex128.itemsize
 
 
 class _Unpickler(pickle.Unpickler):
     def __init__(self, file: Any) -> None:
         super().__init__(file)
         self.mode = FakeTensorMode()
+        self.memories: dict[int, torch.Tensor] = {}  # what shared memory shares it again
 
     def persistent_load(self, about: Any) -> torch.Tensor:
-        shape, stride, dtype, device, requires_grad = about
+        shape, stride, dtype, device, requires_grad, (memory, num_bytes, offset) = about
         with self.mode:
-            made = torch.empty_strided(shape, stride, dtype=dtype, device=device)
+            if memory not in self.memories:
+                aligned = -num_bytes // _WIDEST * -_WIDEST
+                self.memories[memory] = torch.empty(aligned, dtype=torch.uint8, device=device)
+            made = self.memories[memory].view(dtype).as_strided(shape, stride, offset)
         return made.requires_grad_() if requires_grad else made
 
 

@@ -8,7 +8,6 @@ from torch import fx
 
 from fxshard.codegen.regions import Region
 from fxshard.rules.lookup import draws
-from fxshard.runtime.collectives import draw_apart, dropout_mask
 from fxshard.torch_internals import HigherOrderOperator
 
 
@@ -38,5 +37,4 @@ def nodes_of(region: Region) -> Iterator[fx.Node]:
 
 
 def _draws(node: fx.Node) -> bool:
-    is_drawn = node.target in (dropout_mask, draw_apart) or draws(node)
-    return is_drawn or isinstance(node.target, HigherOrderOperator)  # what it calls may draw
+    return draws(node) or isinstance(node.target, HigherOrderOperator)  # what it calls may draw

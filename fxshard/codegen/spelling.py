@@ -20,6 +20,7 @@ from fxshard.plan.graph import is_parameter
 from fxshard.rules.recipe import is_tensor
 from fxshard.runtime import collectives, groups, overlap, ring, under_way
 from fxshard.runtime.branches import TAKEN
+from fxshard.runtime.hidden import HIDDEN
 from fxshard.torch_internals import HigherOrderOperator, OpOverload
 
 aten = torch.ops.aten
@@ -112,7 +113,7 @@ def spell(node: fx.Node, text: Text, imports: set[str], axes: Mapping[str, str])
     target = node.target
     args: Sequence[Any] = node.args
     kwargs = {k: v for k, v in node.kwargs.items() if k not in _USELESS or v != _USELESS[k]}
-    if target is aten.copy_.default and is_parameter(args[0]):
+    if target is aten.copy_.default and (is_parameter(args[0]) or _is_hidden_input(node)):
         return _called("overwrite", args, kwargs, text)
     if target is TAKEN:
         decision, yes, no, _ = map(text, args)
@@ -132,6 +133,11 @@ def spell(node: fx.Node, text: Text, imports: set[str], axes: Mapping[str, str])
         return _called(f"torch.ops.higher_order.{target.name()}", args, kwargs, text)
     imports.add(module)
     return _called(f"{module}.{name}", args, kwargs, text)
+
+
+def _is_hidden_input(node: fx.Node) -> bool:
+    """Whether an input is written that may be a leaf, to which autograd lets nobody write."""
+    return node.args[0].op == "placeholder" and bool(node.meta.get(HIDDEN))  # type: ignore[union-attr]
 
 
 def _called(function: str, args: Sequence[Any], kwargs: Mapping[str, Any], text: Text) -> str:

@@ -26,6 +26,7 @@ from fxshard.placement import Placement, Varying, cut_of, is_partial, is_shard
 from fxshard.rules.lookup import is_constant
 from fxshard.runtime import collectives as run
 from fxshard.runtime.buckets import cut_in_buckets, elements
+from fxshard.runtime.draws import draw_in_place
 from fxshard.runtime.overlap import cuts
 from fxshard.runtime.ring import ring_attention
 
@@ -97,7 +98,7 @@ def needs_grad(compiled: Compiled) -> dict[fx.Node, bool]:
         elif node.op == "get_attr":
             out[node] = bool(node.meta.get("requires_grad"))
         else:
-            flows = node.target is not run.dropout_mask and not is_constant(node.target)
+            flows = node.target not in (run.dropout_mask, draw_in_place) and not is_constant(node.target)
             out[node] = flows and any(out.get(n, False) for n in node.all_input_nodes) and _is_float(node)
     reached = set(next(iter(reversed(compiled.graph.nodes))).all_input_nodes)
     for node in reversed(compiled.graph.nodes):

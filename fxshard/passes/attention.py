@@ -16,6 +16,7 @@ from torch import fx
 
 from fxshard.mesh import RankMesh
 from fxshard.passes.insert_collectives import how
+from fxshard.passes.layouts import order_drawn
 from fxshard.passes.typing import Info, info_of, set_info, values_of
 from fxshard.passes.writer import Writer, call_like, give_lengths
 from fxshard.placement import REPLICATE, Placement, is_shard, lengths_of
@@ -33,8 +34,8 @@ def dropout(new: fx.Graph, node: fx.Node, info: Info, mesh: RankMesh, axes: list
     source, p = arguments["input"], arguments["p"]
     value = values_of(node)[0]
     with new.inserting_before(node):
-        shape, strides = _global_layout(Writer(new, node, mesh), source, value)
-        mask = _mask_part(new, node, (source, shape, strides, p), info, mesh, value.dim())
+        shape = _global_shape(Writer(new, node, mesh), source, value)
+        mask = _mask_part(new, node, (source, shape, order_drawn(node), p), info, mesh, value.dim())
     result = call_like(new, aten.mul.Tensor, (source, mask), node)
     new.erase_node(node)  # it would draw once more
     return result
@@ -94,7 +95,7 @@ def with_dropout(new: fx.Graph, node: fx.Node, info: Info, mesh: RankMesh, axes:
             else:
                 scores = write(aten.add.Tensor, scores, masked)
         weights = write(aten._safe_softmax.default, scores, -1)
-        shape, _ = _global_layout(Writer(new, node, mesh), query, values_of(node)[0])
+        shape = _global_shape(Writer(new, node, mesh), query, values_of(node)[0])
         shape[-1] = keys[-2] if isinstance(keys[-2], int) else write(aten.sym_size.int, key, -2)
         lead = values_of(node)[0].dim() - 1
         mask = _mask_part(new, node, (query, shape, None, arguments["dropout_p"]), info, mesh, lead)
@@ -169,8 +170,6 @@ def _with(node: fx.Node, arguments: dict[str, Any]) -> fx.Node:
     return node
 
 
-def _global_layout(write: Writer, source: fx.Node, value: torch.Tensor) -> tuple[list[Any], list[int] | None]:
-    """The whole shape of ``value``, whose symbolic sizes ``source`` has too, and its strides where they matter."""
-    shape = [size if isinstance(size, int) else write.count(source, [dim]) for dim, size in enumerate(value.shape)]
-    strided = all(isinstance(s, int) for s in value.shape) and not value.is_contiguous()
-    return shape, list(value.stride()) if strided else None
+def _global_shape(write: Writer, source: fx.Node, value: torch.Tensor) -> list[Any]:
+    """The whole shape of ``value``, whose symbolic sizes ``source`` has too."""
+    return [size if isinstance(size, int) else write.count(source, [dim]) for dim, size in enumerate(value.shape)]

@@ -61,6 +61,7 @@ from fxshard.torch_internals import is_vmapped, pytree
 __all__ = ["Captured", "capture", "number_constants", "signature_key"]
 
 # Only these reach a reader of the graph; export's own provenance records would double its size.
+_COPY = torch.ops.aten.copy_.default
 _KEPT_META = ("val", "nn_module_stack", "stack_trace", "torch_fn", "custom")
 
 
@@ -366,10 +367,26 @@ def _flat_graph(
                 source=source_of(node),
                 fix="write the mapped dims out with broadcasting",
             )
+    for name in outputs.assigned:
+        _keep_read(graph, first[aliases.get(name, name)])
     placeholders = graph.find_nodes(op="placeholder")
     for node in reversed(placeholders):
         next(iter(graph.nodes)).prepend(node)
     return root_over(model, attributes, graph), tuple(node.name for node in placeholders), aliases
+
+
+def _keep_read(graph: fx.Graph, buffer: fx.Node) -> None:
+    """Let others read a copy of a buffer that is assigned: a backward pass may need what it held before."""
+    if not buffer.meta["val"].is_floating_point():
+        return
+    readers = [user for user in buffer.users if not (user.target is _COPY and user.args[0] is buffer)]
+    if not readers:
+        return
+    with graph.inserting_after(buffer):
+        copied = graph.call_function(torch.ops.aten.clone.default, (buffer,))
+    copied.meta = {key: buffer.meta[key] for key in _KEPT_META if key in buffer.meta}
+    for reader in readers:
+        reader.replace_input_with(buffer, copied)
 
 
 def _unlifted(program: torch.export.ExportedProgram) -> tuple[fx.Graph, Callable[[str], Any]]:

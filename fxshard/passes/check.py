@@ -24,6 +24,7 @@ from torch import fx
 
 from fxshard.errors import PlanError, SoundnessError
 from fxshard.mesh import Mesh
+from fxshard.passes.effects import may_view
 from fxshard.passes.experts import names_groups
 from fxshard.passes.facts import recipe_on_parts
 from fxshard.passes.insert_collectives import CONVERSIONS, inside
@@ -119,10 +120,19 @@ def _check_updates(node: fx.Node, mesh: Mesh) -> None:
     copy = torch.ops.aten.copy_.default
     for name, value in written(node).items():
         is_written_back = any(user.target is copy and user.args[1] is value for user in value.users)
-        if value.op not in ("get_attr", "placeholder") and not is_written_back:
+        if _is_copy(value) and not is_written_back:
             what = f"%{node.name} would update a copy (%{value.name}) of its argument {name!r}, and lose the update"
             where = {"op": str(node.target), "module": module_of(node), "source": source_of(node)}
             raise PlanError(what, **where, fix="replicate what the model changes in place, in the plan: zero splits it")
+
+
+def _is_copy(value: fx.Node) -> bool:
+    """Whether it is converted from, or shows a part of, what is read later: a buffer, or a value that others read."""
+    while value.target in CONVERSIONS or may_view(value.target):
+        value = value.all_input_nodes[0]
+        if value.op in ("get_attr", "placeholder") or len(value.users) > 1:
+            return True
+    return False
 
 
 def _interesting(placement: Placement) -> bool:

@@ -10,7 +10,6 @@ from torch import fx
 
 from fxshard.rules.lookup import draws
 from fxshard.rules.recipe import written
-from fxshard.runtime.collectives import draw_apart, dropout_mask
 from fxshard.torch_internals import OpOverload
 
 
@@ -41,8 +40,6 @@ def base_of(node: Any) -> Any:
 
 @functools.cache
 def _is_effect(target: Any) -> bool:
-    if target in (dropout_mask, draw_apart):
-        return True
     return isinstance(target, OpOverload) and (is_mutating(target) or not target._schema.returns)
 
 

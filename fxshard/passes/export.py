@@ -24,11 +24,19 @@ from fxshard.passes.constants import handed_out
 from fxshard.passes.decisions import Decisions
 from fxshard.passes.functions import call_whole
 from fxshard.passes.host import host_state, is_same_state, put_back_host_state
+from fxshard.passes.keywords import without_keywords
 from fxshard.passes.origins import TORCH_DIR
 from fxshard.passes.trees import flatten, without_unchanged
 from fxshard.passes.values import is_plain
 from fxshard.passes.writes import Before, Written, unchanged
-from fxshard.torch_internals import REGION_PASSES, SingleLevelFunction, exporter, pytree, trusted_distributions
+from fxshard.torch_internals import (
+    REGION_PASSES,
+    SingleLevelFunction,
+    exporter,
+    pytree,
+    trusted_distributions,
+    unassigned_buffers,
+)
 
 __all__ = ["Outputs", "export", "fits_graph", "has_meta", "quiet"]
 
@@ -50,6 +58,7 @@ class Outputs:
         constants: the place of a leaf that is not a tensor -> its value.
         changes_inputs: whether what is in the inputs' containers is other than before.
         written: what the model assigned to attributes of its modules.
+        assigned: the names of the buffers that it replaced.
         asks_needs: whether what is computed depended on what requires a gradient.
         drew: the modules of random numbers outside of torch that it drew from.
     """
@@ -60,6 +69,7 @@ class Outputs:
         self.constants: dict[int, Any] = {}
         self.changes_inputs = False
         self.written: tuple[Written, ...] = ()
+        self.assigned: list[str] = []
         self.asks_needs = False
         self.drew: tuple[str, ...] = ()
         self._given: tuple[list[Any], pytree.TreeSpec | None] = [], None
@@ -82,6 +92,7 @@ class Outputs:
             given = pytree.tree_unflatten(before, was)
             output = output, without_unchanged((args, kwargs), given, _unchanged)
         leaves, self.spec = flatten(output)
+        leaves, self.assigned = self._before.write_back(leaves)
         traced = {i for i, leaf in enumerate(leaves) if isinstance(leaf, torch.Tensor | torch.SymInt | torch.SymFloat)}
         self.constants = {i: leaf for i, leaf in enumerate(leaves) if i not in traced}
         for leaf in self.constants.values():
@@ -147,7 +158,9 @@ def export(
             _unmoved(model),
             marked(),
             _flat_regions(),
+            unassigned_buffers(),  # what is assigned is written back by ``Outputs``
             (decisions or Decisions()).answering(),
+            without_keywords(),
             trusted_distributions(),  # which would decide by values whether to raise
             torch.inference_mode(False),
             torch.set_grad_enabled(grad),

@@ -28,9 +28,10 @@ from torch.fx.node import map_arg
 
 from fxshard.errors import CaptureError
 from fxshard.passes.effects import base_of, is_mutating, may_view
+from fxshard.passes.layouts import carry
 from fxshard.passes.origins import module_of, source_of
 from fxshard.passes.root import Root
-from fxshard.runtime.hidden import HIDDEN_WRITE
+from fxshard.runtime.hidden import HIDDEN, HIDDEN_WRITE
 from fxshard.runtime.module import find
 from fxshard.torch_internals import Graph, HigherOrderOperator, OpOverload
 
@@ -166,6 +167,7 @@ class _Cell:
 
     value: fx.Node
     version: int = 0
+    is_hidden: bool = True  # whether autograd knows of no write to it
 
 
 @dataclass(eq=False)
@@ -282,6 +284,7 @@ class _Functionalizer:
             self._restride(node, ref)
             return
         before = ref.cell.value if self._hides_gradient(ref) else None
+        ref.cell.is_hidden &= before is not None
         held = self._read(written)
         behind = not ref.views and self._may_carry_gradient(held)  # of a part, the rest carries it
         self._store(node, ref, self._cast(node, self._functional(node, held, behind), held))
@@ -317,9 +320,10 @@ class _Functionalizer:
         if torch.Tag.nondeterministic_seeded in node.target.tags and name not in _DROPOUTS_IN_PLACE:  # type: ignore[union-attr]
             detached = self._emit(node, _aten.detach.default, (held,), val=held.meta["val"])  # of a draw there is none
             drawn = self._emit(node, counterpart, map_arg(args, lambda n: detached if n is held else n), kwargs)
+            carry(node, drawn, node.target)
             return self._over(node, held, drawn) if behind else drawn
         keeps_dtype = not outs and _one_float_dtype(node) and not name.startswith(_COMPARISONS)
-        return self._emit(node, counterpart, args, kwargs, val=held.meta["val"] if keeps_dtype else None)
+        return carry(node, self._emit(node, counterpart, args, kwargs, val=held.meta["val"] if keeps_dtype else None))
 
     def _over(self, node: fx.Node, held: fx.Node, value: fx.Node) -> fx.Node:
         """Emit ``value`` in the place of ``held``, to which a gradient of zero goes."""
@@ -434,7 +438,10 @@ class _Functionalizer:
             if old.op in ("get_attr", "placeholder") and ref.cell.version and not ref.views
         }
         for cell, old in changed.items():
-            self._emit(cell.value, _aten.copy_.default, (self._original(old), cell.value), val=old.meta["val"])
+            written = self._emit(
+                cell.value, _aten.copy_.default, (self._original(old), cell.value), val=old.meta["val"]
+            )
+            written.meta[HIDDEN] = cell.is_hidden
 
     def _original(self, old: fx.Node) -> fx.Node:
         found: fx.Node = next(node for node in self.graph.nodes if node.op == old.op and node.target == old.target)

@@ -23,6 +23,7 @@ from torch import fx
 
 from fxshard.mesh import Mesh, RankMesh
 from fxshard.passes import attention, experts, losses, norms, reductions
+from fxshard.passes.layouts import as_drawn, as_on_one_device
 from fxshard.passes.propagate import METADATA
 from fxshard.passes.statistics import Lowered
 from fxshard.passes.typing import Info, info_of, parts_along, set_info, values_of
@@ -84,6 +85,7 @@ def localize(graph: fx.Graph, whole_mesh: Mesh, rank: int = 0, independent: bool
     mesh = whole_mesh.seen_by(rank)
     new = Graph()
     copies: dict[fx.Node, Any] = {}
+    alike = as_on_one_device(graph)
     for node in graph.nodes:
         if node.target is operator.getitem and isinstance(copies[node.args[0]], tuple):
             copies[node] = copies[node.args[0]][node.args[1]]  # of a lowering that gives each result by itself
@@ -98,9 +100,12 @@ def localize(graph: fx.Graph, whole_mesh: Mesh, rank: int = 0, independent: bool
             continue
         give_lengths(copy, mesh)
         info = info_of(node)
-        if not any(info.choices):
-            continue
-        lowered = _nothing(new, copy, info, mesh) or _lower(new, copy, info, mesh, independent)
+        lowered: Lowered | None = None
+        if any(info.choices):
+            lowered = _nothing(new, copy, info, mesh) or _lower(new, copy, info, mesh, independent)
+        if lowered is None:
+            drawn = as_drawn(new, copy, [operand in alike for operand in operands_of(node)])
+            lowered = None if drawn is copy else drawn
         if lowered is not None:
             copies[node] = lowered
             if copy.name == node.name:

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import functools
 import operator
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -45,6 +45,7 @@ from fxshard.passes.functionalize import (
     nested_graphs,
     same_shape,
 )
+from fxshard.passes.layouts import note, shown_by
 from fxshard.passes.masks import read_masks
 from fxshard.passes.origins import module_of
 from fxshard.passes.root import Root
@@ -194,7 +195,15 @@ class _Inliner:
 
     def _copy(self, node: fx.Node, prefix: str, env: dict[fx.Node, Any], mode: _Mode) -> fx.Node:
         """Copy one node, with what its mode does to it."""
-        new = self.graph.node_copy(node, env.__getitem__ if mode.grad else lambda n: self._quiet(env[n]))
+
+        def operand(old: fx.Node) -> Any:
+            return env[old] if mode.grad else self._quiet(env[old])
+
+        new = self.graph.node_copy(node, operand)
+        if node.target is _aten.as_strided.default:
+            base, start = shown_by(node)
+            new.args, new.kwargs = (operand(base), *new.args[1:3], start), {}
+        note(new)
         if prefix and node.op == "get_attr":
             new.target = prefix + str(node.target)
         if not mode.grad:
@@ -309,6 +318,8 @@ def _simplify(graph: fx.Graph, root: Root) -> None:
             _detach(graph, node)
         elif kind == "table":
             _dense(node)
+        if node.target in _SIZED.values():
+            _mend_shape(node)
     read_masks(graph)
     for node in reversed(graph.nodes):
         if is_dead(node) and not any(has_effect(item) for item in _within(node, root)):
@@ -348,7 +359,35 @@ def _is_identity(node: fx.Node) -> bool:
     a, b = source.meta.get("val"), node.meta.get("val")
     if not isinstance(a, torch.Tensor) or not isinstance(b, torch.Tensor):
         return False
+    if not _keeps_dims(node, a):
+        return False
     return a.dtype == b.dtype and a.device == b.device and a.layout == b.layout and same_shape(a.shape, b.shape)
+
+
+def _keeps_dims(node: fx.Node, source: torch.Tensor) -> bool:
+    """Whether the arguments say so, too: of sizes that values decide, the noted shapes do not tell which dims are 1."""
+    other = node.args[1] if len(node.args) > 1 else None
+    if _kind(node.target) == "like":
+        return node.target is _aten.type_as.default or other.meta["val"].dim() == source.dim()  # type: ignore[union-attr]
+    if node.target in (_aten.squeeze.default, _aten.squeeze.dim, _aten.squeeze.dims):
+        dims = range(source.dim()) if other is None else [other] if isinstance(other, int) else other
+        return all(isinstance(source.shape[dim], int) for dim in dims)  # type: ignore[union-attr, index]
+    return node.target not in _SIZED.values() or len(_sizes(node)) == source.dim()
+
+
+def _sizes(node: fx.Node) -> Sequence[Any]:
+    """The sizes that a view, reshape or expand is given."""
+    sizes: Any = next(iter((*node.args[1:], *node.kwargs.values())))
+    return sizes  # type: ignore[no-any-return]
+
+
+def _mend_shape(node: fx.Node) -> None:
+    """Note the shape that a reshape is given, where export noted that of a source whose sizes values decide."""
+    value = node.meta.get("val")
+    if isinstance(value, torch.Tensor) and len(_sizes(node)) != value.dim():
+        sizes = [size.meta["val"] if isinstance(size, fx.Node) else size for size in _sizes(node)]
+        if -1 not in sizes:
+            node.meta["val"] = value.new_empty(sizes)
 
 
 def _split_bias(graph: fx.Graph, node: fx.Node) -> None:
@@ -378,7 +417,7 @@ def _name_sizes(graph: fx.Graph, node: fx.Node) -> None:
         return
     sizes: list[Any] = []
     with graph.inserting_before(node):
-        for dim, size in enumerate(value.shape):
+        for dim, size in enumerate(other.meta["val"].shape):  # type: ignore[union-attr]
             if not isinstance(size, int):
                 read = graph.call_function(_aten.sym_size.int, (other, dim))
                 read.meta = {**node.meta, "val": size}

@@ -42,7 +42,7 @@ from fxshard.plan.work import Names
 from fxshard.rules.lookup import draws
 from fxshard.rules.recipe import shape_of
 from fxshard.runtime.buckets import BUCKET_BYTES
-from fxshard.runtime.collectives import draw_apart, dropout_mask, gather_weight, vary_weight
+from fxshard.runtime.collectives import gather_weight, vary_weight
 from fxshard.runtime.module import find
 from fxshard.runtime.packs import PACK_BYTES
 
@@ -252,11 +252,7 @@ class Compiled:
     def draws(self) -> bool:
         """Whether the program draws random numbers."""
         inner = [each.graph.nodes for node in self.graph.nodes for each in nested_graphs(node, self.root)]
-        return any(
-            node.target in (dropout_mask, draw_apart) or draws(node)
-            for nodes in (self.graph.nodes, *inner)
-            for node in nodes
-        )
+        return any(draws(node) for nodes in (self.graph.nodes, *inner) for node in nodes)
 
 
 def compile_graph(

@@ -17,7 +17,7 @@ from torch import fx, nn
 from fxshard.passes.origins import branch_of
 from fxshard.passes.typing import copy_graph
 from fxshard.runtime.branches import TAKEN
-from fxshard.runtime.hidden import overwrite
+from fxshard.runtime.hidden import HIDDEN, overwrite
 from fxshard.runtime.module import find, is_word, place
 
 
@@ -94,6 +94,9 @@ class Interpreter(fx.Interpreter):
             values: Any = self.map_nodes_to_values(n.args, n)
             decision, yes, no, _ = values
             return yes if decision else no
+        if n.target is torch.ops.aten.copy_.default and n.meta.get(HIDDEN):
+            target, value = map(self.env.__getitem__, n.all_input_nodes)
+            return overwrite(target, value)
         return super().run_node(n)
 
     def get_attr(self, target: Any, args: Any, kwargs: Any) -> Any:

@@ -2,6 +2,7 @@
 
     self.steps += 1                 a number: each call of the program does the same
     self.last = x                   a tensor: lost, which is said; a call that would read it is refused
+    self.mean = 0.9 * self.mean     a buffer, by one like it: written into it, as by copy_
     self.table = torch.arange(n)    a buffer of another size: refused by name
     self.seen.append(x)             what a list holds: refused by name
 
@@ -129,6 +130,29 @@ class Before:
                 types = f"{in_words(b.dtype, b.shape)} becomes {in_words(a.dtype, a.shape)}"
                 raise _refused(path, name, f"gives another size to ({types})")
 
+    def write_back(self, leaves: list[Any]) -> tuple[list[Any], list[str]]:
+        """Writes what replaces a buffer into it, so that a graph has it as a write.
+
+        Args:
+            leaves: what the model returns.
+
+        Returns:
+            The leaves, with copies of those that show what a buffer held before; and the names of the buffers.
+        """
+        found = [
+            (joined(path, name), was[name], now[name])
+            for (path, module), (_, was, _) in zip(self.modules, self._tables, strict=True)
+            for now in (vars(module)["_buffers"],)
+            for name in now
+            if was.get(name) is not now[name] and isinstance(was.get(name), torch.Tensor)
+        ]
+        memory = {_memory(was) for _, was, _ in found}
+        kept = [x.clone() if isinstance(x, torch.Tensor) and _memory(x) in memory else x for x in leaves]
+        values = [now.clone() if _memory(now) in memory else now for _, _, now in found]
+        for (_, was, _), value in zip(found, values, strict=True):
+            was.copy_(value.detach() if value.requires_grad else value)
+        return kept, [name for name, _, _ in found]
+
     def restore(self) -> None:
         """Puts all back."""
         rows = zip(self.modules, self._attributes, self._tables, self._hooks, strict=True)
@@ -144,6 +168,10 @@ class Before:
                 own.update(attributes)
         for each in self._contents:
             each.restore()
+
+
+def _memory(x: torch.Tensor) -> Any:
+    return x.untyped_storage()._cdata if x.layout == torch.strided else id(x)
 
 
 @contextmanager

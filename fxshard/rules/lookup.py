@@ -13,6 +13,8 @@ from fxshard.placement import Placement
 from fxshard.rules.recipe import At, Call, Factor, Operand, Recipe, Shape, bind, operands_of, shape_of, signature_of
 from fxshard.rules.table import find_rule, generation, name_of
 from fxshard.runtime.autocast import operator_named, under_autocast
+from fxshard.runtime.collectives import draw_apart, dropout_mask
+from fxshard.runtime.draws import draw_in_place
 from fxshard.torch_internals import OpOverload
 
 _CUTS = {"aten.split", "aten.split_with_sizes", "aten.chunk", "aten.slice", "aten.narrow", "aten.tensor_split"}
@@ -108,6 +110,10 @@ def _with_dims(factor: Factor, inputs: Sequence[Shape], outputs: Sequence[Shape]
     return replace(factor, even=dynamic, alone=all(size == factor.size for size in sizes))
 
 
+_DRAWING = (dropout_mask, draw_apart, draw_in_place)
+"""What ``localize`` writes in the place of operators that draw."""
+
+
 def is_constant(target: Any) -> bool:
     """Whether no gradient flows through an operator, though a float comes in and goes out."""
     return name_of(target)[1] in _CONSTANT
@@ -115,6 +121,8 @@ def is_constant(target: Any) -> bool:
 
 def draws(node: fx.Node) -> bool:
     """Whether the call draws random numbers: then only a lowering may split it."""
+    if node.target in _DRAWING:
+        return True
     target = operator_named(str(node.args[1])) if node.target is under_autocast else node.target
     if not isinstance(target, OpOverload):
         return False

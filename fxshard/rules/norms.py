@@ -40,7 +40,7 @@ def group_norm(call: Call) -> Recipe:
     ins: list[Names] = [[("b",), ("c",), *behind], *weights]
     factors = _shared(make_factors(ins, [ins[0]], call, {}), [("c",), *behind])
     before = call.whole_inputs[0][1] if call.is_cut else now  # an outer axis may have split some of the groups
-    if not isinstance(before, int) or groups * now % before:
+    if not isinstance(before, int) or not before or groups * now % before:
         return Recipe(factors)
     weights = [[("g", "c")]] * (len(call.inputs) - 1)
     ins = [[ONE, ("g", "c"), *[ONE] * (ndim - 2)], *weights]

@@ -529,7 +529,12 @@ def draw_apart(operator: str, arguments: list[Any], options: dict[str, Any], *ax
         return operator_named(operator)(*arguments, **options)
 
 
-def dropout_mask(like: torch.Tensor, shape: list[int], strides: list[int] | None, p: float) -> torch.Tensor:
-    """The scaled keep-mask that dropout would draw for a whole tensor of ``shape``: 0 or 1 / (1 - p)."""
-    ones = like.new_ones(shape) if strides is None else like.new_empty_strided(shape, strides).fill_(1)
-    return torch.dropout(ones, p, True)
+def dropout_mask(like: torch.Tensor, shape: list[int], order: Sequence[int] | None, p: float) -> torch.Tensor:
+    """The scaled keep-mask that dropout would draw for a whole tensor of ``shape``: 0 or 1 / (1 - p).
+
+    Where it does not lie plainly in memory, ``order`` says which dims lie farthest apart.
+    """
+    if order is None:
+        return torch.dropout(like.new_ones(shape), p, True)
+    ones = like.new_ones([shape[dim] for dim in order])
+    return torch.dropout(ones.permute([order.index(dim) for dim in range(len(order))]), p, True)

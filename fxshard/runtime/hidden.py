@@ -31,11 +31,13 @@ def _pass_on(ctx: Any, grad: torch.Tensor) -> tuple[None, torch.Tensor]:
 
 
 hidden_write.register_autograd(_pass_on)
+HIDDEN = "fxshard_hidden"
+"""What is noted of a ``copy_`` that writes back what autograd knows nothing of."""
 HIDDEN_WRITE = torch.ops.fxshard.hidden_write.default
 
 
 def overwrite(target: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
-    """Writes to a parameter or a buffer, of which autograd need not know."""
+    """Writes to a parameter, or to an input behind autograd's back."""
     with torch.no_grad():
         target.copy_(value)
     return target

@@ -22,6 +22,7 @@ from fxshard.cache import key
 from fxshard.cache.stored import NotStorable, dump, restore
 from fxshard.passes.capture import Captured, capture
 from fxshard.passes.fidelity import check_fidelity
+from fxshard.passes.normalize import normalize
 from tests.models.zoo import MODELS, build
 
 CPU = torch.device("cpu")
@@ -316,3 +317,22 @@ def test_what_others_may_have_written_is_not_read(tmp_path: Path, caplog: pytest
         assert "may be written by everybody" in caplog.text
         if path is folder:
             path.chmod(before)
+
+
+def test_what_shares_memory_shares_it_again() -> None:
+    """A write through a reshape is one to what it is a view of, as in the capture that was stored."""
+
+    class Writes(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            y = x * 2
+            y.reshape(-1).contiguous()[1:].add_(1)
+            return y
+
+    model, x = Writes(), torch.randn(4, 2)
+    captured = capture(model, (x,))
+    again = restore(dump(captured, model), model)
+    places = []
+    for each in (captured, again):
+        torch.testing.assert_close(normalize(each.root)(x)[0], model(x))
+        places.append([node.meta["val"].storage_offset() for node in each.root.graph.nodes if "val" in node.meta])
+    assert places[0] == places[1]

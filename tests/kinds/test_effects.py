@@ -139,3 +139,53 @@ def test_what_is_overwritten_has_a_gradient_of_zero(write: str, plan: str) -> No
     run = fxshard.simulate(program, x)
     run.backward(lambda out: out[0].sum())
     assert not run.full_grads()["l.weight"].any()
+
+
+@pytest.mark.parametrize("plan", PLANS)
+def test_statistics_that_nobody_keeps(plan: str) -> None:
+    """A norm in training updates what it is given, be it computed for it alone."""
+
+    class Norms(nn.Module):
+        mean: torch.Tensor
+        scale: torch.Tensor
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.l = nn.Linear(8, 8)
+            self.register_buffer("mean", torch.zeros(8))
+            self.register_buffer("scale", torch.ones(8))
+
+        def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            variance = self.scale.abs() + 1
+            return F.batch_norm(self.l(x), self.mean, variance, training=True), variance
+
+    model, x = Norms().double(), torch.randn(6, 8, dtype=torch.float64)
+    assert_equivalent(model, PLANS[plan], (x,))
+    program = fxshard.parallelize(model, PLANS[plan], (x,))
+    fxshard.simulate(program, x)
+    model(x)
+    torch.testing.assert_close(program.full_state_dict()["mean"], model.mean)
+
+
+@pytest.mark.parametrize("plan", ["tp2", "nothing split"])
+def test_an_input_that_is_written_behind_autograd(plan: str) -> None:
+    """It may be a leaf that requires a gradient."""
+
+    class Adds(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.l = nn.Linear(8, 8)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            x.detach().add_(1)
+            return self.l(x)
+
+    model, x = Adds().double(), torch.randn(6, 8, dtype=torch.float64, requires_grad=True)
+    program = fxshard.parallelize(model, PLANS[plan], (x,))
+    mine, theirs = (x.detach().clone().requires_grad_() for _ in range(2))
+    want, run = model(theirs), fxshard.simulate(program, mine)
+    torch.testing.assert_close(run.outputs[0], want)
+    torch.testing.assert_close(mine, theirs)
+    want.sum().backward()
+    run.backward(torch.sum)
+    torch.testing.assert_close(mine.grad, theirs.grad)
