@@ -35,12 +35,15 @@ if TYPE_CHECKING:
 
 NEW, HELD, LAZY = "new", "held", "lazy"
 DRAWS, UNEVEN, RING, EVERY_CALL, STARRED, EFFECTS = "draws", "uneven", "ring", "every_call", "starred", "effects"
+ALWAYS_DRAWS, BRANCHES = "always_draws", "branches"
 
 REASONS = {
     NEW: "fxshard has not captured such inputs in this mode. Call the program once with them, outside of torch.compile",
     HELD: "fxshard sums gradients in the compiled backward pass: within no_sync call the program itself",
     LAZY: "fxshard compiles a program that was given example inputs: pass args or kwargs to parallelize",
     DRAWS: "the program draws random numbers, which compiled code draws otherwise on each rank: use eval()",
+    ALWAYS_DRAWS: "the program draws random numbers, in eval() too, which compiled code draws otherwise on each rank",
+    BRANCHES: "the model decides by values what it computes (a layer that is dropped, an if on a tensor)",
     UNEVEN: "the ranks' parts differ in size, so each rank would compile another graph: choose sizes that divide",
     RING: "ring attention passes blocks from rank to rank while it computes, which has no functional collective",
     EVERY_CALL: "compare='every_call' compares the ranks outside of the graph: give 'first_call'",
@@ -127,7 +130,9 @@ class Entry:
 def obstacle(compiled: Compiled) -> str:
     """Why a capture cannot be traced, a key of ``REASONS``; empty where it can."""
     found = {
-        DRAWS: compiled.draws,
+        BRANCHES: compiled.has_branches,
+        DRAWS: compiled.computes_with_draws and compiled.captured.training,
+        ALWAYS_DRAWS: compiled.computes_with_draws,
         UNEVEN: compiled.is_uneven,
         RING: any(node.target is ring_attention for node in compiled.graph.nodes),
         EVERY_CALL: compiled.options.compare == "every_call",

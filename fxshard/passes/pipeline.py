@@ -20,6 +20,7 @@ from fxshard.mesh import Mesh
 from fxshard.passes.annotate import annotate
 from fxshard.passes.capture import Captured
 from fxshard.passes.check import check
+from fxshard.passes.effects import is_mutating
 from fxshard.passes.enclose import enclose, has_branches
 from fxshard.passes.fold import fold
 from fxshard.passes.functionalize import nested_graphs
@@ -251,8 +252,17 @@ class Compiled:
     @cached_property
     def draws(self) -> bool:
         """Whether the program draws random numbers."""
+        return bool(self._drawing)
+
+    @cached_property
+    def computes_with_draws(self) -> bool:
+        """Whether it does anything with them: a number may be drawn that nobody reads."""
+        return any(node.users or is_mutating(node.target) for node in self._drawing)
+
+    @cached_property
+    def _drawing(self) -> list[fx.Node]:
         inner = [each.graph.nodes for node in self.graph.nodes for each in nested_graphs(node, self.root)]
-        return any(draws(node) for nodes in (self.graph.nodes, *inner) for node in nodes)
+        return [node for nodes in (self.graph.nodes, *inner) for node in nodes if draws(node)]
 
 
 def compile_graph(

@@ -28,6 +28,7 @@ from typing import Any
 import torch.distributed as dist
 
 from fxshard.errors import DistributedError
+from fxshard.runtime.launcher import watch_launcher
 from fxshard.runtime.position import POSITION
 from fxshard.runtime.session import Session, is_gone, plain, said
 from fxshard.torch_internals import Store, default_store, default_timeout_s
@@ -87,6 +88,7 @@ class Watch(Session):
         self._group = weakref.ref(dist.group.WORLD)
         self.thread = threading.Thread(target=self._listen, name="fxshard watch", daemon=True)
         self.thread.start()
+        watch_launcher()
 
     # --- answering -------------------------------------------------------------------------------------------------
 

@@ -262,3 +262,27 @@ def test_a_store_that_does_not_answer_is_given_up() -> None:
     with pytest.raises(TimeoutError, match="did not answer"):
         session.bounded(lambda: time.sleep(2), 0.05)
     assert session.bounded(lambda: session.get("nothing"), 5) is None
+
+
+def test_ranks_end_when_their_launcher_has_died(tmp_path: Path) -> None:
+    script = Path(__file__).with_name("orphan.py")
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script)]
+    launcher = subprocess.Popen([*command, str(tmp_path)], stderr=subprocess.DEVNULL)
+    try:
+        deadline = time.monotonic() + 20 * TIMEOUT_S
+        while len(list(tmp_path.glob("*.pid"))) < 2 and time.monotonic() < deadline:
+            time.sleep(0.1)
+        pids = [int(path.read_text()) for path in tmp_path.glob("*.pid")]
+        assert len(pids) == 2
+    finally:
+        launcher.kill()
+        launcher.wait()
+    deadline = time.monotonic() + 2 * TIMEOUT_S
+    while any(map(is_running, pids)) and time.monotonic() < deadline:
+        time.sleep(0.2)
+    assert not any(map(is_running, pids))
+
+
+def is_running(pid: int) -> bool:
+    status = Path(f"/proc/{pid}/status")
+    return status.exists() and "State:\tZ" not in status.read_text()
