@@ -123,6 +123,7 @@ def train(
     save_every: int = 50,
     bf16: Annotated[bool, typer.Option(help="compute in bfloat16, weights in float32")] = False,
     checkpoint: Annotated[bool, typer.Option(help="compute layers anew in the backward pass")] = False,
+    verify: Annotated[bool, typer.Option(help="hold a checkpoint against its checksums when it is loaded")] = True,
 ) -> None:
     """Trains, saves and resumes."""
     device = start_process()
@@ -140,7 +141,7 @@ def train(
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: rate(step, steps))
     first = 0
     if fxshard.latest_checkpoint(folder):
-        found = fxshard.load_checkpoint(folder, program, optimizer)
+        found = fxshard.load_checkpoint(folder, program, optimizer, verify=verify)
         first = found.step
         schedule.load_state_dict(found.extra["schedule"])
 
