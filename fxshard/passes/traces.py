@@ -156,12 +156,28 @@ def _common_end(ours: Sequence[fx.Node], theirs: Sequence[fx.Node]) -> int:
     return count
 
 
+def _unify(trace: Trace) -> None:
+    """Let a graph read each of several equal constants as the first of them: which is which depends on their number."""
+    constants = [n for n in trace.root.graph.find_nodes(op="get_attr") if _is_made_up(n)]
+    values = [find(trace.root, str(node.target)) for node in constants]
+    for place, node in enumerate(constants):
+        first = next(i for i, value in enumerate(values) if _is_equal(value, values[place]))
+        if first < place:
+            node.replace_all_uses_with(constants[first])
+
+
+def _is_made_up(node: fx.Node) -> bool:
+    return "lifted_tensor_" in str(node.target) or "_tensor_constant" in str(node.target)
+
+
 def same_leaves(base: Trace, other: Trace, mark: fx.Node | None) -> dict[fx.Node, fx.Node]:
     """What two graphs read: by name, or where export made a constant, by value.
 
     Raises:
         CaptureError: they are given other inputs; without a ``mark`` such an input is left out.
     """
+    _unify(base)
+    _unify(other)
     ours: dict[Any, fx.Node] = {}
     for node in base.root.graph.nodes:
         if node.op in ("placeholder", "get_attr"):

@@ -173,16 +173,18 @@ def _is_far_wider(made: Shape, source: Shape) -> bool:
 def of_base(view: fx.Node, placement: Shard, facts: Graph, size: int) -> Shard | None:
     """How a weight is split where a view of it is split so; None where it cannot be."""
     while view.op == "call_function":
-        recipe = facts.recipe(view)
+        recipe, operands = facts.recipe(view), facts.operands[view]
+        at = next(i for i, o in enumerate(operands) if facts.weights.get(o) is facts.weights.get(view))
         wanted = At.of(placement)
         for factor in recipe.factors if recipe is not None else ():
             cut = factor.cut_for(factor.outputs[0], wanted, size)
-            if cut is not None and factor.inputs[0] is not None:
-                placement = factor.inputs[0].placement(cut)
+            where = factor.inputs[at]
+            if cut is not None and where is not None:
+                placement = where.placement(cut)
                 break
         else:
             return None
-        view = facts.operands[view][0]
+        view = facts.operands[view][at]
     return placement
 
 

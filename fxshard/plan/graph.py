@@ -53,7 +53,7 @@ class Graph:
     def _reshaped(self, node: fx.Node) -> fx.Node | None:
         """The weight that a call makes another of, element for element: standardized, scaled, cast, added to.
 
-        What is made of weights alone, and is as large as the largest of them.
+        What is made of weights alone, and has the shape of the largest of them, dim for dim.
         """
         ops, shapes = self.operands[node], self.shapes[node]
         if len(shapes) != 1 and name_of(node.target)[1] not in ("aten.native_layer_norm", "aten.native_batch_norm"):
@@ -62,7 +62,12 @@ class Graph:
         if any(o.op == "placeholder" or o in self.learned for o in ops) or len(shapes[0]) < 2:
             return None
         largest = max(made, key=lambda each: _size(self.shapes[each][0]))
-        return largest if _size(self.shapes[largest][0]) == _size(shapes[0]) else None
+        recipe = self.recipe(node)
+        if recipe is None or self.shapes[largest][0] != shapes[0]:
+            return None
+        at = ops.index(largest)
+        moved = [f for f in recipe.factors if f.inputs[at] is not None and f.inputs[at] != f.outputs[0]]
+        return None if moved else largest
 
     def _is_of_weight(self, node: fx.Node) -> bool:
         """Whether a call gives a weight in another form: a view, or the matrices of it that positions pick.
