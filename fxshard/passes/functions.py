@@ -5,8 +5,9 @@ capture each call of ``apply`` becomes a call of an operator made for it, which 
 
     y = Scale.apply(x, 2.0)      ->      y = torch.ops.fxshard_function.mylib_Scale.default(x)     # 2.0 is in it
 
-It has no rule: its operands are gathered, every rank computes the whole, and the report names it. ``register_rule``
-may teach fxshard how to split it, as any operator.
+Where its forward and its backward are seen to treat every element alone, it has the rule of such operators. Else it has
+none: its operands are gathered, every rank computes the whole, and the report names it. ``register_rule`` may teach
+fxshard how to split it, as any operator.
 """
 
 from __future__ import annotations
@@ -20,7 +21,8 @@ import torch
 from torch.fx.experimental.proxy_tensor import disable_proxy_modes_tracing
 
 from fxshard.errors import CaptureError
-from fxshard.torch_internals import TorchDispatchMode
+from fxshard.rules.table import find_rule, register_rule
+from fxshard.torch_internals import TorchDispatchMode, pytree
 
 __all__ = ["NAMESPACE", "call_whole"]
 
@@ -57,6 +59,9 @@ def call_whole(cls: type, apply: Callable[..., Any], args: tuple[Any, ...]) -> A
     key = (cls, count, draws, *((type(item), item) for item in template))
     if key not in _operators:
         _operators[key] = _make(cls, apply, template, count, draws)
+        name = f"{NAMESPACE}::{_operators[key].__name__}"
+        if not draws and find_rule(_operators[key].default) is None and _is_pointwise(apply, args):
+            register_rule(name, "@pointwise")
     return _operators[key](*tensors)
 
 
@@ -83,6 +88,59 @@ def _results(cls: type, apply: Callable[..., Any], args: tuple[Any, ...]) -> tup
     if not all(isinstance(item, torch.Tensor) for item in items):
         raise _refused(cls, "returns something else than tensors")
     return len(items) if isinstance(out, tuple) else None, seen.found
+
+
+class _Elements(TorchDispatchMode):
+    """Notes every operator that is called, and whether each treats every element of tensors of one shape alone."""
+
+    def __init__(self, shape: torch.Size) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.shape, self.alone = shape, True
+        self.called: list[Any] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        leaves = pytree.tree_leaves((args, kwargs or {}))
+        every = [leaf for leaf in (*leaves, *pytree.tree_leaves(out)) if isinstance(leaf, torch.Tensor)]
+        if func.namespace == "prim":  # asks for a device
+            return out
+        known = torch.Tag.pointwise in func.tags or func._schema.name in _COPIES
+        self.alone = self.alone and known and all(tensor.shape == self.shape for tensor in every)
+        self.called.append((func, *(leaf for leaf in leaves if isinstance(leaf, bool | int | float | torch.dtype))))
+        return out
+
+
+_COPIES = {
+    f"aten::{name}"
+    for name in ("alias", "clone", "detach", "_to_copy", "copy_", "ones_like", "zeros_like", "full_like", "fill_")
+}
+
+
+def _is_pointwise(apply: Callable[..., Any], args: tuple[Any, ...]) -> bool:
+    """Whether a Function's forward and backward treat every element alone, by the same numbers at any size."""
+    tensors = [arg for arg in args if isinstance(arg, torch.Tensor)]
+    shapes = {tensor.shape for tensor in tensors}
+    if len(shapes) != 1 or not all(tensor.is_floating_point() for tensor in tensors) or not tensors[0].dim():
+        return False
+    runs = []
+    try:
+        for times in (1, 2):
+            shape = torch.Size(size * times for size in tensors[0].shape)
+            with disable_proxy_modes_tracing(), torch.enable_grad():
+                own = [arg.new_empty(shape).requires_grad_() if isinstance(arg, torch.Tensor) else arg for arg in args]
+                with _Elements(shape) as seen:
+                    outs = apply(*own)
+                    outs = outs if isinstance(outs, tuple) else (outs,)
+                    given = [x for x in own if isinstance(x, torch.Tensor)]
+                    flows = [out for out in outs if out.requires_grad]
+                    if flows:
+                        torch.autograd.grad(flows, given, [torch.ones_like(out) for out in flows], allow_unused=True)
+            if not seen.alone or any(out.shape != shape for out in outs):
+                return False
+            runs.append(seen.called)
+    except Exception:  # whatever it is, it is not known to be pointwise
+        return False
+    return bool(runs[0] == runs[1])
 
 
 def _make(cls: type, apply: Callable[..., Any], template: tuple[Any, ...], count: int | None, draws: bool) -> Any:

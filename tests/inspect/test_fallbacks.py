@@ -152,7 +152,7 @@ class Cube(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
         ctx.save_for_backward(x)
-        return x * x * x
+        return (x * x * x).flip(0).flip(0)  # which is not seen to be pointwise
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> torch.Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -86,3 +87,65 @@ def test_gradients_are_those_of_one_device(name: str, plan: str) -> None:
         else:
             dense = parameter.grad.to_dense() if parameter.grad.is_sparse else parameter.grad
             torch.testing.assert_close(grads[key], dense)
+
+
+class Cubed(torch.autograd.Function):
+    """Treats every element alone, and has a gradient of its own."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, factor: float) -> torch.Tensor:
+        ctx.save_for_backward(x)
+        ctx.factor = factor
+        return x.pow(3) * factor
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None]:
+        (x,) = ctx.saved_tensors
+        return grad * x.abs() * 2 * ctx.factor, None
+
+
+class Meaned(Cubed):
+    """Scales by how many elements there are."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, factor: float) -> torch.Tensor:
+        ctx.save_for_backward(x)
+        ctx.factor = factor / x.numel()
+        return x.pow(3) * ctx.factor
+
+
+class Summed(Cubed):
+    """Sums in its gradient alone."""
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None]:
+        (x,) = ctx.saved_tensors
+        return grad * x.sum(-1, keepdim=True), None
+
+
+@pytest.mark.parametrize("plan", PLANS)
+@pytest.mark.parametrize("function", [Cubed, Meaned, Summed])
+def test_functions_of_elements_are_split_and_no_others(function: type[Cubed], plan: str) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(8, 16), Applied(function), nn.Linear(16, 8)).double()
+    x = torch.randn(4, 8, dtype=torch.float64)
+    program = fxshard.parallelize(model, preset(plan) if plan != "rows" else preset("tp2"), (x,))
+    run = fxshard.simulate(program, x)
+    want = model(x)
+    torch.testing.assert_close(run.outputs[1], want)
+    want.pow(2).sum().backward()
+    run.backward(lambda out: out.pow(2).sum())
+    for key, grad in run.full_grads().items():
+        torch.testing.assert_close(grad, model.get_parameter(key).grad)
+    if plan == "tp2":
+        assert bool(program.fallbacks()) == (function is not Cubed)
+
+
+class Applied(nn.Module):
+    def __init__(self, function: type[Cubed]) -> None:
+        super().__init__()
+        self.function = function
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        out: torch.Tensor = self.function.apply(x, 0.5)  # type: ignore[no-untyped-call]
+        return out

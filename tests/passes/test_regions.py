@@ -38,7 +38,7 @@ class Triple(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, factor: float) -> Tensor:
         ctx.save_for_backward(x)
-        return x * factor
+        return (x * factor).flip(0).flip(0)  # which is not seen to be pointwise
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
