@@ -1,7 +1,7 @@
 """What fxshard uses of PyTorch that PyTorch does not promise to keep: every such name comes from here.
 
-Tried with torch 2.13.0. With another version look first whether these are still there, and mean the same. (``capture``
-names further modules of torch as text, to tell their warnings and frames from the user's.)
+Tried with torch 2.13.0 and 2.14.1. With another version look first whether these are still there, and mean the same.
+(``capture`` names further modules of torch as text, to tell their warnings and frames from the user's.)
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import sys
+import types
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -38,6 +39,7 @@ from torch.utils._sympy.functions import FloorDiv
 from torch.utils._sympy.printers import PythonPrinter
 
 __all__ = [
+    "APPLY_OWNER",
     "AgreeingGradScaler",
     "CHECKPOINT_MODULE",
     "CHECKPOINT_STEPS",
@@ -58,7 +60,6 @@ __all__ = [
     "OpOverloadPacket",
     "OperatorBase",
     "PrefixStore",
-    "SingleLevelFunction",
     "StorageInfo",
     "StoragePrefix",
     "Store",
@@ -93,8 +94,15 @@ __all__ = [
     "will_accumulate",
 ]
 
-CHECKPOINT_STEPS = "_checkpoint_without_reentrant_generator"
+_STEPS = "_checkpoint_without_reentrant_generator"
+CHECKPOINT_STEPS = f"{_STEPS}_impl" if hasattr(CHECKPOINT_MODULE, f"{_STEPS}_impl") else _STEPS  # since torch 2.14
 """What ``torch.utils.checkpoint.checkpoint`` does around the function: a generator of one step, in that module."""
+APPLY_OWNER: Any = (
+    torch.autograd.Function
+    if isinstance(vars(torch.autograd.Function)["apply"], types.ClassMethodDescriptorType)  # since torch 2.14
+    else SingleLevelFunction
+)
+"""The class at which the ``apply`` of all custom functions can be replaced."""
 SET_GRAD = torch._C._set_grad_enabled
 EXIT_AUTOCAST = torch.amp.autocast_mode._exit_autocast
 MODE_MARKS = (SET_GRAD, torch.amp.autocast_mode._enter_autocast, EXIT_AUTOCAST)

@@ -211,7 +211,7 @@ class Between(nn.Module):
 
 
 def test_no_pair_is_a_note_never_silent() -> None:
-    program = fxshard.parallelize(Between(), tensor_parallel(2), (torch.randn(2, 8),))
+    program = fxshard.parallelize(Between(), tensor_parallel(2), (torch.randn(64, 8),))
     assert program.plan.params == {}
     assert "found no weight" in "\n".join(program.compiled.resolved.notes)
     assert "found no weight" in program.explain()

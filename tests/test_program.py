@@ -189,15 +189,6 @@ def test_gradients_before_a_backward_pass_are_an_error() -> None:
         run.full_grads()
 
 
-def test_gradients_of_gradients_are_refused_not_wrong() -> None:
-    program = fxshard.parallelize(nn.Sequential(nn.Linear(8, 8), nn.Tanh()).double(), data_parallel(2), (X,))
-    x = X.clone().requires_grad_()
-    (output, _) = fxshard.simulate(program, x).outputs
-    (grad,) = torch.autograd.grad(output.sum(), x, create_graph=True)
-    with pytest.raises(RuntimeError):
-        torch.autograd.grad(grad.sum(), x)
-
-
 def test_a_loss_of_part_of_the_outputs() -> None:
     model = net().eval()
     assert_equivalent(model, data_parallel(2) | tensor_parallel(2), (X,), loss=lambda output: output["mean"])

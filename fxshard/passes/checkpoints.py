@@ -54,14 +54,9 @@ def run_checkpointed(function: Callable[..., Any], preserve_rng_state: bool, *ar
         return function(*args)
 
 
-def _steps(
-    function: Callable[..., Any],
-    preserve_rng_state: bool = True,
-    context_fn: Callable[[], tuple[Any, Any]] = noop_context_fn,
-    *args: Any,
-    **kwargs: Any,
-) -> Iterator[None]:
-    """What ``checkpoint`` does before the function runs, and after."""
+def _steps(function: Callable[..., Any], *given: Any, **named: Any) -> Iterator[None]:
+    """What ``checkpoint`` does before the function runs, and after; torch 2.14 names its options, 2.13 does not."""
+    context_fn = given[1] if CHECKPOINT_STEPS == "_checkpoint_without_reentrant_generator" else named["context_fn"]
     if not torch.is_grad_enabled():
         yield
         return

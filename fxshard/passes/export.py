@@ -30,8 +30,8 @@ from fxshard.passes.trees import flatten, without_unchanged
 from fxshard.passes.values import is_plain
 from fxshard.passes.writes import Before, Written, unchanged
 from fxshard.torch_internals import (
+    APPLY_OWNER,
     REGION_PASSES,
-    SingleLevelFunction,
     exporter,
     pytree,
     trusted_distributions,
@@ -275,7 +275,7 @@ def _whole_functions(model: nn.Module, outputs: Outputs) -> Iterator[None]:
     inside, here = [False], threading.get_ident()
 
     def apply(cls: type, *args: Any, **kwargs: Any) -> Any:
-        own = super(SingleLevelFunction, cls).apply  # type: ignore[misc]
+        own = super(APPLY_OWNER, cls).apply
         if threading.get_ident() != here:
             return own(*args, **kwargs)
         differentiable = torch.is_grad_enabled() and any(map(_may_need_gradient, args))  # whatever needs one now
@@ -294,11 +294,15 @@ def _whole_functions(model: nn.Module, outputs: Outputs) -> Iterator[None]:
         finally:
             inside[0] = False
 
-    SingleLevelFunction.apply = classmethod(apply)  # type: ignore[attr-defined]
+    kept = vars(APPLY_OWNER).get("apply")
+    APPLY_OWNER.apply = classmethod(apply)
     try:
         yield
     finally:
-        del SingleLevelFunction.apply  # type: ignore[attr-defined]
+        if kept is None:
+            del APPLY_OWNER.apply
+        else:
+            APPLY_OWNER.apply = kept
 
 
 def _may_need_gradient(value: Any) -> bool:

@@ -50,9 +50,9 @@ class Split:
 def find_split(facts: Graph, size: int) -> Split:
     """What of a graph an axis of ``size`` ranks splits.
 
-    A weight is split one way only: of two pairs that would split it in two ways, the one with more weights is left,
-    such as an attention before a small MLP that makes its position bias. A pair with a norm over the split dim inside,
-    whose ranks share statistics, is one only where there is none without.
+    A weight is split one way only: of two pairs that would split it in two ways, the first one is left, unless the
+    other is far larger, as an attention is beside a small MLP that makes its position bias. A pair with a norm over the
+    split dim inside, whose ranks share statistics, is one only where there is none without.
     """
     taken: dict[fx.Node, Shard] = {}
     pairs: dict[fx.Node, Pair] = {}
@@ -60,7 +60,6 @@ def find_split(facts: Graph, size: int) -> Split:
     without_rule: set[fx.Node] = set()
 
     def find(rows: Iterable[fx.Node], through_norms: bool) -> None:
-        found = []
         for row in rows:
             met = Met()
             pair = find_pair(row, facts, size, through_norms, met)
@@ -68,15 +67,25 @@ def find_split(facts: Graph, size: int) -> Split:
             if met.norm:
                 behind_norms.append(row)
             have = pairs[row].weights if row in pairs else {}
-            if pair is not None and not pair.weights.keys() <= have.keys():
-                found.append(pair)
-        for pair in sorted(found, key=lambda each: -sum(map(_numel, each.weights))):
-            if all(_agree(taken.get(w), p) for w, p in pair.weights.items()):
-                taken.update(pair.weights)
+            if pair is None or pair.weights.keys() <= have.keys():
+                continue
+            apart = {w for w, p in pair.weights.items() if not _agree(taken.get(w), p)}
+            others = [each for each in pairs.values() if apart & each.weights.keys()]
+            beside = sum(sum(map(_numel, each.weights)) for each in others)
+            if not apart or (others and sum(map(_numel, pair.weights)) >= FAR_LARGER * beside):
+                for each in others:
+                    del pairs[each.row]
                 pairs[pair.row] = pair
+                if others:
+                    taken.clear()
+                    taken.update(words)
+                    for each in pairs.values():
+                        taken.update(each.weights)
+                taken.update(pair.weights)
 
+    words: dict[fx.Node, Shard] = {}
     find([n for n in facts.order if n.op == "call_function" and n in facts.learned], through_norms=False)
-    words = vocabulary(facts, size, taken)
+    words |= vocabulary(facts, size, taken)
     taken |= words
     find(tuple(behind_norms), through_norms=True)
     rows = sorted(pairs, key=facts.order.__getitem__)
@@ -92,8 +101,12 @@ def _agree(have: Shard | None, want: Shard) -> bool:
     return have is None or repr(have) == repr(want)
 
 
+FAR_LARGER = 4
+"""How many times the elements of the pairs that it contradicts a pair must have to take their place."""
 WIDER = 8
 """How many times the features of its operand a product may have whose result is gathered."""
+WHOLE, WHOLE_BESIDE = 1 / 20, 1 / 4
+"""What part of the matrices may be whole on every rank, and how much that may be beside a rank's own part."""
 CHEAP = 8
 """How many times the elements of a result a weight must have for which it is gathered, though it stands alone."""
 ALONE = 1 / 16
@@ -104,8 +117,9 @@ def columns_alone(facts: Graph, size: int, taken: Mapping[fx.Node, Shard]) -> di
     """Products whose weight is split though no pair splits it: by its output features, the result gathered at once.
 
     That costs a gather of the result, and saves the memory of the weight: so it is done for large weights only, of
-    which the model has several alike, or which lie in a list of layers, or beside which the result is small. The keys
-    of a single head that all queries share are such, and the head of a classifier.
+    which the model has several alike, or which lie in a list of layers, or beside which the result is small, and only
+    while too much of the model would be whole. The keys of a single head that all queries share may be such, and the
+    head of a classifier.
     """
     found: dict[fx.Node, tuple[fx.Node, Shard]] = {}
     for node in facts.order:
@@ -118,16 +132,21 @@ def columns_alone(facts: Graph, size: int, taken: Mapping[fx.Node, Shard]) -> di
     beside = [w for w in taken or (w for w, _ in found.values()) if len(shapes_of(w)[0]) > 1]
     least = ALONE * max(map(_matrix, beside), default=0)
     shapes = Counter((shapes_of(w)[0], p) for w, p in dict(found.values()).items())
-    return {
-        node: (weight, placement)
-        for node, (weight, placement) in found.items()
-        if _numel(weight) >= least
-        and (
-            shapes[shapes_of(weight)[0], placement] > 1
-            or _is_listed(weight)
-            or _elements(node) * CHEAP <= _numel(weight)
-        )
-    }
+    groups: dict[tuple[Shape, Shard], dict[fx.Node, tuple[fx.Node, Shard]]] = {}
+    for node, (weight, placement) in found.items():
+        alike = shapes_of(weight)[0], placement
+        cheap = _elements(node) * CHEAP <= _numel(weight)
+        if _numel(weight) >= least and (shapes[alike] > 1 or _is_listed(weight) or cheap):
+            groups.setdefault(alike, {})[node] = weight, placement
+    matrices = {w for w in facts.weights.values() if len(shapes_of(w)[0]) > 1}
+    whole = sum(map(_numel, matrices - set(taken)))
+    may_be = sum(map(_numel, matrices)) * min(WHOLE, WHOLE_BESIDE / size)
+    out: dict[fx.Node, tuple[fx.Node, Shard]] = {}
+    for group in sorted(groups.values(), key=lambda each: -sum(map(_numel, {w for w, _ in each.values()}))):
+        if whole > may_be:
+            out |= group
+            whole -= sum(map(_numel, {w for w, _ in group.values()}))
+    return out
 
 
 def _is_listed(weight: fx.Node) -> bool:

@@ -69,7 +69,7 @@ def find_pair(row: fx.Node, facts: Graph, size: int, through_norms: bool, met: M
         return None  # its input is read by others: a norm's result, a residual stream
     tried: set[tuple[int, ...]] = set()
     obstacles = [found[0].size]
-    best: Pair | None = None
+    candidates: list[tuple[bool, float, Pair]] = []
     while obstacles:  # uneven shares only where they spare more than even ones, and those of the most units first
         shares = shares_among(obstacles.pop(0), size)
         if shares is None or shares in tried:
@@ -78,10 +78,11 @@ def find_pair(row: fx.Node, facts: Graph, size: int, through_norms: bool, met: M
         pair, walk = _walk_from(row, found, facts, Cut((1,), shares), size, through_norms)
         met.norm |= walk.met_norm
         met.without_rule |= walk.without_rule
-        if pair is not None and (best is None or _saved(pair, size) > _saved(best, size)):
-            best = pair
+        if pair is not None:
+            candidates.append((not walk.packed, _saved(pair, size), pair))
         obstacles = sorted({*obstacles, *walk.obstacles}, reverse=True)
-    return best
+    # rather without pieces that are gathered
+    return max(candidates, key=lambda each: each[:2])[2] if candidates else None
 
 
 def _saved(pair: Pair, size: int) -> float:
@@ -205,7 +206,7 @@ class _Walk:
         shapes = self.facts.shapes[node]
         found = None
         merged = {_merge(demand, shapes[result][dim]) for (result, _), demand in asked.items()}
-        if merged == {None} and contraction(node, self.facts) and not self.cut.shares:
+        if merged == {None} and len(asked) == 1 and not self.cut.shares:
             ((_, demand),) = asked.items()
             merged = {_merge(_filled(demand, shapes[0][dim], self.size), shapes[0][dim])}
             self.packed.add(node)

@@ -15,8 +15,8 @@ def test_collectives_under_way_give_the_same() -> None:
     launch(2, beginning.functions, [torch.float32])
 
 
-def test_second_derivatives_are_refused() -> None:
-    launch(2, beginning.second_derivatives_are_refused)
+def test_second_derivatives() -> None:
+    launch(2, beginning.second_derivatives)
 
 
 def test_programs_equal_the_model() -> None:

@@ -41,7 +41,7 @@ def test_every_whole_matrix_has_its_reason() -> None:
     assert {name for name, reason in reasons.items() if not reason} >= {"up.weight", "down.weight", "words.weight"}
     assert "positions" in reasons["places.weight"]
     assert "does not read" in reasons["unread.weight"]
-    assert "matrix_exp" in reasons["odd.weight"]
+    assert "no product takes it" in reasons["odd.weight"]
     assert "small" in reasons["tiny.weight"]
     assert "aten.mul" in reasons["mixing"]
     assert "vector" in reasons["norm.weight"]

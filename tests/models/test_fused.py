@@ -186,14 +186,17 @@ def test_the_heads_that_a_rank_holds() -> None:
 @some_ranks(2, 4)
 @pytest.mark.parametrize("name", ["split", "falcon"])
 def test_one_key_head_for_all(name: str, ranks: int) -> None:
-    """Of [q heads | k | v] only q could be cut by heads: the weight is cut evenly, and what it gives is gathered.
+    """Of [q heads | k | v] only q can be cut by heads: k and v are stored in parts where these are even, and gathered.
 
-    Where it is the only one of its kind, it stays whole.
+    Where they are not, the weight is cut evenly as a whole, and what it gives is gathered.
     """
     layout = Layout(LAYOUTS[name].cut, groups=1)
-    assert not attend(layout, ranks).plan.params
     layers = nn.Sequential(Attention(layout), Attention(layout))
     program = check(layers, ranks, (torch.randn(2, 5, SIZE, dtype=torch.float64),))
+    if ranks == 2:
+        assert all(program.placements_of(f"{layer}.out.weight") == (shard(1),) for layer in (0, 1))
+        assert counts(program)["forward", "all_gather"] == counts(program)["forward", "all_reduce"] == 2
+        return
     for layer in (0, 1):
         assert program.placements_of(f"{layer}.qkv.weight") == (shard(0, (1,), shares_of(SIZE + 2 * DIM, ranks)),)
         assert program.placements_of(f"{layer}.out.weight") == (shard(0, (1,), shares_of(SIZE, ranks)),)

@@ -74,7 +74,13 @@ def all_samples() -> dict[str, Maker]:
     """Overload name -> a function that makes its samples; without those of libraries that are not installed."""
     from tests.rules import samples_more  # noqa: F401 (it registers its own)
 
-    return {name: maker for name, maker in _makers.items() if "::" not in name or _installed(name.split("::")[0])}
+    there = {name: "::" not in name or _installed(name.split("::")[0]) for name in _makers}
+    return {name: maker for name, maker in _makers.items() if there[name] and _is_known(name)}
+
+
+def _is_known(name: str) -> bool:
+    """Whether this torch has an operator; what is deprecated goes."""
+    return "::" in name or hasattr(torch.ops.aten, name.partition(".")[0])
 
 
 def _installed(library: str) -> bool:
