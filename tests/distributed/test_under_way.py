@@ -8,7 +8,7 @@ import torch
 from tests.distributed import beginning
 from tests.distributed.launch import launch
 
-ONE_KEY_HEAD = {"num_key_value_heads": 1, "attention_dropout": 0.0}
+ONE_KEY_HEAD = {"num_attention_heads": 4, "num_key_value_heads": 1, "intermediate_size": 64, "attention_dropout": 0.0}
 
 
 def test_collectives_under_way_give_the_same() -> None:
