@@ -117,7 +117,7 @@ def _walk_from(
         met_norm = walk.met_norm
         if not read_outside:
             break
-        narrow = walk.narrow_rows(read_outside)
+        narrow = {node: more for node, more in walk.narrow_rows(read_outside).items() if more.keys() - rows.keys()}
         more = {each: found for rows_of in narrow.values() for each, found in rows_of.items()}
         rows |= more
         # what is shared with others, as a position bias is by all layers, is whole, and cut where it is read
