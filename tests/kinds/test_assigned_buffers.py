@@ -11,6 +11,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import fxshard
+from tests.helpers import slow_but_for
 from tests.presets import preset
 
 PLANS = ("tp2", "dp2", "dp3", "zero2", "sp2", "dp2_tp2")
@@ -108,7 +109,7 @@ class Inside(nn.Module):
         return self.kind(x + self.down(torch.tanh(self.up(x))))
 
 
-@pytest.mark.parametrize("plan", PLANS)
+@slow_but_for("plan", PLANS, "tp2", "dp3")
 @pytest.mark.parametrize("inside", [True, False])
 @pytest.mark.parametrize("kind", KINDS)
 def test_an_assigned_buffer(kind: Callable[[], nn.Module], inside: bool, plan: str) -> None:

@@ -17,6 +17,7 @@ from fxshard.runtime.branches import TAKEN
 from tests.distributed import branches
 from tests.distributed.branches import Dropping
 from tests.distributed.launch import launch
+from tests.helpers import slow_but_for
 from tests.presets import preset
 
 PLANS = ("tp2", "sp2", "dp2", "zero2", "dp2_tp2", "tp3")
@@ -45,7 +46,7 @@ def same(model: nn.Module, program: fxshard.ParallelModule, *args: torch.Tensor,
     return out
 
 
-@pytest.mark.parametrize("plan", PLANS)
+@slow_but_for("plan", PLANS, "tp2", "dp2_tp2")
 def test_dropped_layers(plan: str) -> None:
     torch.manual_seed(0)
     model, x = Dropping(0.4).double(), torch.randn(4, 6, 12, dtype=torch.float64)
@@ -99,7 +100,7 @@ class ByValue(nn.Module):
         return x
 
 
-@pytest.mark.parametrize("plan", PLANS)
+@slow_but_for("plan", PLANS, "tp2", "dp2_tp2")
 @pytest.mark.parametrize("both", [False, True])
 def test_the_way_that_an_input_decides(both: bool, plan: str) -> None:
     torch.manual_seed(0)

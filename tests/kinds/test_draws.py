@@ -13,6 +13,7 @@ from torch.nn import functional as F
 import fxshard
 from fxshard import Plan, Shard
 from fxshard.errors import CaptureError
+from tests.helpers import slow_but_for
 from tests.presets import preset
 
 PLANS = {"rows": Plan({"a": 2}, params={"l.weight": Shard(0)}), "dp2": preset("dp2"), "whole": Plan({"a": 2})}
@@ -83,7 +84,7 @@ def check(model: nn.Module, program: fxshard.ParallelModule, x: torch.Tensor) ->
 
 
 @pytest.mark.parametrize("plan", PLANS)
-@pytest.mark.parametrize("layout", LAYOUTS)
+@slow_but_for("layout", LAYOUTS, "transposed", "a part, transposed")
 @pytest.mark.parametrize("draw", DRAWS | SHOWS)
 def test_what_is_drawn_lies_where_it_does_on_one_device(draw: str, layout: str, plan: str) -> None:
     torch.manual_seed(0)

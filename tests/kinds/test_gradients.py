@@ -11,6 +11,7 @@ from torch import nn
 
 import fxshard
 from fxshard import Plan, Shard
+from tests.helpers import slow_but_for
 from tests.presets import preset
 
 PLANS = {name: preset(name) for name in ("tp2", "dp2", "zero2", "sp2", "dp2_tp2")}
@@ -65,7 +66,7 @@ MODELS: dict[str, Callable[[Told, torch.Tensor], torch.Tensor]] = {
 }
 
 
-@pytest.mark.parametrize("plan", PLANS)
+@slow_but_for("plan", PLANS, "tp2", "zero2")
 @pytest.mark.parametrize("name", MODELS)
 def test_gradients_are_those_of_one_device(name: str, plan: str) -> None:
     torch.manual_seed(0)
@@ -123,7 +124,7 @@ class Summed(Cubed):
         return grad * x.sum(-1, keepdim=True), None
 
 
-@pytest.mark.parametrize("plan", PLANS)
+@slow_but_for("plan", PLANS, "tp2", "zero2")
 @pytest.mark.parametrize("function", [Cubed, Meaned, Summed])
 def test_functions_of_elements_are_split_and_no_others(function: type[Cubed], plan: str) -> None:
     torch.manual_seed(0)

@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 import fxshard
 from fxshard.errors import CaptureError, InputError, PlanError
+from tests.helpers import slow_but_for
 from tests.presets import preset
 
 
@@ -38,7 +39,7 @@ class Patches(nn.Module):
 GRIDS = [[[1, 2, 3]], [[2, 2, 2], [1, 3, 1]], [[1, 4, 2], [1, 1, 1]], [[1, 2, 3]]]
 
 
-@pytest.mark.parametrize("plan", ["tp2", "dp2", "zero2"])
+@slow_but_for("plan", ("tp2", "dp2", "zero2"), "tp2")
 def test_each_grid_is_a_capture(plan: str) -> None:
     torch.manual_seed(0)
     model = Patches().double()
@@ -70,7 +71,7 @@ def test_what_is_not_declared_is_refused_and_names_are_checked() -> None:
         fxshard.parallelize(Patches(), preset("tp2"), (x, grid), constants="gird")
 
 
-@pytest.mark.parametrize("plan", ["tp2", "sp2"])
+@slow_but_for("plan", ("tp2", "sp2"), "tp2")
 def test_qwen2_vl(plan: str) -> None:
     config = transformers.Qwen2VLConfig(
         text_config={

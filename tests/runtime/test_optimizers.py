@@ -15,6 +15,7 @@ import fxshard
 from fxshard.errors import InputError
 from tests.distributed import whole
 from tests.distributed.launch import launch
+from tests.helpers import slow_but_for
 from tests.presets import preset
 
 
@@ -88,7 +89,7 @@ def test_over_whole_parameters_any_optimizer_steps() -> None:
     optimizer.step()
 
 
-@pytest.mark.parametrize("plan", ["tp2", "zero2", "dp2", "tp3", "zero2_tp2"])
+@slow_but_for("plan", ("tp2", "zero2", "dp2", "tp3", "zero2_tp2"), "tp3", "zero2_tp2")
 @pytest.mark.parametrize("name", whole.MAKERS)
 def test_whole_matrices_are_stepped_as_on_one_device(name: str, plan: str) -> None:
     cls, options = whole.MAKERS[name]
