@@ -59,8 +59,8 @@ class Simulation:
             loss_fn: maps one rank's output to that rank's scalar loss.
 
         Returns:
-            For each rank the gradients of the inputs that require one, whole, by their names in the graph, and of its
-            parameters, of which it may hold a part.
+            For each rank the gradients of the inputs that require one, whole, by where they stand in the call, and of
+            its parameters, of which it may hold a part.
 
         >>> import fxshard
         >>> model, x = torch.nn.Linear(8, 4), torch.randn(4, 8, requires_grad=True)
@@ -146,6 +146,6 @@ def simulate(program: ParallelModule, *args: Any, **kwargs: Any) -> Simulation:
             given.copy_(made_of_it)
     outputs = [program.finish(compiled, made[0], args, kwargs)]
     outputs += [compiled.captured.unflatten_outputs(each) for each in made[1:]]
-    names = compiled.captured.placeholders
+    names = [leaf.path for leaf in compiled.captured.example_inputs]
     given = {name: xs for name, xs in zip(names, shared, strict=True) if getattr(xs[0], "requires_grad", False)}
     return Simulation(program, outputs, given)
