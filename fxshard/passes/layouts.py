@@ -108,7 +108,7 @@ def _order(value: Any) -> tuple[tuple[int, ...], bool] | None:
             numbers.setdefault(symbol, next(primes))
         return int(size.node.expr.subs(numbers))
 
-    shape, strides = [number(size) for size in value.shape], [number(size) for size in value.stride()]
+    shape, strides = [max(number(size), 0) for size in value.shape], [number(size) for size in value.stride()]
     return order_of(torch.empty_strided(shape, strides, device="meta"))
 
 

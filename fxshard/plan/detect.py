@@ -72,7 +72,8 @@ def find_split(facts: Graph, size: int) -> Split:
             apart = {w for w, p in pair.weights.items() if not _agree(taken.get(w), p)}
             others = [each for each in pairs.values() if apart & each.weights.keys()]
             beside = sum(sum(map(_numel, each.weights)) for each in others)
-            if not apart or (others and sum(map(_numel, pair.weights)) >= FAR_LARGER * beside):
+            of_pairs = apart <= {weight for each in others for weight in each.weights} and not through_norms
+            if not apart or (of_pairs and sum(map(_numel, pair.weights)) >= FAR_LARGER * beside):
                 for each in others:
                     del pairs[each.row]
                 pairs[pair.row] = pair
