@@ -104,8 +104,6 @@ def _agree(have: Shard | None, want: Shard) -> bool:
 
 FAR_LARGER = 4
 """How many times the elements of the pairs that it contradicts a pair must have to take their place."""
-WIDER = 8
-"""How many times the features of its operand a product may have whose result is gathered."""
 WHOLE, WHOLE_BESIDE = 1 / 20, 1 / 4
 """What part of the matrices may be whole on every rank, and how much that may be beside a rank's own part."""
 CHEAP = 8
@@ -172,22 +170,16 @@ def _matrix(weight: fx.Node) -> int:
 def _output_features(node: fx.Node, product: tuple[Factor, int, int], facts: Graph, size: int) -> Shard | None:
     """How the weight of a product is split by its output features; None where it cannot be."""
     _, value, position = product
-    recipe, operand = facts.recipe(node), facts.operands[node][value]
+    recipe = facts.recipe(node)
     for factor in recipe.factors if recipe is not None else ():
         at = factor.inputs[position]
         if at is None or factor.inputs[value] is not None or factor.outputs[0] is None or factor.lowering:
             continue
-        shares, made = shares_among(factor.size, size), facts.shapes[node][0]
-        if at.blocks != (1,) or shares is None or 0 in shares or _is_far_wider(made, facts.shapes[operand][0]):
+        shares = shares_among(factor.size, size)
+        if at.blocks != (1,) or shares is None or 0 in shares:
             return None
         return of_base(facts.operands[node][position], shard(at.dim, shares=shares), facts, size)
     return None
-
-
-def _is_far_wider(made: Shape, source: Shape) -> bool:
-    """Whether a product has many more features than what it is made of: its weight is small beside what is gathered."""
-    many, few = made[-1:], source[-1:]
-    return all(isinstance(size, int) for size in (*many, *few)) and many > tuple(WIDER * size for size in few)
 
 
 def of_base(view: fx.Node, placement: Shard, facts: Graph, size: int) -> Shard | None:
