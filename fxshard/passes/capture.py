@@ -60,8 +60,8 @@ from fxshard.torch_internals import is_vmapped, pytree
 
 __all__ = ["Captured", "capture", "number_constants", "signature_key"]
 
-# Only these reach a reader of the graph; export's own provenance records would double its size.
 _COPY = torch.ops.aten.copy_.default
+# Only these reach a reader of the graph; export's own provenance records would double its size.
 _KEPT_META = ("val", "nn_module_stack", "stack_trace", "torch_fn", "custom")
 
 

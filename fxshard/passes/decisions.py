@@ -48,13 +48,18 @@ class Decisions:
         """Lets ``bool(tensor)`` be answered, and ``.item()`` of one, in this thread, where a graph is made."""
         here, own, own_item = threading.get_ident(), torch.Tensor.__bool__, torch.Tensor.item
 
+        def asked(tensor: torch.Tensor) -> fx.Node | None:
+            ours = threading.get_ident() == here and isinstance(tensor, FakeTensor)
+            node = node_of(tensor) if ours else None
+            return node if node is not None and tensor.numel() == 1 else None
+
         def answer(tensor: torch.Tensor) -> bool:
-            node = node_of(tensor) if threading.get_ident() == here and isinstance(tensor, FakeTensor) else None
-            return own(tensor) if node is None or tensor.numel() != 1 else self.decide(tensor, node)
+            node = asked(tensor)
+            return own(tensor) if node is None else self.decide(tensor, node)
 
         def item(tensor: torch.Tensor) -> Any:
-            node = node_of(tensor) if threading.get_ident() == here and isinstance(tensor, FakeTensor) else None
-            if node is None or tensor.numel() != 1:
+            node = asked(tensor)
+            if node is None:
                 return own_item(tensor)
             if tensor.dtype == torch.bool:
                 return self.decide(tensor, node)

@@ -73,7 +73,8 @@ def _gather(graph: fx.Graph, way: Way, marked: list[fx.Node]) -> None:
         if node not in inside and inside.isdisjoint(node.all_input_nodes):
             if node in marked:
                 _leave(node)
-            marked[0].prepend(node) if node is not marked[0] else None
+            if node is not marked[0]:
+                marked[0].prepend(node)
     ordered = [node for node in between if node in inside]
     stack, key = _stack_of(marked, way)
     for node in between:

@@ -5,7 +5,6 @@ Reference: Megatron-LM (Shoeybi et al., 2019), section 3.
 
 from __future__ import annotations
 
-import math
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -14,7 +13,7 @@ import torch
 from torch import fx
 
 from fxshard.placement import Shard, shard
-from fxshard.plan.graph import Graph, contraction, shapes_of, shares_among
+from fxshard.plan.graph import Graph, contraction, elements, shapes_of, shares_among
 from fxshard.plan.pairs import Met, Pair, find_pair
 from fxshard.rules.recipe import At, Dim, Factor, Shape, operands_of
 from fxshard.rules.table import name_of
@@ -134,7 +133,7 @@ def columns_alone(facts: Graph, size: int, taken: Mapping[fx.Node, Shard]) -> di
     groups: dict[tuple[Shape, Shard], dict[fx.Node, tuple[fx.Node, Shard]]] = {}
     for node, (weight, placement) in found.items():
         alike = shapes_of(weight)[0], placement
-        cheap = _elements(node) * CHEAP <= _numel(weight)
+        cheap = _numel(node) * CHEAP <= _numel(weight)
         if _numel(weight) >= least and (shapes[alike] > 1 or _is_listed(weight) or cheap):
             groups.setdefault(alike, {})[node] = weight, placement
     matrices = {w for w in facts.weights.values() if len(shapes_of(w)[0]) > 1}
@@ -153,12 +152,8 @@ def _is_listed(weight: fx.Node) -> bool:
     return any(part.isdigit() for part in str(weight.target).split("."))
 
 
-def _elements(node: fx.Node) -> int:
-    return math.prod(size for size in shapes_of(node)[0] if isinstance(size, int))
-
-
-def _numel(weight: fx.Node) -> int:
-    return math.prod(size for size in shapes_of(weight)[0] if isinstance(size, int))
+def _numel(node: fx.Node) -> int:
+    return elements(shapes_of(node)[0])
 
 
 def _matrix(weight: fx.Node) -> int:

@@ -61,7 +61,7 @@ class Graph:
         made = [o for o in ops if o in self.weights]
         if any(o.op == "placeholder" or o in self.learned for o in ops) or len(shapes[0]) < 2:
             return None
-        largest = max(made, key=lambda each: _size(self.shapes[each][0]))
+        largest = max(made, key=lambda each: elements(self.shapes[each][0]))
         recipe = self.recipe(node)
         if recipe is None or self.shapes[largest][0] != shapes[0]:
             return None
@@ -96,7 +96,8 @@ class Graph:
         return self.recipes[node]
 
 
-def _size(shape: Shape) -> int:
+def elements(shape: Shape) -> int:
+    """How many elements a shape has, as far as its sizes are known."""
     return math.prod(size for size in shape if isinstance(size, int))
 
 

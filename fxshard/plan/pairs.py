@@ -17,7 +17,6 @@ Reference: Megatron-LM (Shoeybi et al., 2019), section 3.
 from __future__ import annotations
 
 import heapq
-import math
 import operator
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -25,7 +24,7 @@ from dataclasses import dataclass, field
 from torch import fx
 
 from fxshard.placement import Cut, Shard, cut_of, normalize_blocks, shard
-from fxshard.plan.graph import CUTS, Graph, contraction, shapes_of, shares_among
+from fxshard.plan.graph import CUTS, Graph, contraction, elements, shapes_of, shares_among
 from fxshard.rules.lookup import WEIGHT_VIEWS
 from fxshard.rules.recipe import At, Dim, Factor, Recipe, Shape, uncombine, units
 from fxshard.rules.table import find_rule, name_of
@@ -92,8 +91,7 @@ def _saved(pair: Pair, size: int) -> float:
         shares = cut_of(placement).shares or (1,) * size
         return 1 - max(shares) / sum(shares)
 
-    sizes = ((math.prod(n for n in shapes_of(w)[0] if isinstance(n, int)), p) for w, p in pair.weights.items())
-    return sum(elements * spared(placement) for elements, placement in sizes)
+    return sum(elements(shapes_of(weight)[0]) * spared(placement) for weight, placement in pair.weights.items())
 
 
 def _walk_from(
@@ -373,8 +371,7 @@ def _filled(demand: Demand, size: Dim, parts: int) -> Demand:
 
 def _narrower(made: Shape, source: Shape) -> bool:
     """Whether a product has at most half the elements of what it is made of."""
-    known = [math.prod(size for size in shape if isinstance(size, int)) for shape in (made, source)]
-    return len(made) == len(source) and known[0] * 2 <= known[1]
+    return len(made) == len(source) and elements(made) * 2 <= elements(source)
 
 
 def _merge(demand: Demand, size: Dim) -> tuple[int, ...] | None:
