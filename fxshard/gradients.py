@@ -14,7 +14,7 @@ norm of the same numbers in the same order: it is equal on all ranks, bit for bi
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Container
+from collections.abc import Callable, Container, Iterator
 from typing import Any
 
 import torch
@@ -27,7 +27,7 @@ from fxshard.errors import GradientError, InputError
 from fxshard.placement import is_shard
 from fxshard.program import ParallelModule
 from fxshard.runtime.faults import guarded
-from fxshard.torch_internals import foreach_norm, replace_total_norm
+from fxshard.torch_internals import foreach_norm, replace_clipping
 
 LOW = (torch.float16, torch.bfloat16)
 """Measured in float32: a norm of float16 ends at 65504, and one of bfloat16 has eight bits, on each rank other ones."""
@@ -37,10 +37,26 @@ _programs: weakref.WeakSet[ParallelModule] = weakref.WeakSet()
 
 
 def measure_parts_of(program: ParallelModule) -> None:
-    """From now on ``torch.nn.utils.clip_grad_norm_`` and ``get_total_norm`` know parts of this program's gradients."""
+    """From now on ``torch.nn.utils.clip_grad_norm_`` and its parts know parts of this program's gradients."""
     if program.mesh.world_size > 1:
         _programs.add(program)
-        replace_total_norm(_total_norm)
+        replace_clipping(_total_norm, _of_other_ranks)
+
+
+def _of_other_ranks(given: list[torch.Tensor]) -> list[torch.Tensor]:
+    """What other simulated ranks hold of the parameters among ``given`` that are this rank's parts."""
+    wanted, found = {id(tensor) for tensor in given}, list[torch.Tensor]()
+    for program in list(_programs):
+        here = list(_parameters_here(program))
+        names = {name for name, parameter in here if id(parameter) in wanted}
+        found += [parameter for name, parameter in here if name in names and id(parameter) not in wanted]
+    return found
+
+
+def _parameters_here(program: ParallelModule) -> Iterator[tuple[str, nn.Parameter]]:
+    """The parameters of each rank that this process holds."""
+    for rank in _ranks_here(program):
+        yield from program.rank_module(rank).named_parameters()
 
 
 @torch.no_grad()
@@ -52,7 +68,7 @@ def _total_norm(
     found: dict[ParallelModule, set[str]] = {}
     parts: set[int] = set()
     for program in list(_programs):
-        named = {id(p.grad): name for name, p in program.named_parameters() if p.grad is not None}
+        named = {id(p.grad): name for name, p in _parameters_here(program) if p.grad is not None}
         names = {named[id(tensor)] for tensor in given if id(tensor) in named}
         if names:
             found[program] = names
@@ -130,7 +146,7 @@ def clip_grad_norm_(
 
     It scales by one factor on all ranks, torch's: ``min(1, max_norm / (norm + 1e-6))``. Without a process group it
     scales the gradients of all simulated ranks. ``torch.nn.utils.clip_grad_norm_(program.parameters(), ...)`` does the
-    same, but in simulation scales those of rank 0 alone.
+    same.
 
     Args:
         program: what ``parallelize`` returned; of another module, torch's own function is called.

@@ -85,7 +85,7 @@ __all__ = [
     "print_python",
     "pytree",
     "record",
-    "replace_total_norm",
+    "replace_clipping",
     "saving_hooks",
     "set_element",
     "trusted_distributions",
@@ -136,21 +136,33 @@ def node_of(tensor: torch.Tensor) -> fx.Node | None:
     return node
 
 
-def replace_total_norm(total_norm: Callable[..., torch.Tensor]) -> None:
-    """Lets ``torch.nn.utils.clip_grad_norm_`` and ``get_total_norm`` call ``total_norm(torch's own, ...)``, once."""
-    own = clip_grad._get_total_norm
-    if hasattr(own, "fxshard"):
+def replace_clipping(
+    total_norm: Callable[..., torch.Tensor], others: Callable[[list[torch.Tensor]], list[torch.Tensor]]
+) -> None:
+    """Lets ``torch.nn.utils.clip_grad_norm_``, ``get_total_norm`` and ``clip_grads_with_norm_`` ask us, once.
+
+    Args:
+        total_norm: is called as ``total_norm(torch's own, ...)``.
+        others: the parameters that are to be scaled beside some.
+    """
+    own_norm, own_clip = clip_grad._get_total_norm, clip_grad._clip_grads_with_norm_
+    if hasattr(own_norm, "fxshard"):
         return
 
-    @functools.wraps(own)
-    def replaced(
+    @functools.wraps(own_norm)
+    def norm(
         tensors: Any, norm_type: float = 2.0, error_if_nonfinite: bool = False, foreach: bool | None = None
     ) -> torch.Tensor:
-        return total_norm(own, tensors, norm_type, error_if_nonfinite, foreach)
+        return total_norm(own_norm, tensors, norm_type, error_if_nonfinite, foreach)
 
-    replaced.fxshard = True  # type: ignore[attr-defined]
-    clip_grad._get_total_norm = replaced
-    torch.nn.utils.get_total_norm = replaced
+    @functools.wraps(own_clip)
+    def clip(parameters: Any, max_norm: float, total_norm: torch.Tensor, foreach: bool | None = None) -> None:
+        given = [parameters] if isinstance(parameters, torch.Tensor) else list(parameters)
+        own_clip([*given, *others(given)], max_norm, total_norm, foreach)
+
+    norm.fxshard = True  # type: ignore[attr-defined]
+    clip_grad._get_total_norm = torch.nn.utils.get_total_norm = norm
+    clip_grad._clip_grads_with_norm_ = torch.nn.utils.clip_grads_with_norm_ = clip
 
 
 def has_kernel(operator: str, key: str) -> bool:

@@ -30,6 +30,26 @@ def grads_of(program: fxshard.ParallelModule, rank: int) -> dict[str, torch.Tens
     return {name: p.grad for name, p in named if p.grad is not None}
 
 
+def clip_all(program: fxshard.ParallelModule, limit: float, order: float) -> torch.Tensor:
+    """Torch's own, over what every simulated rank holds."""
+    ranks = range(program.mesh.world_size)
+    return clip_grad_norm_([p for r in ranks for p in program.rank_module(r).parameters()], limit, order)
+
+
+def clip_own(program: fxshard.ParallelModule, limit: float, order: float) -> torch.Tensor:
+    """Torch's own, over what the program has for parameters."""
+    return clip_grad_norm_(program.parameters(), limit, order)
+
+
+CLIPS = (
+    (fxshard.clip_grad_norm_, 1e9, 2.0),
+    (fxshard.clip_grad_norm_, 0.5, math.inf),
+    (clip_own, 0.5, 2.0),
+    (clip_all, 0.5, 1.0),
+)
+"""How gradients are clipped, to what share of their norm, and of which order that is."""
+
+
 def check(
     model: nn.Module, plan: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None, rel: float = 1e-12
 ) -> fxshard.ParallelModule:
@@ -42,12 +62,13 @@ def check(
         norm = fxshard.grad_norm(program, order)
         assert norm.dtype == want.dtype
         assert norm.item() == pytest.approx(want.item(), rel=rel), f"order {order}"
-    for limit, order in ((1e9, 2.0), (want.item() / 3, math.inf), (1e-3, 2.0)):
+    for clip, share, order in CLIPS:
+        limit = share * get_total_norm(list(expected.values()), order).item()
         holders = [nn.Parameter(torch.zeros_like(grad)) for grad in expected.values()]
         for holder, grad in zip(holders, expected.values(), strict=True):
             holder.grad = grad
         want = clip_grad_norm_(holders, limit, order)
-        assert fxshard.clip_grad_norm_(program, limit, order).item() == pytest.approx(want.item(), rel=rel)
+        assert clip(program, limit, order).item() == pytest.approx(want.item(), rel=rel)
         for name, grad in program.full_grads().items():
             torch.testing.assert_close(grad, expected[name], rtol=100 * rel, atol=rel)
     return program

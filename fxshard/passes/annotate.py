@@ -30,11 +30,16 @@ def annotate(graph: fx.Graph, resolved: Resolved, mesh: Mesh) -> fx.Graph:
     new = Graph()
     copies: dict[fx.Node, fx.Node] = {}
     parts: dict[fx.Node, fx.Node] = {}  # parameters that are gathered for use, as they are stored
+    memory: dict[fx.Node, fx.Node] = {}  # what is written to is the buffer or the input, not what is made of it for use
     for node in graph.nodes:
         if node.op == "output":
             break
         narrowed = _narrows(node) and node.args[0] in parts  # the smaller one is gathered
         copy = copies[node] = new.node_copy(node, (parts if narrowed else copies).__getitem__)
+        if node.op != "call_function":
+            memory[node] = copy
+        elif node.target is torch.ops.aten.copy_.default:
+            copy.update_arg(0, memory.get(node.args[0], copies[node.args[0]]))
         if narrowed:
             parts[node], copies[node] = copy, _constrain(new, copy, info_of(copies[node.args[0]]).given)
         asked, used = resolved.nodes.get(node), resolved.uses.get(node)

@@ -18,6 +18,7 @@ with its branches decided so, must be that trace, node for node. Otherwise the m
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -25,12 +26,10 @@ import torch
 from torch import fx
 
 from fxshard.errors import CaptureError
+from fxshard.passes.branch_writes import check_names, copies_written, held_by, write_taken
 from fxshard.passes.decisions import Decisions
-from fxshard.passes.effects import has_effect, is_mutating
 from fxshard.passes.origins import BRANCH, branch_of, module_of, source_of
 from fxshard.passes.traces import Meeting, Trace, alike, operands, refused, same_leaves
-from fxshard.rules.lookup import draws
-from fxshard.rules.recipe import written
 from fxshard.runtime.branches import TAKEN
 
 __all__ = ["with_branches"]
@@ -91,9 +90,9 @@ def with_branches(export: Callable[[Decisions], Trace]) -> Trace:
     turned = [*others, (everything, trace({**answers, **_turned(answers, everything)}, frozenset())[0])]
     for each in meetings:
         each.join()
-    made = _merge(base, answers, meetings, sure)
+    beside, copies = _merge(base, answers, meetings, sure)
     for flips, other in turned:
-        _prove(base, made, other, {**answers, **_turned(answers, flips)})
+        _prove(base, beside, copies, other, {**answers, **_turned(answers, flips)})
     return base
 
 
@@ -109,22 +108,21 @@ def _groups(count: int) -> list[frozenset[int]]:
 
 def _merge(
     base: Trace, answers: Mapping[int, bool], meetings: Sequence[Meeting], sure: Mapping[int, str]
-) -> set[fx.Node]:
+) -> tuple[set[fx.Node], dict[fx.Node, fx.Node]]:
     """Writes what other ways compute into the base's graph, and the values where they meet.
 
     Returns:
-        What is there beside what the model computes.
+        What is there beside what the model computes; and the copies that ways write to, with what they stand for.
     """
     graph = base.root.graph
     beside: set[fx.Node] = set()
+    copies: dict[fx.Node, fx.Node] = {}
     joins: dict[int, dict[fx.Node, fx.Node]] = {}
     away: dict[int, list[fx.Node]] = {}
     match: dict[fx.Node, fx.Node] = {}
     for each in meetings:
         match |= each.match
         away |= {k: each.other[k] for k in each.flips}
-        for number in each.flips:
-            _mark(each.own[number], number, answers[number], base.marks[number])
         joins |= each.joins
     if any(n.op == "get_attr" and n not in match for nodes in away.values() for n in _read(nodes)):
         raise refused(base.marks[0], "one way alone reads a tensor")
@@ -135,8 +133,6 @@ def _merge(
             beside |= _assert(mark, answers[number], sure[number])
             continue
         own = next((e.own[number] for e in meetings if number in e.flips), [])
-        if (own or away[number]) and not joins[number]:
-            raise refused(mark, "nothing that either way computes is read")
         decision = _flag(mark, beside) if own else None
         with graph.inserting_before(segment[len(own)]):
             for node in away[number]:
@@ -144,13 +140,21 @@ def _merge(
                     if operand not in match:
                         raise refused(mark, "one way alone reads a tensor")
                 match[node] = graph.node_copy(node, lambda n: now.get(match[n], match[n]))
-            _mark([match[n] for n in away[number]], number, not answers[number], mark)
+        theirs = [match[n] for n in away[number]]
+        written = [copies_written(base.root, way, mark) for way in (own, theirs)]
+        _mark([*written[0], *own], number, answers[number], mark)
+        _mark([*written[1], *theirs], number, not answers[number], mark)
+        if (own or theirs) and not joins[number] and not any(written):
+            raise refused(mark, "nothing that either way computes is read")
+        copies |= written[0] | written[1]
+        with graph.inserting_before(segment[len(own)]):
+            taken = functools.partial(_taken, mark, decision, number, answers[number])
             for x, y in joins[number].items():
-                other = match.get(y, y)
-                yes, no = (x, now.get(other, other)) if answers[number] else (now.get(other, other), x)
-                node = graph.call_function(TAKEN, (decision, yes, no, number))
-                node.meta = {**mark.meta, "val": x.meta["val"]}
-                now[x] = node
+                other = now.get(match.get(y, y), match.get(y, y))
+                held = held_by(x, copies)
+                now[x] = held if held is not x and held is held_by(other, copies) else taken(x, other)
+            for held in dict.fromkeys([*written[0].values(), *written[1].values()]):
+                beside.update(write_taken(held, written, mark, taken))
         for x in own:
             for reader in [user for user in x.users if user not in own and user.target is not TAKEN]:
                 if x not in now:
@@ -159,7 +163,16 @@ def _merge(
     for number, mark in enumerate(base.marks):
         if number not in sure:
             graph.erase_node(mark)
-    return beside
+    check_names(graph, copies, beside)
+    return beside | copies.keys(), copies
+
+
+def _taken(mark: fx.Node, decision: Any, number: int, answer: bool, x: fx.Node, other: fx.Node) -> fx.Node:
+    """What ``x``, on the way of ``answer``, and ``other`` are behind a decision."""
+    yes, no = (x, other) if answer else (other, x)
+    node = mark.graph.call_function(TAKEN, (decision, yes, no, number))
+    node.meta = {**mark.meta, "val": x.meta["val"]}
+    return node
 
 
 def _flag(mark: fx.Node, beside: set[fx.Node]) -> fx.Node:
@@ -207,19 +220,23 @@ def _mark(nodes: Sequence[fx.Node], number: int, when: bool, mark: fx.Node) -> N
         depth += 1
     stacks = stacks[1:]
     for node, stack in zip(nodes, stacks, strict=True):
-        if has_effect(node) and (is_mutating(node.target) or written(node)) and not draws(node):
-            held = next(iter(written(node).values()), None) or node.args[0]
-            if held not in nodes:
-                raise refused(node, "one way changes a tensor that is read elsewhere")
         key, entry = stack[max(depth - 1, 0)]
         inserted = (f"{key}{BRANCH}{number}:{when}", entry)
         node.meta["nn_module_stack"] = dict([*stack[:depth], inserted, *stack[depth:]])
 
 
-def _prove(base: Trace, beside: set[fx.Node], other: Trace, answers: Mapping[int, bool]) -> None:
+def _prove(
+    base: Trace, beside: set[fx.Node], copies: Mapping[fx.Node, fx.Node], other: Trace, answers: Mapping[int, bool]
+) -> None:
     """Raises where the graph, decided so, is not what was traced with these answers."""
     match = same_leaves(base, other, base.marks[0])
     value: dict[fx.Node, fx.Node] = {}
+
+    def meant(node: fx.Node | None) -> fx.Node | None:
+        while node is not None and (held := held_by(value.get(node, node), copies)) is not node:
+            node = held
+        return node
+
     ours: list[fx.Node] = []
     for node in base.root.graph.nodes:
         branch = branch_of(node)
@@ -232,7 +249,7 @@ def _prove(base: Trace, beside: set[fx.Node], other: Trace, answers: Mapping[int
             ours.append(node)
     theirs = [node for segment in other.segments for node in segment]
     for a, b in zip(ours, theirs, strict=False):
-        reads = ((value.get(x, x), match.get(y)) for x, y in zip(operands(a), operands(b), strict=False))
+        reads = ((meant(x), meant(match.get(held_by(y, {})))) for x, y in zip(operands(a), operands(b), strict=False))
         if not alike(a, b) or any(x is not y for x, y in reads):
             raise refused(base.marks[0], "the ways of several decisions depend on each other")
         match[b] = a

@@ -137,11 +137,11 @@ def _propagate_axis(facts: Sequence[Facts], axis: int, mesh: Mesh, rings: Collec
         elif node.target is constrain and fact.given is not None:
             at = fact.given[axis] or fact.operands[0].current[0]
             fact.close(Choice("given", (at,), (at,), reason="the plan"))
-        elif node.target is torch.ops.aten.copy_.default and not same(fact.operands[0].current[0], REPLICATE):
-            at = fact.operands[0].current[0]
-            fact.close(Choice("given", (at, at), (at,), reason="it updates a buffer in place"))
         elif node.target in METADATA or all(o.current[0] is REPLICATE for o in fact.operands):
             fact.close(None)
+        elif node.target is torch.ops.aten.copy_.default:
+            at = fact.operands[0].current[0]
+            fact.close(Choice("given", (at, at), (at,), reason="it updates a buffer in place"))
         else:
             fact.close(_choose_once(fact, size, sizes, axis, rings, known))
 

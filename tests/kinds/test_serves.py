@@ -13,7 +13,8 @@ from torch import nn
 
 import fxshard
 from fxshard import data_parallel, tensor_parallel
-from fxshard.errors import CaptureError, InputError, PlanError
+from fxshard.errors import CaptureError, InputError
+from tests.presets import preset
 
 X = torch.randn(4, 8, generator=torch.Generator().manual_seed(0))
 FLAGS: dict[str, Any] = {"square": False}
@@ -299,9 +300,10 @@ class Keeps(nn.Module):
         return y + state["sum"]
 
 
-def test_containers_change_for_the_caller() -> None:
+@pytest.mark.parametrize("plan", ["tp2", "dp2", "zero2_tp2"])
+def test_containers_change_for_the_caller(plan: str) -> None:
     model = model_of(Keeps)
-    program = fxshard.parallelize(model, tensor_parallel(2))
+    program = fxshard.parallelize(model, preset(plan))
     mine, theirs = ({"seen": [], "count": 0, "sum": torch.zeros(4, 8)} for _ in range(2))
     kept = mine["seen"], mine["sum"]
     with torch.no_grad():
@@ -313,8 +315,6 @@ def test_containers_change_for_the_caller() -> None:
             torch.testing.assert_close(mine, theirs)
     assert mine["seen"] is kept[0]
     assert mine["sum"] is kept[1]
-    with pytest.raises(PlanError, match="would update a copy"):  # each rank has rows of it
-        fxshard.simulate(fxshard.parallelize(model, data_parallel(2)), X, mine)
 
 
 def test_inputs_that_share_memory_with_one_that_is_written() -> None:
