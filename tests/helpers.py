@@ -16,10 +16,10 @@ import torch
 from torch import nn
 
 import fxshard
+from fxshard.ruler import TOLERANCE, Row, compare
 
-TOLERANCES = {torch.float32: (1e-5, 1e-4), torch.float64: (1e-10, 1e-10)}
-"""dtype -> the largest error of outputs, and of gradients, each relative to the tensor's scale."""
-
+SINGLE = TOLERANCE[torch.float32]
+"""The tolerance where transformers computes a loss, or rotary tables, in float32, whatever the model's dtype."""
 Loss = Callable[[Any], torch.Tensor]
 
 
@@ -120,68 +120,46 @@ def _input_grads(args: Any, kwargs: Any) -> dict[str, torch.Tensor]:
     return {path: t.grad for path, t in tensors_of((args, kwargs)) if t.grad is not None}
 
 
-def error_of(actual: torch.Tensor, expected: torch.Tensor, scale: float = 0.0) -> float:
-    """The largest difference, relative to the largest element (or to ``scale``, if that is larger)."""
-    if actual.shape != expected.shape or actual.dtype != expected.dtype:
-        return float("inf")
-    if not expected.numel():
-        return 0.0
-    if not expected.dtype.is_floating_point:
-        return 0.0 if torch.equal(actual, expected) else float("inf")
-    finite = torch.isfinite(expected)
-    if not torch.equal(finite, torch.isfinite(actual)) or not torch.equal(actual[~finite], expected[~finite]):
-        return float("inf")
-    largest = max(expected[finite].abs().max().item() if finite.any() else 0.0, scale, 1e-30)
-    return (actual - expected)[finite].abs().max().item() / largest if finite.any() else 0.0
+def problems_of(actual: Result, expected: Result, tolerance: float = 0.0) -> list[str]:
+    """Every difference between a run of the program and the original, a line each; none where they agree.
 
-
-def problems_of(actual: Result, expected: Result, tolerances: tuple[float, float]) -> list[str]:
-    """Every difference between a run of the program and the original, a line each; none where they agree."""
-    out_tolerance, grad_tolerance = tolerances
-    problems = []
+    Args:
+        tolerance: as for ``fxshard.ruler.compare``, where a model computes a part in lower precision. Rounding that
+            cancels in one gradient is measured by the largest of all: of a thousandth of that, so much may be off.
+    """
+    dtypes = [t.dtype for outputs in expected.outputs for t in outputs.values() if t.dtype in TOLERANCE]
+    least = 1e-3 * max([tolerance, *(TOLERANCE[dtype] for dtype in dtypes)])
+    problems, rows = [], list[Row]()
     (whole,) = expected.outputs
     for rank, outputs in enumerate(actual.outputs):
         if actual.types[rank] is not expected.types[0]:
             problems.append(f"rank {rank} returns a {actual.types[rank].__name__}, not {expected.types[0].__name__}")
-        if outputs.keys() != whole.keys():
-            problems.append(f"rank {rank} returns {sorted(outputs)}, not {sorted(whole)}")
-        for path in outputs.keys() & whole.keys():
-            error = error_of(outputs[path], whole[path], scale=1e-3)
-            if not error <= out_tolerance:
-                shapes = f"{list(outputs[path].shape)} for {list(whole[path].shape)}"
-                problems.append(f"output {path} of rank {rank}: error {error:.1e} ({shapes})")
-    problems += _grad_problems("parameter", actual.grads, expected.grads, grad_tolerance)
-    problems += _grad_problems("input", actual.input_grads, expected.input_grads, grad_tolerance)
-    for name in actual.buffers.keys() & expected.buffers.keys():
-        error = error_of(actual.buffers[name], expected.buffers[name], scale=1e-3)
-        if not error <= out_tolerance:
-            problems.append(f"buffer {name}: error {error:.1e}")
-    return problems
+        names = dict.fromkeys([*whole, *outputs])
+        rows += [(f"output {path} of rank {rank}", outputs.get(path), whole.get(path)) for path in names]
+    rows += _rows("buffer", actual.buffers, {n: b for n, b in expected.buffers.items() if n in actual.buffers})
+    compared = compare(rows, tolerance, floor=least)
+    grads = _rows("gradient of parameter", actual.grads, expected.grads)
+    grads += _rows("gradient of input", actual.input_grads, expected.input_grads)
+    largest = max((want.abs().max().item() for _, _, want in grads if want is not None and want.numel()), default=0.0)
+    compared += compare(grads, tolerance, floor=least * largest)
+    found = {name: (got, want) for name, got, want in (*rows, *grads)}
+    return problems + [
+        f"{row.name}: off by {row.error:.1e}{_ratio(*found[row.name])}" for row in compared if not row.ok
+    ]
 
 
-def _grad_problems(
-    kind: str, actual: Mapping[str, torch.Tensor], expected: Mapping[str, torch.Tensor], tolerance: float
-) -> list[str]:
-    problems = []
-    scale = 1e-3 * max((g.abs().max().item() for g in expected.values() if g.numel()), default=0.0)
-    for name in expected.keys() - actual.keys():
-        problems.append(f"gradient of {kind} {name} is missing")
-    for name in actual.keys() - expected.keys():
-        if actual[name].abs().max() > 0:
-            problems.append(f"{kind} {name} has a gradient, the original's has none")
-    for name in actual.keys() & expected.keys():
-        error = error_of(actual[name], expected[name], scale)
-        if not error <= tolerance:
-            ratio = _ratio(actual[name], expected[name])
-            problems.append(f"gradient of {kind} {name}: error {error:.1e}{ratio}")
-    return sorted(problems)
+def _rows(kind: str, actual: Mapping[str, torch.Tensor], expected: Mapping[str, torch.Tensor]) -> list[Row]:
+    return [(f"{kind} {n}", actual.get(n), expected.get(n)) for n in dict.fromkeys([*expected, *actual])]
 
 
-def _ratio(actual: torch.Tensor, expected: torch.Tensor) -> str:
+def _ratio(actual: torch.Tensor | None, expected: torch.Tensor | None) -> str:
     """A hint: gradients that are N times too large are the commonest bug."""
-    if actual.shape != expected.shape or not expected.norm() > 0:
+    if actual is None or expected is None:
+        return ", it is missing" if actual is None else ", it should be none"
+    if actual.shape != expected.shape:
         return f" (shape {list(actual.shape)} for {list(expected.shape)})"
-    return f" (norm {actual.norm().item():.3g} for {expected.norm().item():.3g})"
+    norms = (each.to(torch.complex128).norm().item() for each in (actual, expected))
+    return " (norm {:.3g} for {:.3g})".format(*norms)
 
 
 def assert_equivalent(
@@ -190,7 +168,7 @@ def assert_equivalent(
     args: tuple[Any, ...] = (),
     kwargs: Mapping[str, Any] | None = None,
     *,
-    tolerances: tuple[float, float] | None = None,
+    tolerance: float = 0.0,
     loss: Loss = weighted_loss,
     expected: Result | None = None,
     seed: int = 0,
@@ -200,8 +178,6 @@ def assert_equivalent(
     expected = expected or run_original(model, args, kwargs, loss=loss, seed=seed)
     program = fxshard.parallelize(model, plan, args, kwargs, **options)
     actual = run_simulated(program, args, kwargs, loss=loss, seed=seed)
-    if tolerances is None:
-        tolerances = TOLERANCES[next(model.parameters()).dtype]
-    problems = problems_of(actual, expected, tolerances)
+    problems = problems_of(actual, expected, tolerance)
     assert not problems, "\n".join([f"differs from the original under {program.plan}", *problems[:20]])
     return program

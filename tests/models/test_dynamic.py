@@ -29,7 +29,7 @@ def compiled(name: str, plan: str) -> fxshard.ParallelModule:
 def check(program: fxshard.ParallelModule, name: str, batch: int, length: int) -> int:
     """Runs other sizes; returns how many captures there are now."""
     call = sized(name, batch, length)
-    problems = problems_of(run_simulated(program, (), call), run_original(build(name)[0], (), call), (1e-10, 1e-10))
+    problems = problems_of(run_simulated(program, (), call), run_original(build(name)[0], (), call))
     assert not problems, "\n".join([f"at batch {batch}, length {length}:", *problems[:10]])
     return len(program._captures.all)
 

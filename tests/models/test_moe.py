@@ -95,7 +95,7 @@ def test_as_the_original(name: str, plan: str) -> None:
     """Outputs and all gradients; grouped products have no double precision."""
     model = build(name, "grouped_mm")
     program = assert_equivalent(
-        model, PLANS[plan], (), {"input_ids": ids()}, expected=expected(name, "grouped_mm"), tolerances=(1e-4, 5e-4)
+        model, PLANS[plan], (), {"input_ids": ids()}, expected=expected(name, "grouped_mm"), tolerance=5e-4
     )
     assert not program.fallbacks()
     if plan != "dp2":
@@ -169,7 +169,7 @@ class Experts(nn.Module):
 @pytest.mark.parametrize("plan", ["tp2", "tp4", "dp2"])
 def test_native_grouped_products(plan: str) -> None:
     torch.manual_seed(0)
-    program = assert_equivalent(Experts(), PLANS[plan], (torch.randn(24, 16),), tolerances=(0.02, 0.05))
+    program = assert_equivalent(Experts(), PLANS[plan], (torch.randn(24, 16),), tolerance=0.05)
     if plan != "dp2":
         assert program.plan.params["up"] == {"tp": Shard(2)}
         assert program.plan.params["down"] == {"tp": Shard(1)}

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import fxshard
-from tests.helpers import TOLERANCES, Result, assert_equivalent, run_original, slow_but_for
+from tests.helpers import SINGLE, Result, assert_equivalent, run_original, slow_but_for
 from tests.models.uneven import CASES, PLANS, WORDS, build_case, words
 
 FAST = {
@@ -69,9 +69,8 @@ def test_a_loss_over_uneven_rows_and_words(plan: str) -> None:
     model, inputs = build_case("llama")
     labels = words(5, 17)
     labels[0, :9] = labels[2] = labels[4, 3:] = -100
-    single = TOLERANCES[torch.float32]  # transformers computes losses in float32
     program = assert_equivalent(
-        model, PLANS[plan], (), {**inputs, "labels": labels, "use_cache": False}, tolerances=single,
+        model, PLANS[plan], (), {**inputs, "labels": labels, "use_cache": False}, tolerance=SINGLE,
         loss=lambda output: output.loss,
     )  # fmt: skip
     assert not program.fallbacks()

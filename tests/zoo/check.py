@@ -21,7 +21,7 @@ from fxshard.errors import CaptureError, FxshardError
 from fxshard.placement import is_shard
 from tests.helpers import Result, problems_of, run_original, run_simulated
 from tests.presets import presets
-from tests.zoo.models import ISLANDS, Entry, Inputs, Tolerances
+from tests.zoo.models import ISLANDS, Entry, Inputs
 
 PLANS = presets("tp2", "tp4", "dp2", "sp2")
 TRAINED = ("tp2", "sp2")
@@ -103,11 +103,11 @@ class Specimen:
         return made
 
     @property
-    def tolerances(self) -> Tolerances:
+    def tolerance(self) -> float:
         """The entry's; wider where the model computes a part in float32, though its weights are float64."""
         values = [node.meta.get("val") for node in self._captured.root.graph.nodes]
         narrow = any(isinstance(value, torch.Tensor) and value.dtype == torch.float32 for value in values)
-        return max(self.entry.tolerances, ISLANDS) if narrow else self.entry.tolerances
+        return max(self.entry.tolerance, ISLANDS) if narrow else self.entry.tolerance
 
 
 def captures() -> str:
@@ -137,7 +137,7 @@ def check(specimen: Specimen, plan: str) -> Row:
     every = made.collectives()
     return Row(
         **given,
-        problems=tuple(problems_of(actual, specimen.expected, specimen.tolerances)),
+        problems=tuple(problems_of(actual, specimen.expected, specimen.tolerance)),
         weights=split_weights(made),
         share=split_share(made, dict(specimen.model.named_parameters())),
         layer_share=split_share(made, layer_matrices(specimen.model, specimen.expected.grads)),
