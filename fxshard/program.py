@@ -730,7 +730,8 @@ class ParallelModule(StandIn):
         ---------------------  -------  -------  ------------------------------------
         3.weight                   1x8       32  small, and in no column and row pair
         """
-        tensors = dict(self._original.get().named_parameters())
+        model = self._original.get()
+        tensors = dict([*model.named_parameters(), *model.named_buffers()])
         return coverage_of(self.compiled, tensors, self._placements, self._asked.presets)
 
     def print_tabular(self, file: Any = None) -> None:

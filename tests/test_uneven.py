@@ -185,3 +185,25 @@ def test_what_is_varied_on_one_axis_is_gathered_on_another(size: int) -> None:
     plan = data_parallel(2) | Plan({"tp": size}, params={"mix.*": {"tp": Shard(0)}})
     program = assert_equivalent(Table(), plan, (randn(3, 8),))
     assert any("dp: Varying, tp: Shard(1" in line for line in program.code().splitlines())
+
+
+PRODUCTS: dict[str, tuple[Callable[[], Any], tuple[int, ...]]] = {
+    "linear": (lambda: nn.Linear(6, 4), (2, 6)),
+    "conv1d": (lambda: nn.Conv1d(6, 4, 2), (1, 6, 8)),
+    "conv2d": (lambda: nn.Conv2d(6, 4, 2), (2, 6, 5, 5)),
+    "conv_transpose1d": (lambda: nn.ConvTranspose1d(6, 4, 2), (1, 6, 8)),
+}
+
+
+@pytest.mark.parametrize("name", PRODUCTS)
+@pytest.mark.parametrize("outer", [None, 0, 1])
+@pytest.mark.parametrize("dim", [0, 1])
+def test_a_rank_without_a_part_of_a_product(name: str, outer: int | None, dim: int) -> None:
+    """Along one axis, while another cuts the same weight: the bias is still added once."""
+    make, shape = PRODUCTS[name]
+    torch.manual_seed(0)
+    model, x = make().double(), torch.randn(*shape, dtype=torch.float64, requires_grad=True)
+    entry: dict[str, Any] = {"b": BlockShard(dim, shares=(1, 0, model.weight.shape[dim] - 1))}
+    if outer is not None and outer != dim:
+        entry["a"] = Shard(outer)
+    assert_equivalent(model, Plan({"a": 2, "b": 3}, params={"weight": entry}), (x,))

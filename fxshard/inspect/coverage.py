@@ -21,7 +21,7 @@ from fxshard.torch_internals import OperatorBase
 
 @dataclass(frozen=True)
 class Weight:
-    """One parameter under a plan.
+    """One parameter under a plan, or one buffer from which a weight is unpacked.
 
     Attributes:
         name: its name.
@@ -88,13 +88,15 @@ def coverage_of(
 
     Args:
         compiled: the capture.
-        tensors: the model's parameters.
+        tensors: the model's parameters and buffers. Of these, only what weights are unpacked from counts.
         placed: how each lies.
         presets: those of the plan, each with its axis.
     """
     reasons = _Reasons(compiled, tensors, presets)
     weights = []
     for name, tensor in tensors.items():
+        if not isinstance(tensor, torch.nn.Parameter) and not reasons.is_unpacked(name):
+            continue
         sizes = zip(placed[name], compiled.mesh.sizes, strict=True)
         parts = math.prod(size for each, size in sizes if is_shard(each))
         where = describe_all(placed[name], compiled.mesh.names)
@@ -114,13 +116,21 @@ class _Reasons:
         self.nodes = {str(node.target): node for node in graph.find_nodes(op="get_attr")}
         self.presets = [preset for preset, _ in presets]
         self.splitting = [axis for preset, axis in presets if preset not in ("data_parallel", "context_parallel")]
-        matrices = [t.numel() for t in tensors.values() if t.dim() > 1]
+        self.packed = frozenset[fx.Node]().union(*self.facts.unpacked.values())
+        matrices = [t.numel() for t in tensors.values() if t.dim() > 1 and isinstance(t, torch.nn.Parameter)]
         self.small = ALONE * max(matrices, default=0)
+
+    def is_unpacked(self, name: str) -> bool:
+        """Whether a weight is unpacked from it and others."""
+        return self._node(name) in self.packed
+
+    def _node(self, name: str) -> fx.Node | None:
+        return self.nodes.get(self.compiled.captured.aliases.get(name, name))
 
     def of(self, name: str) -> str:
         """The reason for one weight."""
         tensor = self.tensors[name]
-        node = self.nodes.get(self.compiled.captured.aliases.get(name, name))
+        node = self._node(name)
         if self.compiled.mesh.world_size == 1:
             return "there is one rank"
         if node is None:

@@ -51,9 +51,9 @@ from fxshard.placement import (
     local_shape,
     shard,
 )
+from fxshard.ruler import compare
 from fxshard.rules.recipe import At, Recipe, RuleFunction, operands_of, shape_of, units
 from fxshard.rules.table import find_rule, temporary_rule
-from fxshard.ruler import compare
 from fxshard.runtime import collectives as run
 from fxshard.runtime.groups import group_rows
 from fxshard.runtime.lockstep import Turns, lockstep_axes, run_ranks

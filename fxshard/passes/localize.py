@@ -123,14 +123,17 @@ def _nothing(new: fx.Graph, node: fx.Node, info: Info, mesh: RankMesh) -> fx.Nod
     Operators differ in what they do with empty tensors; some refuse, or give another shape.
     """
     split = [(c, n, at) for c, n, at in zip(info.choices, mesh.sizes, mesh.at, strict=True) if c and c.kind == "split"]
-    if any(c.lowering not in WITHOUT_EMPTY for c, _, _ in split) or node.target is operator.getitem:
+    if any(c.lowering not in WITHOUT_EMPTY | {"share"} for c, _, _ in split) or node.target is operator.getitem:
         return None
     if all(cut_of(p).share(n, at) for c, n, at in split for p in (*c.inputs, *c.outputs) if p is not None):
         return None
+    shapes = [local_sizes(value, placed, mesh) for value, placed in zip(values_of(node), info.outputs, strict=True)]
+    if any(c.lowering == "share" for c, _, _ in split) and not any(0 in shape for shape in shapes):
+        return None  # it adds its share of a bias
     results = []
     with new.inserting_before(node):
         for index, (value, placements) in enumerate(zip(values_of(node), info.outputs, strict=True)):
-            shape: list[Any] = list(local_sizes(value, placements, mesh))
+            shape: list[Any] = list(shapes[index])
             for dim, size in enumerate(value.shape):
                 if not isinstance(size, int):
                     shape[dim] = _read_size(new, node, size, parts_along(info, index, dim, mesh), mesh)

@@ -123,7 +123,7 @@ def columns_alone(facts: Graph, size: int, taken: Mapping[fx.Node, Shard]) -> di
     for node in facts.order:
         product = contraction(node, facts) if node.op == "call_function" and node in facts.learned else None
         weight = product and facts.weights[facts.operands[node][product[2]]]
-        if product and weight and weight not in taken:
+        if product and weight and weight not in taken and weight not in facts.unpacked:
             placement = _output_features(node, product, facts, size)
             if placement is not None:
                 found[node] = weight, placement
@@ -136,7 +136,7 @@ def columns_alone(facts: Graph, size: int, taken: Mapping[fx.Node, Shard]) -> di
         cheap = _numel(node) * CHEAP <= _numel(weight)
         if _numel(weight) >= least and (shapes[alike] > 1 or _is_listed(weight) or cheap):
             groups.setdefault(alike, {})[node] = weight, placement
-    matrices = {w for w in facts.weights.values() if len(shapes_of(w)[0]) > 1}
+    matrices = {w for w in facts.weights.values() if len(shapes_of(w)[0]) > 1 and w not in facts.unpacked}
     whole = sum(map(_numel, matrices - set(taken)))
     may_be = sum(map(_numel, matrices)) * min(WHOLE, WHOLE_BESIDE / size)
     out: dict[fx.Node, tuple[fx.Node, Shard]] = {}
@@ -224,7 +224,7 @@ def vocabulary(facts: Graph, size: int, taken: Iterable[fx.Node]) -> dict[fx.Nod
         for factor in recipe.factors if recipe is not None else ():
             at = factor.inputs[found[2]]
             last = factor.outputs[0]
-            if at is None or last is None or last.dim != len(shape) - 1 or weight in skip:
+            if at is None or last is None or last.dim != len(shape) - 1 or weight in skip or weight in facts.unpacked:
                 continue
             if weight in out and out[weight].dim != at.dim:
                 continue

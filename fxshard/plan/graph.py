@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import math
 import operator
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import fx
 
 from fxshard.placement import REPLICATE, chunk_shares
@@ -19,10 +21,18 @@ CUTS = {"aten.split", "aten.split_with_sizes", "aten.chunk", "aten.slice", "aten
 
 @dataclass
 class Graph:
-    """The facts of a graph that detection needs, gathered once."""
+    """The facts of a graph that detection needs, gathered once.
+
+    Attributes:
+        order: the place of each node.
+        weights: each weight, and each view of one -> the weight.
+        unpacked: each weight that is unpacked from integers -> the buffers and parameters that it is made of.
+        learned: what is computed from weights.
+    """
 
     order: dict[fx.Node, int] = field(default_factory=dict)
     weights: dict[fx.Node, fx.Node] = field(default_factory=dict)
+    unpacked: dict[fx.Node, frozenset[fx.Node]] = field(default_factory=dict)
     learned: set[fx.Node] = field(default_factory=set)
     operands: dict[fx.Node, list[fx.Node]] = field(default_factory=dict)
     shapes: dict[fx.Node, tuple[Shape, ...]] = field(default_factory=dict)
@@ -37,10 +47,14 @@ class Graph:
         for i, node in enumerate(graph.nodes):
             facts.order[node] = i
             facts.shapes[node] = shapes_of(node)
+            if node.op == "call_function":
+                facts.operands[node] = operands_of(node)
+        facts._unpack()
+        for node in graph.nodes:
             if node.op == "get_attr" and is_parameter(node):
                 weights[node] = node
-            elif node.op == "call_function":
-                ops = facts.operands[node] = operands_of(node)
+            elif node.op == "call_function" and node not in learned and node not in weights:
+                ops = facts.operands[node]
                 if any(o in learned or o in weights for o in ops):
                     if ops[0] in weights and facts._is_of_weight(node):
                         weights[node] = weights[ops[0]]
@@ -49,6 +63,45 @@ class Graph:
                     else:
                         learned.add(node)
         return facts
+
+    def _unpack(self) -> None:
+        """Finds weights that are unpacked from integers, and marks what they are made of, and on the way.
+
+        Quantized layers keep numbers of a few bits in buffers of integers, beside scales, and make the matrix of them
+        at each call. It is a weight where a product takes it; what is split is what it is made of.
+        """
+        made: dict[fx.Node, frozenset[fx.Node]] = {}
+        for node in self.order:
+            operands = self.operands.get(node, [])
+            if node.op == "get_attr":
+                made[node] = frozenset({node})
+            elif node.op == "call_function" and all(o in made for o in operands):
+                made[node] = frozenset().union(*(made[o] for o in operands))
+        for node, sources in made.items():
+            if (
+                node.op == "call_function"
+                and any(map(_holds_integers, sources))
+                and self._is_product_operand(node, made)
+            ):
+                self.unpacked[node] = sources
+        for node in reversed(self.order):
+            if node in made and any(u in self.learned or u in self.unpacked for u in node.users):
+                (self.weights.update({node: node}) if node.op == "get_attr" else self.learned.add(node))
+        self.weights.update({node: node for node in self.unpacked})
+
+    def _is_product_operand(self, node: fx.Node, constants: Mapping[fx.Node, object]) -> bool:
+        """Whether a call contracts a floating-point matrix with what is no constant."""
+        value = node.meta.get("val")
+        if not isinstance(value, torch.Tensor) or value.dim() < 2 or not value.is_floating_point():
+            return False
+        for user in node.users:
+            recipe = self.recipe(user) if user.op == "call_function" and user not in constants else None
+            at = [i for i, o in enumerate(self.operands.get(user, ())) if o is node]
+            for factor in recipe.factors if recipe is not None and len(at) == 1 else ():
+                others = [i for i, each in enumerate(factor.inputs) if each is not None and i != at[0]]
+                if not any(factor.outputs) and factor.inputs[at[0]] is not None and others:
+                    return True
+        return False
 
     def _reshaped(self, node: fx.Node) -> fx.Node | None:
         """The weight that a call makes another of, element for element: standardized, scaled, cast, added to.
@@ -94,6 +147,13 @@ class Graph:
             current = (REPLICATE,) * len(inputs)
             self.recipes[node] = None if lists else recipe_for(node, inputs, self.shapes[node], current)
         return self.recipes[node]
+
+
+def _holds_integers(node: fx.Node) -> bool:
+    value = node.meta.get("val")
+    if not isinstance(value, torch.Tensor) or value.dtype.is_floating_point or value.dtype.is_complex:
+        return False
+    return value.dtype != torch.bool and value.dim() > 1
 
 
 def elements(shape: Shape) -> int:

@@ -121,6 +121,7 @@ def _walk_from(
         # what is shared with others, as a position bias is by all layers, is whole, and cut where it is read
         whole |= read_outside - narrow.keys()
     own = {facts.weights[facts.operands[each][position]] for each, (_, _, position) in rows.items()}
+    own = own.union(*(facts.unpacked.get(weight, ()) for weight in own))
     columns = [w for w in walk.leaves if w not in own and sum(s != 1 for s in facts.shapes[w][0]) > 1]
     return (Pair(row, walk.leaves) if columns else None), walk
 

@@ -127,9 +127,12 @@ class Trial:
         inputs = {name: tuple(v.shape) for name, v in self.given[0].items() if isinstance(v, torch.Tensor)}
         return params, inputs
 
-    def original(self, nudge: float = 0.0) -> list[Outcome]:
-        """The outcome of each call on one device."""
+    def original(self, nudge: float = 0.0, single: bool = False) -> list[Outcome]:
+        """The outcome of each call on one device; ``single``: in float32."""
         model, given = copy.deepcopy((self.model, self.given))
+        if single:
+            torch.set_default_dtype(torch.float32)  # ``doubles`` puts it back
+            model, given = model.float(), [{n: _single(v) for n, v in inputs.items()} for inputs in given]
         if nudge:
             _move([*model.parameters(), *model.buffers(), *tensors_in(given)], nudge)
         out = []
@@ -182,6 +185,14 @@ class Trial:
             yield
 
 
+def _single(value: Any) -> Any:
+    if isinstance(value, torch.Tensor):
+        return value.detach().float().requires_grad_(value.requires_grad) if value.is_floating_point() else value
+    if isinstance(value, Mapping):
+        return {key: _single(item) for key, item in value.items()}
+    return [_single(item) for item in value] if isinstance(value, list) else value
+
+
 def _move(tensors: list[torch.Tensor], nudge: float) -> None:
     with torch.no_grad():
         for index, tensor in enumerate(tensors):
@@ -209,13 +220,21 @@ def _gradients(made: Outcome, params: Mapping[str, torch.Tensor | None], inputs:
             made.tensors[f"gradient of input {name}"] = None if grad is None else grad.detach().clone()
 
 
-def differences(got: Outcome, want: Outcome) -> list[tuple[str, str]]:
-    """The names of what differs, and how."""
+def differences(
+    got: Outcome, want: Outcome, single: Callable[[], Outcome | None] = lambda: None
+) -> list[tuple[str, str]]:
+    """The names of what differs, and how; ``single`` gives what is wanted in float32, to tell what is rounding."""
     ranks = sum(name.startswith("differentiable, rank") for name in got.facts)
     rows = [(n, got.tensors.get(n), w) for n, w in _of_ranks(want.tensors, ranks).items()]
+
+    def again() -> list[Any] | None:
+        made = single()
+        tensors = None if made is None else _of_ranks(made.tensors, ranks)
+        return None if tensors is None else [tensors.get(name) for name, _, _ in rows]
+
     found = [
         (row.name, f"off by {row.error:.1e}, {'it should be none' if row.shape == 'none' else f'of shape {row.shape}'}")
-        for row in compare(rows) if not row.ok
+        for row in compare(rows, again=again) if not row.ok
     ]  # fmt: skip
     known = {name for name, _ in found}
     found += [(n, ZEROS) for n, g, w in rows if g is not None and w is None and n not in known]
@@ -253,8 +272,8 @@ def _judge(trial: Trial, want: list[Outcome], plan: str) -> Verdict:
         trial.simulated(plan, got)
     except Exception as raised:
         error = raised
-    for call, mine, theirs in zip(CALLS, got, want, strict=False):
-        found = differences(mine, theirs)
+    for place, (call, mine, theirs) in enumerate(zip(CALLS, got, want, strict=False)):
+        found = differences(mine, theirs, lambda place=place: _in_single(trial, place))  # type: ignore[misc]
         if found:
             kind = "silent"
             if all(how == ZEROS or name.startswith("differentiable") for name, how in found):
@@ -267,6 +286,14 @@ def _judge(trial: Trial, want: list[Outcome], plan: str) -> Verdict:
     where = traceback.extract_tb(error.__traceback__)[-4:]
     lines = (f"{type(error).__name__}: {error}", *(f"{f.filename}:{f.lineno} in {f.name}" for f in where))
     return Verdict("refused" if isinstance(error, FxshardError) else "raw error", plan, CALLS[len(got)], lines)
+
+
+def _in_single(trial: Trial, place: int) -> Outcome | None:
+    try:
+        with doubles():
+            return trial.original(single=True)[place]
+    except Exception:  # it asks for float64 by name
+        return None
 
 
 def _unstable(trial: Trial, want: list[Outcome], names: set[str]) -> bool:
