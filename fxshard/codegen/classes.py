@@ -82,9 +82,10 @@ class Classes:
 
 
 def own_weights(region: Region) -> Iterator[str]:
-    """The names of the tensors that a call reads from its own module, for itself or for a call inside."""
-    for item in region.items:
-        for node in item.inputs if isinstance(item, Region) else item.all_input_nodes:
+    """The names of the tensors that a call reads from its own module, for itself or for a call inside, or returns."""
+    reads = [item.inputs if isinstance(item, Region) else item.all_input_nodes for item in region.items]
+    for nodes in (*reads, region.outputs):
+        for node in nodes:
             if node.op == "get_attr" and node not in region.inputs and not is_empty(node):
                 yield str(node.target)
 
@@ -118,7 +119,7 @@ class _Key:
                 kwargs = tuple((k, self._encode(v)) for k, v in item.kwargs.items())
                 items.append((item.target, self._encode(item.args), kwargs, placed))
                 self._new(item)
-        outputs = tuple(self.index[n] for n in region.outputs)
+        outputs = tuple(self._encode(n) for n in region.outputs)
         self.value = (region.class_name, inputs, tuple(items), outputs, region.parent is None)
 
     def _new(self, node: fx.Node) -> None:

@@ -53,7 +53,8 @@ class Region:
         items: nodes and inner calls, in order.
         size: how many nodes there are, inner calls included.
         inputs: values from outside that are read inside, in the order of reading.
-        outputs: values from inside that are read outside, in the order of making.
+        outputs: values from inside that are read outside, in the order of making; of the model's call, the weights
+            that it returns as they are.
     """
 
     path: str
@@ -107,6 +108,8 @@ def regions_of(graph: fx.Graph) -> Region:
         if region.way is not None:
             region.decision = decisions[region.way[0]]
     _connect(graph, root)
+    returned = next(iter(reversed(graph.nodes))).all_input_nodes
+    root.outputs = dict.fromkeys(n for n in returned if n.op == "get_attr")
     return root
 
 
