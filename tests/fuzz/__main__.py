@@ -5,10 +5,14 @@ from __future__ import annotations
 import argparse
 import logging
 import sys
+import time
 
 from tests.fuzz.program import doubles
 from tests.fuzz.programs import make
 from tests.fuzz.run import Summary, chosen, run, shrink, with_plan
+
+EVERY_S = 120.0
+"""How often a run says how far it is."""
 
 
 def main() -> int:
@@ -25,11 +29,14 @@ def main() -> int:
     if given.only is not None:
         return show(given.seed, given.only)
     minutes = given.minutes if given.minutes or given.programs else 1.0
-    summary = Summary()
+    summary, said = Summary(), time.monotonic()
     try:
         for index, verdicts in run(given.seed, given.programs, minutes, start=given.start):
             for line in summary.add(index, verdicts):
                 print(line, flush=True)
+            if time.monotonic() - said > EVERY_S:
+                said = time.monotonic()
+                print(f"at {index}: {summary.figures()}", flush=True)
     except KeyboardInterrupt:
         pass
     print(summary.text(given.refusals))

@@ -126,12 +126,16 @@ class Summary:
                 lines += [f"    {line}" for detail in verdict.details[:4] for line in detail.splitlines()[:6]]
         return lines
 
-    def text(self, refusals: int = 0) -> str:
-        """The figures."""
+    def figures(self) -> str:
+        """How many became what."""
         seconds = time.monotonic() - self.began
         judged = sum(self.counts.values())
         counts = ", ".join(f"{count} {kind}" for kind, count in self.counts.most_common())
-        lines = [f"{self.programs} programs, {judged} with plans, {judged / seconds:.1f} a second: {counts}"]
+        return f"{self.programs} programs, {judged} with plans, {judged / seconds:.1f} a second: {counts}"
+
+    def text(self, refusals: int = 0) -> str:
+        """The figures, and which were bad."""
+        lines = [self.figures()]
         lines += ["zeros: " + " ".join(dict.fromkeys(self.noted))] * bool(self.noted)
         lines += [f"{kind}: {' '.join(dict.fromkeys(indices))}" for kind, indices in self.bad.items()]
         lines += [
