@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 
+from fxshard.errors import InputError
 from fxshard.program import ParallelModule
 from fxshard.runtime.hidden import overwrite
 from fxshard.runtime.lockstep import Turns, lockstep_axes, run_ranks
+from fxshard.torch_internals import after_backward, pytree
 
 
 class Simulation:
@@ -87,6 +90,38 @@ class Simulation:
         return self._grads
 
 
+class _Watch:
+    """Sees to it that a backward pass begins at the outputs of all ranks, where it begins at those of one.
+
+    A rank's gradients are made of what the other ranks send back: of a loss of one rank's output alone, they are parts.
+    """
+
+    def __init__(self, outputs: Sequence[Any]) -> None:
+        self.reached: set[tuple[int, int]] = set()
+        self.watched: set[tuple[int, int]] = set()
+        for rank, output in enumerate(outputs):
+            for index, leaf in enumerate(pytree.tree_leaves(output)):
+                if isinstance(leaf, torch.Tensor) and leaf.requires_grad and not leaf.is_leaf:
+                    self.watched.add((rank, index))
+                    leaf.register_hook(partial(self._reach, (rank, index)))
+
+    def _reach(self, which: tuple[int, int], grad: torch.Tensor) -> None:
+        if not self.reached:
+            after_backward(self._check)
+        self.reached.add(which)
+
+    def _check(self) -> None:
+        reached, self.reached = self.reached, set()
+        missing = sorted({(r, i) for _, i in reached for r, j in self.watched if i == j} - reached)
+        if missing:
+            here = sorted({rank for rank, _ in reached})
+            raise InputError(
+                f"the loss is made of the outputs of rank {', '.join(map(str, here))}, and not of those of rank "
+                f"{missing[0][0]}: gradients are sums over the ranks, and these are not whole",
+                fix="back-propagate every rank's loss together: simulate(...).backward(loss_fn)",
+            )
+
+
 class _Share(torch.autograd.Function):
     """One input of the user, as every rank's own: its gradient is the same on all ranks, and counts once."""
 
@@ -148,4 +183,6 @@ def simulate(program: ParallelModule, *args: Any, **kwargs: Any) -> Simulation:
     outputs += [compiled.captured.unflatten_outputs(each) for each in made[1:]]
     names = [leaf.path for leaf in compiled.captured.example_inputs]
     given = {name: xs for name, xs in zip(names, shared, strict=True) if getattr(xs[0], "requires_grad", False)}
+    if world > 1:
+        _Watch(outputs)
     return Simulation(program, outputs, given)
