@@ -86,6 +86,7 @@ __all__ = [
     "pytree",
     "record",
     "replace_clipping",
+    "replaced",
     "saving_hooks",
     "set_element",
     "trusted_distributions",
@@ -134,6 +135,22 @@ def node_of(tensor: torch.Tensor) -> fx.Node | None:
         return None
     node: fx.Node | None = getattr(getattr(slot, "proxy", None), "node", None)
     return node
+
+
+@contextlib.contextmanager
+def replaced(owner: Any, **values: Any) -> Iterator[None]:
+    """Within it a class or a module has other attributes; behind it those it had."""
+    kept = {name: vars(owner)[name] for name in values if name in vars(owner)}
+    for name, value in values.items():
+        setattr(owner, name, value)
+    try:
+        yield
+    finally:
+        for name in values:
+            if name in kept:
+                setattr(owner, name, kept[name])
+            else:
+                delattr(owner, name)
 
 
 def replace_clipping(

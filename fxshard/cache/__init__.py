@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from fxshard.cache.key import files_as_they_were, files_loaded, key_of
+from fxshard.cache.key import digest_of, files_as_they_were, files_loaded, key_of
 from fxshard.cache.stored import NotStorable, dump, restore
 from fxshard.errors import CaptureError
 from fxshard.passes.capture import Captured
@@ -94,7 +94,8 @@ def find(folder: Path, key: str, model: nn.Module) -> Captured | None:
         about = json.loads(header)
         if about["sha256"] != hashlib.sha256(data).hexdigest() or not files_as_they_were(about["files"]):
             return None
-        return restore(data, model)
+        found = restore(data, model)
+        return found if digest_of(found.reads.outside(model)) == about["reads"] else None
     except FileNotFoundError:
         return None
     except Exception as error:  # whatever is wrong with a file, the model can be captured
@@ -106,10 +107,11 @@ def keep(folder: Path, key: str, captured: Captured, model: nn.Module) -> None:
     """Writes a capture; of several processes that do so at once, one is the last.
 
     Raises:
-        NotStorable: where it cannot be written.
+        NotStorable: where it cannot be written, or depends on what cannot be told again in another process.
     """
+    reads = digest_of(captured.reads.outside(model))
     data = dump(captured, model)
-    header = json.dumps({"sha256": hashlib.sha256(data).hexdigest(), "files": files_loaded()})
+    header = json.dumps({"sha256": hashlib.sha256(data).hexdigest(), "files": files_loaded(), "reads": reads})
     if not folder.exists():
         folder.mkdir(parents=True)
         keep_from_others([folder])

@@ -24,6 +24,7 @@ from torch import nn
 
 from fxshard.cache.stored import NotStorable
 from fxshard.passes.capture import signature_key
+from fxshard.passes.named import Place
 from fxshard.passes.serves import surroundings
 from fxshard.passes.trees import flatten
 
@@ -53,6 +54,22 @@ def key_of(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], d
     told.add("versions", sys.version, torch.__version__, torch.version.git_version, _own_code())
     told.add("device", device.type, torch.get_default_device())
     told.add("state", *surroundings()[1:])
+    return told.digest()
+
+
+def digest_of(places: Iterable[Place]) -> str:
+    """The number of all values at places outside of the model; it is the same in another process.
+
+    Raises:
+        NotStorable: where no name leads to a place, or nothing can be told of what is there.
+    """
+    told = _Told()
+    for where, get, names, key in sorted(places, key=lambda place: (place.key or ("", ""), place.names)):
+        if key is None:
+            raise NotStorable(f"what {where} holds")
+        space = get()
+        for name in names:
+            told.add(key, name, space[name])
     return told.digest()
 
 
@@ -174,7 +191,9 @@ class _Told:
         if isinstance(value, nn.Module):
             state = self._without_values(value)
         for name, held in sorted((state or {}).items(), key=lambda item: str(item[0])):
-            if not (isinstance(held, int) and "hash" in str(name)):  # Python hashes strings anew in every process
+            if not (
+                isinstance(held, int) and str(name).endswith("_hash")
+            ):  # Python hashes strings anew in every process
                 self._say(name)
                 self._add(held)
         for name in sorted(slots):

@@ -63,7 +63,9 @@ def dump(captured: Captured, model: nn.Module) -> bytes:
         raise NotStorable("sizes that may change")
     own, _ = tensors_of(model)
     graph = _as_data(captured.root, set(own))
-    rest = replace(captured, root=None, signature=None)  # type: ignore[arg-type]
+    if captured.reads.asked:
+        raise NotStorable("the values of tensors that are neither inputs nor parameters")
+    rest = replace(captured, root=None, signature=None, reads=captured.reads.by_names(model))  # type: ignore[arg-type]
     out = io.BytesIO()
     try:
         _Pickler(out, protocol=pickle.HIGHEST_PROTOCOL).dump((graph, rest))

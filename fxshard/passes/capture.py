@@ -22,7 +22,7 @@ import copy
 import inspect
 import threading
 from collections.abc import Callable, Container, Hashable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -209,8 +209,10 @@ def _capture(
         exported = exporter.run()  # torch.cond and its like do not run where attributes are watched
         reads = Reads.all_of(model)
     words = reads.named(model).words
-    asks_needs = not words.isdisjoint(("requires_grad", "grad_fn", "is_leaf"))
-    asks_grad = asks_needs or not words.isdisjoint(("is_grad_enabled", "is_inference_mode_enabled", "is_inference"))
+    asked = exported.outputs.questions
+    asks_needs = asked.needs or not words.isdisjoint(("requires_grad", "grad_fn", "is_leaf"))
+    asks_grad = asks_needs or asked.grad
+    asks_grad = asks_grad or not words.isdisjoint(("is_grad_enabled", "is_inference_mode_enabled", "is_inference"))
     if asks_grad and not with_grad:
         exported = exporter.run(grad=False)
     outputs, program, root = exported.outputs, exported.program, exported.trace.root
@@ -237,7 +239,7 @@ def _capture(
         non_persistent=_non_persistent(model),
         signature=signature,
         autocast=ambient(),
-        reads=reads,
+        reads=replace(reads, asked=tuple(asked.tensors.values())),
         written=outputs.written,
         changes_inputs=outputs.changes_inputs,
         asks_grad=asks_grad,

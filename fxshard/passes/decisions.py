@@ -16,7 +16,7 @@ from torch import fx
 
 from fxshard.errors import CaptureError
 from fxshard.rules.lookup import draws
-from fxshard.torch_internals import FakeTensor, node_of
+from fxshard.torch_internals import FakeTensor, node_of, replaced
 
 __all__ = ["Decisions", "is_mark"]
 
@@ -65,11 +65,8 @@ class Decisions:
                 return self.decide(tensor, node)
             return own_item(tensor) if _span(node) is None else tensor.reshape(())  # to be compared, as a number is
 
-        torch.Tensor.__bool__, torch.Tensor.item = answer, item  # type: ignore[method-assign, assignment]
-        try:
+        with replaced(torch.Tensor, __bool__=answer, item=item):
             yield
-        finally:
-            del torch.Tensor.__bool__, torch.Tensor.item
 
     def decide(self, tensor: torch.Tensor, node: fx.Node) -> bool:
         """The answer, the same whenever it is asked of one value."""

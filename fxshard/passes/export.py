@@ -26,6 +26,7 @@ from fxshard.passes.functions import call_whole
 from fxshard.passes.host import host_state, is_same_state, put_back_host_state
 from fxshard.passes.keywords import without_keywords
 from fxshard.passes.origins import TORCH_DIR
+from fxshard.passes.questions import Questions
 from fxshard.passes.trees import flatten, without_unchanged
 from fxshard.passes.values import is_plain
 from fxshard.passes.writes import Before, Written, unchanged
@@ -60,6 +61,7 @@ class Outputs:
         written: what the model assigned to attributes of its modules.
         assigned: the names of the buffers that it replaced.
         asks_needs: whether what is computed depended on what requires a gradient.
+        questions: what the model's code asked.
         drew: the modules of random numbers outside of torch that it drew from.
     """
 
@@ -71,6 +73,7 @@ class Outputs:
         self.written: tuple[Written, ...] = ()
         self.assigned: list[str] = []
         self.asks_needs = False
+        self.questions = Questions()
         self.drew: tuple[str, ...] = ()
         self._given: tuple[list[Any], pytree.TreeSpec | None] = [], None
         self._before: Before | None = None
@@ -159,6 +162,7 @@ def export(
             marked(),
             _flat_regions(),
             unassigned_buffers(),  # what is assigned is written back by ``Outputs``
+            outputs.questions.noted(),
             (decisions or Decisions()).answering(),
             without_keywords(),
             trusted_distributions(),  # which would decide by values whether to raise

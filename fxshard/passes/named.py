@@ -1,20 +1,25 @@
-"""What functions name: the globals and closures that they may read, and the functions that they call.
+"""What code names: the globals, classes and closures that it may read, and the functions that it calls.
 
-It is found in their code, and nothing runs. Code of torch and of Python's library is taken to be what its version says;
-of other installed packages the numbers and texts that the first functions name are noted, and no functions.
+It is found in the code of a model's methods, and in all of the user's code that ran while the model was traced
+(``watched``). Code of torch and of Python's library is taken to be what its version says; of other installed packages
+the numbers and texts that the first functions name are noted, and no functions.
 """
 
 from __future__ import annotations
 
+import contextvars
 import functools
+import gc
+import os
 import sys
 import types
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 from fxshard.passes.values import holder_of, is_plain
 
-__all__ = ["Named", "Place", "is_installed", "is_settled", "named_by"]
+__all__ = ["Named", "Place", "Ran", "is_installed", "is_settled", "named_by", "place_at", "places_of", "watched"]
 
 _EMPTY = object()
 
@@ -26,11 +31,14 @@ class Place(NamedTuple):
         where: it is, for a person.
         get: gives the values, by names.
         names: those that are named.
+        key: a module's name, and that of a class in it or nothing: the same place in another process. None where no
+            name leads there.
     """
 
     where: str
     get: Callable[[], Any]
     names: tuple[str, ...]
+    key: tuple[str, str] | None = None
 
 
 class Named(NamedTuple):
@@ -46,6 +54,55 @@ class Named(NamedTuple):
 
 
 _Found = tuple[str, Callable[[], Any], dict[str, None]]
+
+
+class Ran:
+    """The user's code that ran.
+
+    Attributes:
+        spaces: each code object -> the globals of its module.
+        cells: of those with closures, what each run found in them.
+    """
+
+    def __init__(self) -> None:
+        self.spaces: dict[types.CodeType, dict[str, Any]] = {}
+        self.cells: dict[types.CodeType, set[tuple[int, ...]]] = {}
+
+    def functions(self) -> list[types.FunctionType]:
+        """The functions that have the closures which were found."""
+        there = gc.get_referrers(*self.cells) if self.cells else []
+        functions = [each for each in there if isinstance(each, types.FunctionType) and each.__code__ in self.cells]
+        return [f for f in functions if tuple(id(_content(c)) for c in f.__closure__ or ()) in self.cells[f.__code__]]
+
+
+@contextmanager
+def watched() -> Iterator[Ran]:
+    """Notes the user's code that this thread runs within."""
+    ran, seen, before = Ran(), set[types.CodeType](), sys.gettrace()
+
+    def note(frame: types.FrameType, event: Any, arg: Any) -> Any:
+        code = frame.f_code
+        if code not in seen:
+            name = frame.f_globals.get("__name__")
+            made = code.co_filename[0] == "<" and (
+                name is None or name.startswith("namedtuple_")
+            )  # by torch and Python
+            if made or is_settled(name) or is_installed(str(name)):
+                seen.add(code)
+            else:
+                ran.spaces[code] = frame.f_globals
+                if code.co_freevars and code.co_freevars != ("__class__",):
+                    values = frame.f_locals
+                    ran.cells.setdefault(code, set()).add(tuple(id(values.get(n, _EMPTY)) for n in code.co_freevars))
+                else:
+                    seen.add(code)
+        return None if before is None else before(frame, event, arg)
+
+    sys.settrace(note)
+    try:
+        yield ran
+    finally:
+        sys.settrace(before)
 
 
 def is_settled(module_name: str | None) -> bool:
@@ -88,6 +145,97 @@ def named_by(methods: Iterable[tuple[type, str]]) -> Named:
     return Named(places, frozenset().union(*(_names_of(each.__code__) for each in met)))
 
 
+def places_of(ran: Ran, classes: Iterable[type]) -> Named:
+    """What the code that ran names.
+
+    Args:
+        ran: the code.
+        classes: those of the objects that it may read; of the user's, what of them is named.
+    """
+    found: dict[int, _Found] = {}
+    words = frozenset[str]().union(*map(_names_of, ran.spaces))
+    for code, space in ran.spaces.items():
+        _note(str(space.get("__name__")), space, _names_of(code), found)
+    for function in ran.functions():
+        for name, cell in zip(function.__code__.co_freevars, function.__closure__ or (), strict=True):
+            value = _content(cell)
+            if value is not _EMPTY and name != "__class__":
+                found[id(cell)] = (
+                    f"{function.__qualname__}.<closure>",
+                    functools.partial(_cell, cell, name),
+                    {name: None},
+                )
+                _note_value(name, value, words, found)
+    for each in classes:
+        _note_class(each, words, found)
+    if not words.isdisjoint(("environ", "getenv")):
+        found[id(os.environ)] = "os", functools.partial(dict, environ=os.environ), {"environ": None}
+    keys = {id(vars(module)): (name, "") for name, module in list(sys.modules.items()) if hasattr(module, "__dict__")}
+    keys |= {id(os.environ): ("os", "")}
+    keys |= {id(each): (each.__module__, each.__qualname__) for each in _classes(found) if _is_named(each)}
+    return Named(
+        tuple(Place(w, get, tuple(names), keys.get(k)) for k, (w, get, names) in found.items() if names), words
+    )
+
+
+def place_at(key: tuple[str, str], names: tuple[str, ...]) -> Place | None:
+    """The place that has a key in this process; None where there is none."""
+    space: Any = sys.modules.get(key[0])
+    for part in key[1].split(".") if key[1] else ():
+        space = getattr(space, part, None)
+    if space is None or not set(names) <= vars(space).keys():
+        return None
+    return Place(key[1] or key[0], functools.partial(vars, space), names, key)
+
+
+def _classes(found: Mapping[int, _Found]) -> list[type]:
+    places = (get.args[0] for _, get, _ in found.values() if isinstance(get, functools.partial) and get.args)
+    return [each for each in places if isinstance(each, type)]
+
+
+def _is_named(cls: type) -> bool:
+    space: Any = sys.modules.get(cls.__module__)
+    for part in cls.__qualname__.split("."):
+        space = getattr(space, part, None)
+    return space is cls
+
+
+def _note(where: str, space: Mapping[str, Any], names: frozenset[str], found: dict[int, _Found]) -> None:
+    """Notes what code finds under its names in a module or in a class, and in what it finds there."""
+    here = found.setdefault(id(space), (where, functools.partial(_itself, space), {}))[2]
+    for name in sorted(n for n in names & space.keys() if not n.startswith("__") and n not in here):
+        value = space[name]
+        if not isinstance(value, types.ModuleType):
+            here[name] = None
+        _note_value(f"{where}.{name}", value, names, found)
+
+
+def _note_value(where: str, value: Any, names: frozenset[str], found: dict[int, _Found]) -> None:
+    if isinstance(value, types.ModuleType):
+        if not is_settled(value.__name__) and not is_installed(value.__name__):
+            _note(value.__name__, vars(value), names, found)
+    elif isinstance(value, type):
+        _note_class(value, names, found)
+    elif isinstance(value, contextvars.ContextVar):
+        found[id(value)] = where, functools.partial(_in_context, value), {"value": None}
+    elif isinstance(value, types.FunctionType) and not is_settled(value.__module__):
+        kept = {"attributes": value.__dict__, "defaults": (value.__defaults__, value.__kwdefaults__)}
+        if value.__dict__ or not is_plain(value.__defaults__) or value.__kwdefaults__:
+            found[id(value)] = where, functools.partial(_itself, kept), dict.fromkeys(kept)
+
+
+def _note_class(cls: type, names: frozenset[str], found: dict[int, _Found]) -> None:
+    for each in cls.__mro__:
+        if not is_settled(each.__module__) and not is_installed(each.__module__):
+            held = sorted(n for n in names & vars(each).keys() if not n.startswith("__"))
+            place = each.__qualname__, functools.partial(vars, each), dict[str, None]()
+            found.setdefault(id(each), place)[2].update(dict.fromkeys(held))
+
+
+def _in_context(variable: contextvars.ContextVar[Any]) -> dict[str, Any]:
+    return {"value": variable.get(None)}
+
+
 def _globals_of(function: types.FunctionType, found: dict[int, _Found]) -> list[types.FunctionType]:
     """Notes what a function finds in modules; returns the functions among it."""
     names, space = _names_of(function.__code__), function.__globals__
@@ -122,7 +270,7 @@ def _tells(value: Any) -> bool:
     return is_plain(value) or holder_of(value) is not None
 
 
-def _itself(place: dict[str, Any]) -> dict[str, Any]:
+def _itself(place: Mapping[str, Any]) -> Mapping[str, Any]:
     return place
 
 

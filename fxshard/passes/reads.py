@@ -5,28 +5,32 @@ functions find in their modules and closures, and by what all of these hold. A c
 whatever was read while it was made is kept beside it, and a call is served by it only while all of that is the same:
 numbers, texts and the like by value, all else by being the same object.
 
-    self.scale * x          attribute "scale" of that module
-    self.config.act         the object "config", and all that it holds
-    FLAGS["causal"]         the global "FLAGS" of the function's module, and all that it holds
+    self.scale * x             attribute "scale" of that module
+    getattr(self, "k", 1)      that it has none, where it has none
+    self.config.act            the object "config", and all that it holds
+    FLAGS["causal"]            the global "FLAGS" of the function's module, and all that it holds
+    type(self).depth           the attribute of the class
 
-What is compared is found in two ways. Attributes of modules are noted as they are read. What functions name is found in
-their code (``named.py``). How it is compared: ``values.py``.
+What is compared is found in two ways. Attributes of modules are noted as they are read. What code names is found in the
+code: of the methods, and of all of the user's functions that ran (``named.py``). How it is compared: ``values.py``. And
+a module is what it was while it has the class, the children and the hooks that it had.
 """
 
 from __future__ import annotations
 
 import threading
 import weakref
-from collections.abc import Callable, Container, Iterator, Mapping
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from operator import is_, itemgetter
 from typing import Any
 
+import torch
 from torch import nn
 
-from fxshard.passes.named import Named, is_installed, is_settled, named_by
-from fxshard.passes.values import Content, contents, is_plain, same
+from fxshard.passes.named import Named, Place, Ran, is_installed, is_settled, named_by, place_at, places_of, watched
+from fxshard.passes.values import Content, contents, is_plain, kinds_of, same
 from fxshard.runtime.module import joined
 
 __all__ = ["OF_MODULES", "Guard", "Read", "Reading", "Reads", "reading"]
@@ -101,20 +105,151 @@ def _short(value: Any) -> str:
     return text if len(text) < 60 else text[:57] + "..."
 
 
-Guard = Read | Content
+class Absent:
+    """That a module lacks attributes which were asked for.
+
+    >>> module = nn.Linear(1, 1)
+    >>> absent = Absent("", module, ("gain",))
+    >>> absent.holds()
+    True
+    >>> module.gain = 2.0
+    >>> absent.changed()
+    ['Linear has gain, which it had not']
+    """
+
+    __slots__ = ("_there", "keys", "names", "where")
+
+    def __init__(self, path: str, module: nn.Module, names: tuple[str, ...]) -> None:
+        self.where, self.names = path or type(module).__name__, names
+        self.keys = tuple((path, name) for name in names)
+        self._there = weakref.ref(module)
+
+    def _found(self) -> list[str]:
+        module = self._there()
+        return [] if module is None else [name for name in self.names if _has(module, name)]
+
+    def holds(self) -> bool:
+        """Whether it still does."""
+        return not self._found()
+
+    def changed(self) -> list[str]:
+        """What it has, a line each."""
+        return [f"{self.where} has {name}, which it had not" for name in self._found()]
+
+
+def _has(module: nn.Module, name: str) -> bool:
+    tables = (vars(module), module._parameters, module._buffers, module._modules)
+    return any(name in table for table in tables) or hasattr(type(module), name)
+
+
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+_GLOBAL_HOOKS = tuple(f"_global{name}" for name in _HOOKS)
+
+
+class Structure:
+    """Which modules a model consists of, of which classes, and with which hooks, those of all modules included.
+
+    >>> model = nn.Sequential(nn.Linear(2, 2))
+    >>> structure = Structure(model)
+    >>> structure.holds()
+    True
+    >>> handle = model[0].register_forward_hook(print)
+    >>> structure.changed()
+    ['hooks of 0: not as it was']
+    """
+
+    keys: tuple[tuple[str, str], ...] = ()
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model = weakref.ref(model)
+        self._paths = [path for path, _ in model.named_modules()]
+        self._then = [(weakref.ref(module), *_structure_of(module)) for module in model.modules()]
+        self._hooks = _hooks_of(vars(nn.modules.module), _GLOBAL_HOOKS)
+
+    def holds(self) -> bool:
+        """Whether all is as it was; what is gone cannot have changed."""
+        if self._model() is None:
+            return True
+        for there, cls, children, forward, hooks in self._then:  # written out: it is asked at every call
+            module = there()
+            if module is None:
+                continue
+            held = module.__dict__
+            if type(module) is not cls or held.get("forward") is not forward:
+                return False
+            inside = held["_modules"]
+            if (inside or children) and tuple(map(id, inside.values())) != children:
+                return False
+            hooked = held["_forward_hooks"] or held["_forward_pre_hooks"]
+            hooked = hooked or held["_backward_hooks"] or held["_backward_pre_hooks"]
+            if (hooked or hooks) and _hooks_of(held, _HOOKS) != hooks:
+                return False
+        return _hooks_of(vars(nn.modules.module), _GLOBAL_HOOKS) == self._hooks
+
+    def changed(self) -> list[str]:
+        """What is not as it was, a line each."""
+        if self._model() is None:
+            return []
+        found = [
+            f"{word} of {path or 'the model'}: not as it was"
+            for path, (there, *then) in zip(self._paths, self._then, strict=True)
+            if (module := there()) is not None
+            for word, a, b in zip(("class", "children", "forward", "hooks"), _structure_of(module), then, strict=True)
+            if a != b
+        ]
+        same_hooks = _hooks_of(vars(nn.modules.module), _GLOBAL_HOOKS) == self._hooks
+        return found if same_hooks else [*found, "hooks of all modules: not as they were"]
+
+
+def _structure_of(module: nn.Module) -> tuple[type, tuple[int, ...], Any, tuple[int, ...]]:
+    held = vars(module)
+    return type(module), tuple(map(id, held["_modules"].values())), held.get("forward"), _hooks_of(held, _HOOKS)
+
+
+def _hooks_of(held: Mapping[str, Any], names: tuple[str, ...]) -> tuple[int, ...]:
+    return tuple(id(hook) for name in names if held[name] for hook in held[name].values())
+
+
+class Asked:
+    """Values inside tensors that are no inputs, which the model decided by."""
+
+    keys: tuple[tuple[str, str], ...] = ()
+
+    def __init__(self, tensors: Iterable[torch.Tensor]) -> None:
+        self._then = [(tensor, tensor._version) for tensor in tensors]
+
+    def holds(self) -> bool:
+        """Whether nobody wrote to them since."""
+        return all(tensor._version == version for tensor, version in self._then)
+
+    def changed(self) -> list[str]:
+        """Of which size those are that were written to, a line each."""
+        shapes = [list(tensor.shape) for tensor, version in self._then if tensor._version != version]
+        return [f"a tensor of shape {shape}, by which forward decides, was written to" for shape in shapes]
+
+
+Guard = Read | Content | Absent | Structure | Asked
 
 
 @dataclass(frozen=True)
 class Reads:
-    """What a capture read, by names: the same in another process.
+    """What a capture read.
 
     Attributes:
         attributes: a module's name -> the attributes that it holds itself, and were read.
         inherited: a module's name -> what was read of its class.
+        absent: a module's name -> what was asked for, and it has not.
+        ran: the user's code that ran.
+        asked: the tensors whose values were read.
+        spaces: of a stored capture, in the place of the code that ran, what that named: the key of a place, and names.
     """
 
     attributes: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     inherited: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    absent: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    ran: Ran = field(default_factory=Ran, compare=False)
+    asked: tuple[torch.Tensor, ...] = field(default=(), compare=False)
+    spaces: Mapping[tuple[str, str], tuple[str, ...]] = field(default_factory=dict, compare=False)
 
     @staticmethod
     def all_of(model: nn.Module) -> Reads:
@@ -132,6 +267,25 @@ class Reads:
         modules = dict(model.named_modules())
         return named_by({(type(modules[path]), name) for path, names in self.inherited.items() for name in names})
 
+    def outside(self, model: nn.Module, held: Iterable[Content] = ()) -> list[Place]:
+        """Where the code that ran found values outside of the model's modules.
+
+        Raises:
+            LookupError: a place of a stored capture is not there.
+        """
+        if self.spaces:
+            found = [(key, place_at(key, names)) for key, names in self.spaces.items()]
+            if gone := [key for key, place in found if place is None]:
+                raise LookupError(f"there is no {'.'.join(filter(None, gone[0]))} any more, or it lacks what it had")
+            return [place for _, place in found if place is not None]
+        classes = {type(module) for module in model.modules()} | kinds_of(held)
+        return list(places_of(self.ran, classes).places)
+
+    def by_names(self, model: nn.Module) -> Reads:
+        """The same, as another process can read it: without the code, but with what that named."""
+        places = self.outside(model)
+        return replace(self, ran=Ran(), spaces={place.key: place.names for place in places if place.key is not None})
+
     def guards(self, model: nn.Module, but: Container[tuple[str, str]] = ()) -> tuple[Guard, ...]:
         """What tells whether all is as it is now.
 
@@ -147,12 +301,14 @@ class Reads:
             if kept:
                 guards.append(_of_module(path, modules[path], kept))
                 values += [(joined(path, name), vars(modules[path])[name]) for name in kept]
-        guards += [_of_children(path, each) for path, each in modules.items() if each._modules]
+        guards.append(Structure(model))
+        guards += [Absent(path, modules[path], names) for path, names in self.absent.items()]
+        guards += [Asked(self.asked)] * bool(self.asked)
         for path, names in self.inherited.items():
             for name in names:
                 if _is_own_value(type(modules[path]), name) and (path, name) not in but:
                     guards.append(_of_class(path, modules[path], name))
-        for where, get, names in self.named(model).places:
+        for where, get, names, _ in (*self.named(model).places, *self.outside(model, contents(values))):
             guards.append(Read(where, get, names))
             values += [(f"{where}.{name}", get()[name]) for name in names if not is_installed(where)]
         return *guards, *contents(values)
@@ -169,16 +325,22 @@ class Reading:
     def __init__(self) -> None:
         self.names: dict[int, set[str]] = {}
         self.assigned: dict[int, set[str]] = {}
+        self.ran = Ran()
 
     def of(self, model: nn.Module) -> Reads:
         """What was read of a model and its modules."""
-        attributes, inherited = {}, {}
+        attributes, inherited, absent = {}, {}, {}
         for path, module in model.named_modules():
             names = self.names.get(id(module), set()) - OF_MODULES - self.assigned.get(id(module), set())
             held = vars(module).keys() | module._modules.keys() | module._parameters.keys() | module._buffers.keys()
             attributes[path] = tuple(sorted(names & vars(module).keys()))
             inherited[path] = tuple(sorted(name for name in names - held if hasattr(type(module), name)))
-        return Reads({k: v for k, v in attributes.items() if v}, {k: v for k, v in inherited.items() if v})
+            absent[path] = tuple(sorted(name for name in names if not name.startswith("__") and not _has(module, name)))
+        return Reads(_filled(attributes), _filled(inherited), _filled(absent), self.ran)
+
+
+def _filled(names: Mapping[str, tuple[str, ...]]) -> dict[str, tuple[str, ...]]:
+    return {path: each for path, each in names.items() if each}
 
 
 def _is_own_value(cls: type, name: str) -> bool:
@@ -208,7 +370,8 @@ def reading() -> Iterator[Reading]:
     nn.Module.__getattribute__ = get  # type: ignore[method-assign, assignment]
     nn.Module.__setattr__ = assign  # type: ignore[method-assign]
     try:
-        yield noted
+        with watched() as noted.ran:
+            yield noted
     finally:
         del nn.Module.__getattribute__
         nn.Module.__setattr__ = own  # type: ignore[method-assign]
@@ -223,17 +386,6 @@ def _of_module(path: str, module: nn.Module, names: tuple[str, ...]) -> Read:
         return None if module is None else vars(module)
 
     return Read(path or type(module).__name__, get, names, path)
-
-
-def _of_children(path: str, module: nn.Module) -> Read:
-    """Which modules a module consists of."""
-    there = weakref.ref(module)
-
-    def get() -> Mapping[str, Any] | None:
-        module = there()
-        return None if module is None else {"children": tuple(map(id, module._modules.values()))}
-
-    return Read(path or type(module).__name__, get, ("children",))
 
 
 def _of_class(path: str, module: nn.Module, name: str) -> Read:

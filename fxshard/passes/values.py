@@ -6,17 +6,23 @@ Of lists, dicts and plain objects it is their content, and that of what they hol
 from __future__ import annotations
 
 import enum
+import functools
 import logging
+import os
 import types
+import zlib
 from collections import deque
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from operator import is_
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
-__all__ = ["Content", "contents", "holder_of", "is_data", "is_plain", "same"]
+__all__ = ["Content", "contents", "holder_of", "is_data", "is_plain", "kinds_of", "same"]
+
+logger = logging.getLogger("fxshard")
 
 PLAIN = (
     int, float, complex, bool, str, bytes, type(None), type(Ellipsis), range, slice, enum.Enum,
@@ -61,6 +67,58 @@ def same(now: Any, then: Any) -> bool:
     return type(now) is type(then) and is_plain(then) and (now == then or (now != now and then != then))
 
 
+class Slots(Mapping[str, Any]):
+    """What an object holds that keeps its attributes in slots.
+
+    >>> class Point:
+    ...     __slots__ = ("x", "y")
+    >>> point = Point()
+    >>> point.x = 1
+    >>> dict(Slots(point))
+    {'x': 1}
+    """
+
+    def __init__(self, owner: Any) -> None:
+        self.owner = owner
+
+    def __getitem__(self, name: str) -> Any:
+        return getattr(self.owner, name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(name for name in _slots_of(type(self.owner)) if hasattr(self.owner, name))
+
+    def __len__(self) -> int:
+        return sum(1 for _ in self)
+
+
+class _Measured(Mapping[str, Any]):
+    """What is told of a thing whose content is not compared item by item."""
+
+    def __init__(self, tells: Callable[[], Any]) -> None:
+        self._tells = tells
+
+    def __getitem__(self, name: str) -> Any:
+        return self._tells()
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(("content",))
+
+    def __len__(self) -> int:
+        return 1
+
+
+def _slots_of(cls: type) -> tuple[str, ...]:
+    names: list[str] = []
+    for each in cls.__mro__:
+        slots = vars(each).get("__slots__", ())
+        names += [slots] if isinstance(slots, str) else slots
+    return tuple(name for name in names if not name.startswith("__"))
+
+
+def _checksum(array: np.ndarray[Any, Any]) -> tuple[Any, ...]:
+    return array.shape, array.dtype.str, zlib.crc32(np.ascontiguousarray(array).view(np.uint8).data)
+
+
 class Content:
     """What a list, a dict, or an object held when it was read.
 
@@ -68,12 +126,13 @@ class Content:
         where: it is, for a person.
         holder: the list or the dict, or that of the object's attributes.
         steps: from an attribute to it: keys of dicts and lists, and names of attributes.
+        owner: the object whose attributes it holds; None where it is for itself.
     """
 
-    __slots__ = ("_keys", "_values", "holder", "keys", "steps", "where")
+    __slots__ = ("_keys", "_values", "holder", "keys", "owner", "steps", "where")
 
-    def __init__(self, where: str, holder: Any, steps: tuple[Any, ...] = ()) -> None:
-        self.where, self.holder, self.keys, self.steps = where, holder, (), steps
+    def __init__(self, where: str, holder: Any, steps: tuple[Any, ...] = (), owner: Any = None) -> None:
+        self.where, self.holder, self.keys, self.steps, self.owner = where, holder, (), steps, owner
         self._keys = tuple(holder) if isinstance(holder, Mapping) else None
         self._values = tuple(holder.values()) if isinstance(holder, Mapping) else tuple(holder)
 
@@ -100,9 +159,15 @@ class Content:
 
     def restore(self) -> None:
         """Puts back what it held."""
-        if self.holds():
-            return
         holder = self.holder
+        if self.holds() or isinstance(holder, tuple | _Measured | os._Environ):
+            return
+        if isinstance(holder, Slots):
+            for name in set(holder) - set(self._keys or ()):
+                delattr(holder.owner, name)
+            for name, value in zip(self._keys or (), self._values, strict=True):
+                setattr(holder.owner, name, value)
+            return
         holder.clear()
         if self._keys is not None:
             holder.update(zip(self._keys, self._values, strict=True))
@@ -112,12 +177,25 @@ class Content:
 
 def holder_of(value: Any) -> Any:
     """The mutable thing whose content tells a value: itself, or what an object's attributes are kept in."""
-    if isinstance(value, dict | list | tuple | deque | set):
+    if isinstance(value, dict | list | tuple | deque | set | os._Environ):
         return value
+    if isinstance(value, np.ndarray):
+        return _Measured(functools.partial(_checksum, value)) if value.dtype != object else None
+    if isinstance(value, functools.partial):
+        return {"func": value.func, "args": value.args, "keywords": value.keywords}
+    if isinstance(value, types.MethodType):
+        return (value.__self__,)
     if isinstance(value, _OPAQUE) or is_plain(value) or type(value).__module__.partition(".")[0] == "torch":
         return None
     held = getattr(value, "__dict__", None)
-    return held if isinstance(held, dict) else None
+    if isinstance(held, dict):
+        return held
+    return Slots(value) if _slots_of(type(value)) else None
+
+
+def kinds_of(found: Iterable[Content]) -> set[type]:
+    """The classes of the objects whose attributes are compared."""
+    return {type(each.owner) for each in found if each.owner is not None}
 
 
 def contents(values: Iterable[tuple[str, Any]], steps: Iterable[tuple[Any, ...]] | None = None) -> list[Content]:
@@ -128,22 +206,27 @@ def contents(values: Iterable[tuple[str, Any]], steps: Iterable[tuple[Any, ...]]
         steps: each one's place, for ``Content.steps``.
     """
     found: list[Content] = []
-    met: set[int] = set()
+    met: dict[int, Any] = {}
     values = list(values)
     pending = deque(zip(values, steps or [()] * len(values), strict=True))
     while pending and len(met) < LIMIT:
         (where, value), place = pending.popleft()
         holder = holder_of(value)
-        if holder is None or id(holder) in met:
+        if holder is None or id(value) in met:
             continue
-        met.add(id(holder))
-        if not isinstance(holder, tuple):
-            found.append(Content(where, holder, place))
-        if isinstance(holder, set):
-            continue
-        items = list(holder.items()) if isinstance(holder, dict) else list(enumerate(holder))
+        met[id(value)] = value
         attributes = holder is not value
+        if not isinstance(holder, tuple):
+            found.append(Content(where, holder, place, value if attributes else None))
+        if isinstance(holder, set | _Measured):
+            continue
+        items = list(holder.items()) if isinstance(holder, Mapping) else list(enumerate(holder))
         for key, item in items:
             name = f"{where}.{key}" if attributes else f"{where}[{key!r}]"
             pending.append(((name, item), (*place, key)))
+    if pending:
+        logger.warning(
+            f"what the model reads holds more than {LIMIT} lists, dicts and objects: changes of those beyond, such as "
+            f"{pending[0][0][0]}, are not seen"
+        )
     return found

@@ -1,0 +1,93 @@
+"""What a model's code asks while it is traced, beside values of its inputs: each answer is part of the capture.
+
+torch.is_grad_enabled()         whether gradients are enabled
+x.requires_grad, x.grad_fn      what requires one
+self.step.item()                a number inside a tensor that is no input, parameter or buffer
+"""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch.overrides import TorchFunctionMode
+
+from fxshard.passes.named import is_settled
+from fxshard.torch_internals import FakeTensor, replaced
+
+__all__ = ["Questions"]
+
+_MODES = ("is_grad_enabled", "is_inference_mode_enabled")
+_NEEDS = frozenset(("requires_grad", "grad_fn", "is_leaf", "grad"))
+_NUMBERS = ("__bool__", "__int__", "__float__", "__index__", "item", "tolist", "numpy")
+_PASSED_THROUGH = (
+    "torch.overrides", "torch.fx.", "torch._export.", "torch.utils._stats", "torch._compile", "torch._dynamo.",
+    "torch.utils._device", "torch.export.", "fxshard.",
+)  # fmt: skip
+"""Modules that stand between the one who asks and the one who is asked."""
+
+
+class Questions:
+    """Notes what is asked.
+
+    Attributes:
+        grad: whether somebody asked if gradients are enabled.
+        needs: whether somebody asked what requires one.
+        tensors: whose values were asked for.
+    """
+
+    def __init__(self) -> None:
+        self.grad = self.needs = False
+        self.tensors: dict[int, torch.Tensor] = {}
+
+    @contextlib.contextmanager
+    def noted(self) -> Iterator[None]:
+        """Within it, what this thread asks is noted."""
+        here = threading.get_ident()
+
+        def mode(own: Callable[[], bool]) -> Callable[[], bool]:
+            def ask() -> bool:
+                if threading.get_ident() == here and _by_the_model():
+                    self.grad = True
+                return own()
+
+            return ask
+
+        def number(own: Callable[..., Any]) -> Callable[..., Any]:
+            def ask(tensor: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+                if threading.get_ident() == here and not isinstance(tensor, FakeTensor) and _by_the_model():
+                    self.tensors[id(tensor)] = tensor
+                return own(tensor, *args, **kwargs)
+
+            return ask
+
+        modes = {name: mode(getattr(torch, name)) for name in _MODES}
+        numbers = {name: number(getattr(torch.Tensor, name)) for name in _NUMBERS}
+        with replaced(torch, **modes), replaced(torch.Tensor, **numbers), _Getters(self):
+            yield
+
+
+class _Getters(TorchFunctionMode):
+    """Sees what is asked of tensors."""
+
+    def __init__(self, questions: Questions) -> None:
+        super().__init__()
+        self.questions = questions
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if getattr(func, "__name__", "") == "__get__" and func.__self__.__name__ in _NEEDS and _by_the_model():
+            self.questions.needs = True
+        return func(*args, **(kwargs or {}))
+
+
+def _by_the_model() -> bool:
+    """Whether the code that asks is the model's: the user's, or a layer of torch's."""
+    frame = sys._getframe(2)
+    while frame is not None and frame.f_globals.get("__name__", "").startswith(_PASSED_THROUGH):
+        frame = frame.f_back  # type: ignore[assignment]
+    name = frame.f_globals.get("__name__", "") if frame is not None else "torch"
+    return name.startswith("torch.nn.") or not is_settled(name)

@@ -1,0 +1,195 @@
+"""Whatever forward reads of Python counts: once it has changed, the old value is never used in silence."""
+
+from __future__ import annotations
+
+import contextvars
+import copy
+import dataclasses
+import functools
+import os
+from collections.abc import Callable, Iterator
+from typing import Any, ClassVar
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import fxshard
+
+LEVEL = 1.0
+TABLE = {"level": 1.0}
+CONTEXT: contextvars.ContextVar[float] = contextvars.ContextVar("level", default=1.0)
+
+
+class Settings:
+    level = 1.0
+
+
+class Slotted:
+    __slots__ = ("level",)
+
+    def __init__(self) -> None:
+        self.level = 1.0
+
+
+@dataclasses.dataclass(slots=True)
+class Record:
+    level: float = 1.0
+
+
+class Helper:
+    level = 1.0
+
+    def __init__(self) -> None:
+        self.levels = {"own": 1.0}
+
+    def by_global(self) -> float:
+        return LEVEL
+
+    def by_own(self) -> float:
+        return self.levels["own"]
+
+
+def times(holder: dict[str, float], y: torch.Tensor) -> torch.Tensor:
+    return y * holder["level"]
+
+
+def decorated(function: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    @functools.wraps(function)
+    def inner(*args: Any) -> torch.Tensor:
+        return function(*args) * LEVEL
+
+    return inner
+
+
+def closure(holder: dict[str, float]) -> Callable[[torch.Tensor], torch.Tensor]:
+    return lambda y: y * holder["level"]
+
+
+def counted(y: torch.Tensor) -> torch.Tensor:
+    out: torch.Tensor = y * counted.level  # type: ignore[attr-defined]
+    return out
+
+
+counted.level = 1.0  # type: ignore[attr-defined]
+ACTS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {"act": lambda y: y * LEVEL}
+
+
+class Reads(nn.Module):
+    options: ClassVar[dict[str, float]] = {"level": 1.0}
+    kept = 1.0
+
+    def __init__(self, read: Callable[[Any, torch.Tensor], torch.Tensor]) -> None:
+        super().__init__()
+        self.up, self.read, self.holder = nn.Linear(8, 8), read, {"level": 1.0}
+        self.slotted, self.record, self.helper = Slotted(), Record(), Helper()
+        self.partial, self.bound = functools.partial(times, self.holder), self.helper.by_own
+        self.closure, self.array, self.number = closure(self.holder), np.ones(2), torch.ones(())
+
+    @decorated
+    def through(self, y: torch.Tensor) -> torch.Tensor:
+        return y
+
+    @classmethod
+    def of_class(cls, y: torch.Tensor) -> torch.Tensor:
+        return y * cls.kept
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.read(self, self.up(x))
+
+
+def set_global(model: Reads) -> None:
+    globals()["LEVEL"] = 3.0
+
+
+READ: dict[str, tuple[Callable[[Any, torch.Tensor], torch.Tensor], Callable[[Any], object]]] = {
+    "slots": (lambda m, y: y * m.slotted.level, lambda m: setattr(m.slotted, "level", 3.0)),
+    "a dataclass with slots": (lambda m, y: y * m.record.level, lambda m: setattr(m.record, "level", 3.0)),
+    "a partial's dict": (lambda m, y: m.partial(y), lambda m: m.holder.update(level=3.0)),
+    "a bound method": (lambda m, y: y * m.bound(), lambda m: m.helper.levels.update(own=3.0)),
+    "a closure": (lambda m, y: m.closure(y), lambda m: m.holder.update(level=3.0)),
+    "an array, written in place": (lambda m, y: y * float(m.array[0]), lambda m: m.array.__setitem__(0, 3.0)),
+    "a number in a tensor": (lambda m, y: y * m.number.item(), lambda m: m.number.fill_(3.0)),
+    "a class-level dict": (lambda m, y: y * m.options["level"], lambda m: Reads.options.update(level=3.0)),
+    "type(self)": (lambda m, y: y * type(m).kept, lambda m: setattr(Reads, "kept", 3.0)),
+    "cls": (lambda m, y: m.of_class(y), lambda m: setattr(Reads, "kept", 3.0)),
+    "a global class": (lambda m, y: y * Settings.level, lambda m: setattr(Settings, "level", 3.0)),
+    "an object's class": (lambda m, y: y * m.helper.level, lambda m: setattr(Helper, "level", 3.0)),
+    "a method of an object": (lambda m, y: y * m.helper.by_global(), set_global),
+    "a lambda in a dict": (lambda m, y: ACTS["act"](y), set_global),
+    "another lambda in a dict": (lambda m, y: ACTS["act"](y), lambda m: ACTS.update(act=torch.tanh)),
+    "a decorator": (lambda m, y: m.through(y), set_global),
+    "an attribute of a function": (lambda m, y: counted(y), lambda m: setattr(counted, "level", 3.0)),
+    "a default, and an attribute later": (
+        lambda m, y: y * getattr(m, "late", 1.0),
+        lambda m: setattr(m, "late", 3.0),
+    ),
+    "hasattr": (lambda m, y: y.tanh() if hasattr(m, "late") else y, lambda m: setattr(m, "late", 3.0)),
+    "the environment": (
+        lambda m, y: y * float(os.environ.get("LEVEL_OF_A_TEST", "1")),
+        lambda m: os.environ.update(LEVEL_OF_A_TEST="3"),
+    ),
+    "a context variable": (lambda m, y: y * CONTEXT.get(), lambda m: CONTEXT.set(3.0)),
+    "forward, patched on a part": (lambda m, y: y, lambda m: setattr(m.up, "forward", lambda x: x * 3)),
+    "a hook on a part": (lambda m, y: y, lambda m: m.up.register_forward_hook(lambda m, a, out: out * 3)),
+    "another class of a part": (lambda m, y: y, lambda m: setattr(m.up, "__class__", nn.Identity)),
+}
+
+
+@pytest.fixture(autouse=True)
+def as_before() -> Iterator[None]:
+    def reset() -> None:
+        globals()["LEVEL"] = 1.0
+        Reads.options["level"] = Reads.kept = Settings.level = Helper.level = counted.level = 1.0  # type: ignore[attr-defined]
+        ACTS["act"] = lambda y: y * LEVEL
+        os.environ.pop("LEVEL_OF_A_TEST", None)
+        CONTEXT.set(1.0)
+
+    reset()
+    yield
+    reset()
+
+
+@pytest.mark.parametrize("name", READ)
+def test_a_changed_value_counts(name: str) -> None:
+    read, change = READ[name]
+    torch.manual_seed(0)
+    model, x = Reads(read).double(), torch.randn(4, 8, dtype=torch.float64)
+    other = copy.deepcopy(model)
+    program = fxshard.parallelize(model, fxshard.tensor_parallel(2))
+    for _ in range(2):
+        torch.testing.assert_close(fxshard.simulate(program, x).outputs[1], other(x))
+    assert len(program._captures.all) == 1
+    before = other(x)
+    change(model)
+    if model.slotted.level != other.slotted.level or not torch.equal(model(x), other(x)):
+        change(other)
+    assert not torch.allclose(other(x), before), "the change changes nothing"
+    torch.testing.assert_close(fxshard.simulate(program, x).outputs[1], other(x))
+
+
+@pytest.mark.parametrize("how", [torch.Tensor.tolist, float, int, bool])
+def test_a_number_in_a_tensor_counts_however_it_is_asked(how: Callable[[torch.Tensor], Any]) -> None:
+    model, x = Reads(lambda m, y: y * how(m.number)).double(), torch.randn(4, 8, dtype=torch.float64)
+    program = fxshard.parallelize(model, fxshard.data_parallel(2))
+    torch.testing.assert_close(fxshard.simulate(program, x).outputs[1], model(x))
+    model.number.zero_()
+    torch.testing.assert_close(fxshard.simulate(program, x).outputs[1], model(x))
+
+
+ASKED: dict[str, Callable[[torch.Tensor], bool]] = {
+    "a getter": lambda x: bool(getattr(x, "_".join(("requires", "grad")))),
+    "a function of the module": lambda x: bool(getattr(torch, "_".join(("is", "grad", "enabled")))()),
+}
+
+
+@pytest.mark.parametrize("name", ASKED)
+def test_what_is_asked_of_gradients_counts_however_it_is_spelled(name: str) -> None:
+    asks = ASKED[name]
+    model = Reads(lambda m, y: y * 3 if asks(y) else y).double()
+    x = torch.randn(4, 8, dtype=torch.float64)
+    program = fxshard.parallelize(model, fxshard.data_parallel(2))
+    for grad in (False, True, False):
+        with torch.set_grad_enabled(grad):
+            torch.testing.assert_close(fxshard.simulate(program, x).outputs[1], model(x))
