@@ -52,7 +52,13 @@ class FxshardError(Exception):
 
 
 class CaptureError(FxshardError):
-    """The model cannot be exported, or its export would not compute what the model computes."""
+    """The model cannot be exported, or its export would not compute what the model computes.
+
+    Attributes:
+        by_the_model: whether it stands for an error that the model's own code raised.
+    """
+
+    by_the_model = False
 
 
 class PlanError(FxshardError, ValueError):

@@ -2,9 +2,9 @@
 
 ``torch.export`` follows one way, and so must know it. Here it is told (``decisions.py``), and each answer leaves a
 mark. One with which the model raises is an assertion that it is the other. Else the model is traced again with other
-answers, every second decision turned at once, and the traces are laid side by side (``traces.py``): up to a mark, and
-from some node behind it on, they are equal. What stands between is what the two ways compute; where a node behind reads
-another value, there the ways meet:
+answers, one decision turned or, of many, every second one at once, and the traces are laid side by side
+(``traces.py``): up to a mark, and from some node behind it on, they are equal. What stands between is what the two ways
+compute; where a node behind reads another value, there the ways meet:
 
     rand = rand([])                            rand = rand([])
     lt = lt(rand, 0.1)                         lt = lt(rand, 0.1)
@@ -12,13 +12,16 @@ another value, there the ways meet:
     relu = relu(linear)        relu(x)   ->    taken = taken(lt, x, linear, 0)
                                                relu = relu(taken)
 
-That every decision is for itself is proven on every trace, among them the one with all decisions turned: the graph,
-with its branches decided so, must be that trace, node for node. Otherwise the model is refused.
+That every decision is for itself is proven on every trace, among them the one with all decisions turned and some with
+other sets of them: the graph, with its branches decided so, must be that trace, node for node. Otherwise the model is
+refused.
 """
 
 from __future__ import annotations
 
 import functools
+import itertools
+import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -29,8 +32,11 @@ from fxshard.errors import CaptureError
 from fxshard.passes.branch_writes import check_names, copies_written, held_by, write_taken
 from fxshard.passes.decisions import Decisions
 from fxshard.passes.origins import BRANCH, branch_of, module_of, source_of
+from fxshard.passes.root import Root
 from fxshard.passes.traces import Meeting, Trace, alike, operands, refused, same_leaves
 from fxshard.runtime.branches import TAKEN
+from fxshard.runtime.module import find
+from fxshard.torch_internals import SET_GRAD
 
 __all__ = ["with_branches"]
 
@@ -60,24 +66,46 @@ def with_branches(export: Callable[[Decisions], Trace]) -> Trace:
                 return export(decisions), frozenset(free or ()) - sure.keys()
             except CaptureError as error:
                 last = decisions.count - 1
-                if free is not None:  # within the way that was turned there may be decisions of its own
-                    last = max((k for k in free - sure.keys() if k <= last), default=-1)
-                if last < 0 or last in sure or decisions.drawn or len(sure) == ASSERTIONS:
+                if free is not None and last not in free:
+                    raise CaptureError(
+                        f"the forward decides by values inside a tensor, and on one way decides again: {error.what}",
+                        source=error.source,
+                        fix="use torch.where or torch.cond, or pass the value as a number",
+                    ) from None
+                given_up = last < 0 or last in sure or decisions.drawn or len(sure) == ASSERTIONS
+                if given_up or not error.by_the_model:
                     raise
                 sure[last] = error.what
                 wanted[last] = not wanted.get(last, False)
 
-    base, _ = trace({})
-    answers = {number: number in sure for number in range(base.count)}
-    if not base.count:
-        return base
-    if base.count != len(base.marks):
-        raise CaptureError(
-            "the forward decides by values inside a tensor, within torch.cond or its like",
-            fix="use torch.where there, or a torch.cond of its own",
-        )
+    parts = 0
+    while True:
+        base, _ = trace({})
+        answers = {number: number in sure for number in range(base.count)}
+        if not base.count:
+            return base
+        if base.count != len(base.marks):
+            raise CaptureError(
+                "the forward decides by values inside a tensor, within torch.cond or its like",
+                fix="use torch.where there, or a torch.cond of its own",
+            )
+        parts = 2 * parts or (base.count if base.count <= FEW else 2)
+        try:
+            return _with_both(trace, base, answers, sure, parts)
+        except CaptureError:
+            if parts >= min(base.count, MANY):
+                raise
+
+
+FEW, MANY = 4, 16
+"""So many decisions are turned one by one; of more, every second one at once, or rarer ones, where that does not do."""
+Tracer = Callable[..., tuple[Trace, frozenset[int]]]
+
+
+def _with_both(trace: Tracer, base: Trace, answers: dict[int, bool], sure: Mapping[int, str], parts: int) -> Trace:
+    """The base, with the ways of all decisions in it; one in ``parts`` decisions is turned at once."""
     for _ in range(2):
-        groups = [group - sure.keys() for group in _groups(base.count)]
+        groups = [frozenset(range(start, base.count, parts)) - sure.keys() for start in range(parts)]
         found = [trace({**answers, **_turned(answers, group)}, group) for group in groups if group]
         others = [(flips, other) for other, flips in found if flips]
         meetings = [Meeting(base, other, flips) for flips, other in others]
@@ -86,8 +114,11 @@ def with_branches(export: Callable[[Decisions], Trace]) -> Trace:
             break
         answers |= _turned(answers, short)  # the way that computes more is followed: it reads what others leave
         base, _ = trace(answers, frozenset())
-    everything = frozenset(answers) - sure.keys()
-    turned = [*others, (everything, trace({**answers, **_turned(answers, everything)}, frozenset())[0])]
+    free = sorted(answers.keys() - sure.keys())
+    turned = [
+        *others,
+        *((flips, trace({**answers, **_turned(answers, flips)}, frozenset())[0]) for flips in _more(free)),
+    ]
     for each in meetings:
         each.join()
     beside, copies = _merge(base, answers, meetings, sure)
@@ -100,10 +131,15 @@ def _turned(answers: Mapping[int, bool], flips: Sequence[int] | frozenset[int] |
     return {k: not answers[k] for k in flips}
 
 
-def _groups(count: int) -> list[frozenset[int]]:
-    """Every second decision: so that of two neighbours one is as it was."""
-    groups = [frozenset(range(start, count, 2)) for start in (0, 1)]
-    return [group for group in groups if group]
+def _more(free: Sequence[int]) -> list[frozenset[int]]:
+    """Which decisions are turned, beside every so many, to see whether the graph says the same: of a few, all sets of
+    several; of more, all, and some at random.
+    """
+    if len(free) <= 3:
+        sets = [frozenset(each) for size in range(2, len(free) + 1) for each in itertools.combinations(free, size)]
+        return sets or [frozenset(free)]
+    rng = random.Random(len(free))
+    return [frozenset(free), *(frozenset(k for k in free if rng.random() < 0.5) for _ in range(2))]
 
 
 def _merge(
@@ -127,6 +163,7 @@ def _merge(
     if any(n.op == "get_attr" and n not in match for nodes in away.values() for n in _read(nodes)):
         raise refused(base.marks[0], "one way alone reads a tensor")
     now: dict[fx.Node, fx.Node] = {}  # a value that only the base computes -> what others read
+    recorded = _recorded(base.root)
     for number in range(base.count):
         mark, segment = base.marks[number], base.segments[number + 1]
         if number in sure:
@@ -152,6 +189,8 @@ def _merge(
             for x, y in joins[number].items():
                 other = now.get(match.get(y, y), match.get(y, y))
                 held = held_by(x, copies)
+                if mark not in recorded and any(side in recorded for side in (x, other)):
+                    raise refused(mark, "hands on, within no_grad, a value that may have a gradient")
                 now[x] = held if held is not x and held is held_by(other, copies) else taken(x, other)
             for held in dict.fromkeys([*written[0].values(), *written[1].values()]):
                 beside.update(write_taken(held, written, mark, taken))
@@ -173,6 +212,18 @@ def _taken(mark: fx.Node, decision: Any, number: int, answer: bool, x: fx.Node, 
     node = mark.graph.call_function(TAKEN, (decision, yes, no, number))
     node.meta = {**mark.meta, "val": x.meta["val"]}
     return node
+
+
+def _recorded(root: Root) -> set[fx.Node]:
+    """What may carry a gradient: inputs, parameters, and what is made where gradients are enabled."""
+    found, enabled = set(), True
+    for node in root.graph.nodes:
+        if node.target is SET_GRAD:
+            enabled = bool(node.args[0])
+        is_weight = node.op == "get_attr" and getattr(find(root, str(node.target)), "requires_grad", False)
+        if node.op == "placeholder" or is_weight or (enabled and node.op != "get_attr"):
+            found.add(node)
+    return found
 
 
 def _flag(mark: fx.Node, beside: set[fx.Node]) -> fx.Node:

@@ -60,7 +60,11 @@ def _gather(graph: fx.Graph, way: Way, marked: list[fx.Node]) -> None:
         for node in marked:
             _leave(node)
         return
-    between = list(_from(marked[0], joins[0]))
+    behind = set(joins)  # what reads a join stands behind all of the way
+    for node in _from(joins[0], joins[-1]):
+        if not behind.isdisjoint(node.all_input_nodes):
+            behind.add(node)
+    between = [node for node in _from(marked[0], joins[-1]) if node not in behind]
     place = 1 if way[1] else 2
     inside = set(marked)
     for node in reversed(between):

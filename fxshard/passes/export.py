@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dis
 import logging
 import re
 import sys
@@ -25,6 +26,7 @@ from fxshard.passes.decisions import Decisions
 from fxshard.passes.functions import call_whole
 from fxshard.passes.host import host_state, is_same_state, put_back_host_state
 from fxshard.passes.keywords import without_keywords
+from fxshard.passes.named import is_settled
 from fxshard.passes.origins import TORCH_DIR
 from fxshard.passes.questions import Questions
 from fxshard.passes.trees import flatten, without_unchanged
@@ -35,6 +37,7 @@ from fxshard.torch_internals import (
     REGION_PASSES,
     exporter,
     pytree,
+    replaced,
     trusted_distributions,
     unassigned_buffers,
 )
@@ -163,6 +166,7 @@ def export(
             _flat_regions(),
             unassigned_buffers(),  # what is assigned is written back by ``Outputs``
             outputs.questions.noted(),
+            _without_inference_mode(),
             (decisions or Decisions()).answering(),
             without_keywords(),
             trusted_distributions(),  # which would decide by values whether to raise
@@ -178,6 +182,30 @@ def export(
         outputs.drew = tuple(name for name, state in host_state().items() if not is_same_state(state, drawn[name]))
         put_back_host_state(drawn)
     return program
+
+
+@contextlib.contextmanager
+def _without_inference_mode() -> Iterator[None]:
+    """Lets the model's own ``inference_mode`` be what it computes: ``no_grad``, which a graph can hold."""
+    cls, here = torch.inference_mode, threading.get_ident()
+    own_enter, own_exit = cls.__enter__, cls.__exit__
+
+    def enter(self: torch.inference_mode) -> None:
+        if threading.get_ident() != here or not self.mode:
+            own_enter(self)
+            return
+        self.__dict__["_fxshard"] = torch.no_grad()
+        self.__dict__["_fxshard"].__enter__()
+
+    def leave(self: torch.inference_mode, *error: Any) -> None:
+        mine = self.__dict__.pop("_fxshard", None)
+        if mine is None:
+            own_exit(self, *error)
+        else:
+            mine.__exit__(*error)
+
+    with replaced(cls, __enter__=enter, __exit__=leave):
+        yield
 
 
 @contextlib.contextmanager
@@ -419,7 +447,7 @@ def _capture_error(model: nn.Module, error: Exception) -> CaptureError:
     text = str(error)
     name = type(error).__name__
     fix = next((fix for pattern, fix in _FIXES if re.search(pattern, f"{name}: {text}")), None)
-    return CaptureError(
+    made = CaptureError(
         f"the model cannot be captured: {name}: {_first_lines(text)}",
         module=module,
         source=source,
@@ -427,6 +455,21 @@ def _capture_error(model: nn.Module, error: Exception) -> CaptureError:
         or "check that the model runs on these inputs by itself; if it does, torch.export(strict=False) refuses"
         " what that line does",
     )
+    made.by_the_model = _raised_by_the_model(error)
+    return made
+
+
+def _raised_by_the_model(error: Exception) -> bool:
+    """Whether a ``raise`` or an ``assert`` in the model's own code, or a check that it calls, made an error."""
+    trace = error.__traceback__
+    if trace is None:
+        return False
+    while trace.tb_next is not None:
+        trace = trace.tb_next
+    code = trace.tb_frame.f_code
+    if code.co_code[trace.tb_lasti] != dis.opmap["RAISE_VARARGS"]:
+        return False
+    return not is_settled(trace.tb_frame.f_globals.get("__name__")) or code.co_name.startswith(("_check", "_assert"))
 
 
 def _first_lines(text: str) -> str:

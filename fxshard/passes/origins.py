@@ -30,16 +30,19 @@ BRANCH = "@branch"
 """Stands in the key of a stack's entry for what is computed on one way of a branch: see ``branches.py``."""
 
 
+# What an entry is, its last word says: it may stand inside of another one.
+_WAY = re.compile(rf"{BRANCH}(\d+):(True|False)$")
+_CHECKPOINT = re.compile(rf"{CHECKPOINT}\d*:([^@]*)$")
+
+
 def way_of(key: str) -> tuple[int, bool] | None:
     """The branch of a stack's entry, and whether it is the way of True; None for another entry.
 
     >>> way_of("L__self___layers_0@branch3:True"), way_of("L__self___layers_0")
     ((3, True), None)
     """
-    if BRANCH not in key:
-        return None
-    number, _, when = key.rpartition(BRANCH)[2].partition(":")
-    return int(number), when == "True"
+    found = _WAY.search(key)
+    return None if found is None else (int(found[1]), found[2] == "True")
 
 
 def branch_of(node: fx.Node) -> tuple[int, bool] | None:
@@ -53,8 +56,11 @@ def checkpoint_of(key: str) -> str | None:
 
     >>> checkpoint_of("L__self___layers_0@checkpoint3:inner"), checkpoint_of("L__self___layers_0")
     ('inner', None)
+    >>> checkpoint_of("layer@checkpoint3:inner@branch0:True"), way_of("layer@checkpoint3:inner@branch0:True")
+    (None, (0, True))
     """
-    return key.rpartition(":")[2] if CHECKPOINT in key else None
+    found = _CHECKPOINT.search(key)
+    return None if found is None else found[1]
 
 
 def module_of(node: fx.Node) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -70,8 +70,10 @@ class Meeting:
         self.other: dict[int, list[fx.Node]] = {}
         self.joins: dict[int, dict[fx.Node, fx.Node]] = {number: {} for number in flips}
         self._made: dict[fx.Node, int] = {}
+        self._away: dict[fx.Node, int] = {}
+        self._place = {node: i for i, node in enumerate(other.root.graph.nodes)}
         for number, (ours, theirs) in enumerate(zip(base.segments, other.segments, strict=True), -1):
-            shared = _common_end(ours, theirs) if number in flips else len(ours)
+            shared = _common_end(ours, theirs, self.match) if number in flips else len(ours)
             own, rest = ours[: len(ours) - shared], ours[len(ours) - shared :]
             away, more = theirs[: len(theirs) - shared], theirs[max(len(theirs) - shared, 0) :]
             if len(rest) != len(more) or (number not in flips and len(ours) != len(theirs)):
@@ -79,6 +81,7 @@ class Meeting:
             if number >= 0:
                 self.own[number], self.other[number] = own, away
                 self._made |= dict.fromkeys(own, number)
+                self._away |= dict.fromkeys(away, number)
             self._rest[number] = rest, more
 
     @property
@@ -89,6 +92,9 @@ class Meeting:
     def join(self) -> None:
         """Finds where the ways meet."""
         mark = self._base.marks[min(self.flips)]
+        for node, number in self._away.items():
+            for read in operands(node):
+                self._check_alone(read, number)
         for number, (rest, more) in self._rest.items():
             for a, b in zip(rest, more, strict=True):
                 self._join(a, b, mark)
@@ -99,15 +105,28 @@ class Meeting:
         if not alike(a, b):
             raise refused(mark, "what follows depends on it")
         self.match[b] = a
-        for x, y in zip(operands(a), operands(b), strict=True):
-            y = self.match.get(y, y)
+        for x, there in zip(operands(a), operands(b), strict=True):
+            y = self.match.get(there, there)
             if x is y:
                 continue
             number = self._made.get(x)
+            if number is not None:
+                self._check_alone(there, number)
             if number is None or self.joins[number].setdefault(x, y) is not y:
                 raise refused(mark, "what follows depends on it")
             if not _same_kind(x, y):
                 raise refused(mark, "the two ways give values of other shapes or dtypes")
+
+    def _check_alone(self, there: fx.Node, number: int) -> None:
+        """Raises where what is read behind a decision may be read because of an earlier one, that is turned as well.
+
+        What was there before that one, or was made on its other way, may be the value of a name that it decides.
+        """
+        before = max((k for k in self.flips if k < number), default=None)
+        if before is None or there.op == "get_attr":
+            return
+        if self._away.get(there, number) != number or self._place[there] < self._place[self._traced.marks[before]]:
+            raise refused(self._base.marks[number], "which way is taken decides what an earlier decision gives")
 
 
 def refused(mark: fx.Node, why: str) -> CaptureError:
@@ -146,11 +165,13 @@ def alike(a: fx.Node, b: fx.Node) -> bool:
     return a.op == b.op and (a.op == "output" or a.target == b.target) and _constants(a) == _constants(b)
 
 
-def _common_end(ours: Sequence[fx.Node], theirs: Sequence[fx.Node]) -> int:
-    """How many of the last nodes are alike."""
+def _common_end(ours: Sequence[fx.Node], theirs: Sequence[fx.Node], leaves: Mapping[fx.Node, fx.Node]) -> int:
+    """How many of the last nodes are alike, and read the same weights and inputs."""
     count = 0
     for a, b in zip(reversed(ours), reversed(theirs), strict=False):
-        if not alike(a, b) or not _same_kind(a, b):
+        pairs = zip(operands(a), operands(b), strict=False)
+        others = any("call_function" not in (x.op, y.op) and leaves.get(y) is not x for x, y in pairs)
+        if others or not alike(a, b) or not _same_kind(a, b):
             break
         count += 1
     return count

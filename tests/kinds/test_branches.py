@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 from collections.abc import Callable, Iterator
 
@@ -10,6 +11,7 @@ import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 import fxshard
 from fxshard.errors import CaptureError
@@ -185,6 +187,20 @@ def unseen(m: Told, x: torch.Tensor) -> torch.Tensor:
     return h
 
 
+def handed_on_behind_autograd(m: Told, x: torch.Tensor) -> torch.Tensor:
+    h = m.a(x)
+    with torch.no_grad():
+        h = h * 2 if h.sum() > 0 else h
+    out: torch.Tensor = m.a(h)
+    return out
+
+
+def asserting_on_one_way(m: Told, x: torch.Tensor) -> torch.Tensor:
+    if x.sum() > 0:
+        assert x.abs().max() < 100
+    return m.a(x)  # type: ignore[no-any-return]
+
+
 def read_again(m: Told, x: torch.Tensor) -> torch.Tensor:
     y = m.norm(x) if x.sum() > 0 else m.a(x)
     return y + m.norm.running_mean
@@ -198,6 +214,9 @@ REFUSED: dict[str, Callable[[Told, torch.Tensor], object]] = {
     "a view that is read as well": kept_view,
     "what is handed on is written": given_on,
     "written behind autograd": unseen,
+    "handed on behind autograd": handed_on_behind_autograd,
+    "what one way alone refuses": lambda m, x: m.a(x) if x.sum() > 0 else m.a(torch.from_numpy(x.detach().numpy())),
+    "an assertion on one way": asserting_on_one_way,
     "running statistics are read": read_again,
     "drawn by numpy": lambda m, x: m.a(x) * float(np.random.rand()),
     "masked by numpy": lambda m, x: m.a(x) * torch.from_numpy(np.random.rand(4, 8)),
@@ -284,6 +303,94 @@ def test_what_a_way_writes_is_written_where_it_is_taken(name: str, plan: str) ->
         state = program.full_state_dict()
         for key, value in model.state_dict().items():
             torch.testing.assert_close(state[key], value)
+
+
+class Several(nn.Module):
+    """Decisions by flags: ``how`` says what each of them does."""
+
+    def __init__(self, how: Callable[[Several, torch.Tensor, torch.Tensor], object]) -> None:
+        super().__init__()
+        self.a, self.b, self.c, self.d = (nn.Linear(8, 8) for _ in range(4))
+        self.one, self.other, self.how = nn.BatchNorm1d(8), nn.BatchNorm1d(8), how
+
+    def mlp(self, x: torch.Tensor) -> torch.Tensor:
+        out: torch.Tensor = self.c(F.dropout(self.b(x).relu(), 0.5, self.training))
+        return out
+
+    def forward(self, x: torch.Tensor, flags: torch.Tensor) -> object:
+        return self.how(self, x, flags)
+
+
+def past_another(m: Several, x: torch.Tensor, flags: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    t, g = x * 1, x
+    if flags[0] > 0:
+        t = m.a(x)
+    g = g + t
+    if flags[1] > 0:
+        g = m.b(g)
+    if flags[2] > 0:
+        t = m.c(x)
+    return t, g
+
+
+def in_turns(m: Several, x: torch.Tensor, flags: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    h, g = x, x.tanh()
+    for i in range(6):
+        if flags[i] > 0:
+            if i % 2:
+                g = m.b(g + h)
+            else:
+                h = m.a(h) * 2
+    return h, g
+
+
+def other_layers(m: Several, x: torch.Tensor, flags: torch.Tensor) -> torch.Tensor:
+    h = m.one(x) if flags[0] > 0 else m.other(x)
+    return m.a(h) if flags[1] > 0 else m.mlp(h)
+
+
+def checkpointed(m: Several, x: torch.Tensor, flags: torch.Tensor) -> torch.Tensor:
+    h = m.a(x)
+    if flags[0] > 0:
+        h = checkpoint(m.mlp, h, use_reentrant=False)
+    return m.d(h) if flags[1] > 0 else h
+
+
+def results_and_writes(m: Several, x: torch.Tensor, flags: torch.Tensor) -> torch.Tensor:
+    h, t = m.a(x), x * 1
+    if flags[0] > 0:
+        h += t * 0.5
+        t[1] = 0.2
+    return h * t
+
+
+SEVERAL: dict[str, tuple[int, Callable[[Several, torch.Tensor, torch.Tensor], object]]] = {
+    "past another decision": (3, past_another),
+    "two streams in turns": (6, in_turns),
+    "other layers on either way": (2, other_layers),
+    "a checkpointed call": (2, checkpointed),
+    "results and writes": (1, results_and_writes),
+}
+
+
+@slow_but_for("plan", ("dp2", "tp2", "dp2_tp2"), "dp2")
+@pytest.mark.parametrize("name", SEVERAL)
+def test_every_set_of_answers(name: str, plan: str) -> None:
+    count, how = SEVERAL[name]
+    torch.manual_seed(0)
+    model, x = Several(how).double(), torch.randn(4, 8, dtype=torch.float64)
+    program = fxshard.parallelize(model, preset(plan), (x, torch.zeros(count)))
+    sets = list(itertools.product((0.0, 1.0), repeat=count))
+    for flags in map(torch.tensor, sets if count < 4 else sets[::3]):
+        torch.manual_seed(1)
+        want, after = model(x, flags), torch.rand(2)
+        torch.manual_seed(1)
+        got = fxshard.simulate(program, x, flags).outputs[1]
+        assert torch.equal(torch.rand(2), after)
+        torch.testing.assert_close(got, want)
+        state = program.full_state_dict()
+        torch.testing.assert_close(state, dict(model.state_dict()))
+    assert len(program._captures.all) == 1
 
 
 @pytest.mark.parametrize("plan", ["tp2", "dp2"])
