@@ -33,7 +33,9 @@ from fxshard.passes.capture import LOCK, Captured, capture, number_constants
 from fxshard.passes.constants import check_constants, declared
 from fxshard.passes.fidelity import check_fidelity
 from fxshard.passes.pipeline import STAGES, Compiled, Options, compile_graph
+from fxshard.passes.reads import check_kept, check_unread
 from fxshard.passes.serves import Changes, Conditions
+from fxshard.passes.tensors import Kinds, check_own_memory, check_same, kinds_of
 from fxshard.passes.weights import dim_of
 from fxshard.passes.writes import LOST, check_lost
 from fxshard.placement import Placements, is_shard, join_all
@@ -100,8 +102,9 @@ class ParallelModule(StandIn):
         self._captures = Captures(Changes())
         self._lock = threading.RLock()
         self._latest: Compiled | None = None
+        self._kinds: Kinds = {}
         self._ranks: dict[int, RankModule] = {}
-        self._seen: dict[int, list[tuple[str, tuple[int, int]]]] = {}
+        self._seen: dict[int, list[tuple[str, tuple[int, int, bool]]]] = {}
         self._sources: dict[tuple[int, int], str] = {}
         self._functions: dict[int, Any] = {}
         self._checksums: dict[str, int] = {}
@@ -143,6 +146,7 @@ class ParallelModule(StandIn):
         for held in self._captures.all:
             made._captures.add(held)
         made.plan, made._latest, made._placements = self.plan, self._latest, dict(self._placements)
+        made._kinds = self._kinds
         made._ranks = {rank: copy.deepcopy(module, memo) for rank, module in self._ranks.items()}
         made._device = self._device
         made._show(made.rank_module(made.rank))
@@ -185,6 +189,10 @@ class ParallelModule(StandIn):
         return found
 
     def _capture(self, model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], exact: bool) -> Held:
+        if self._latest is None:
+            check_own_memory(self._tensors())
+            self._kinds = kinds_of(self._tensors())
+        check_same(kinds_of(self._tensors()), self._kinds)
         shapes = None if exact else self._dynamic_shapes
         device = target_device(()) if self._device.type == "meta" else self._device
         is_there = all(t.device.type == device.type for _, t in self._tensors())
@@ -193,7 +201,11 @@ class ParallelModule(StandIn):
         with_grad = torch.is_grad_enabled()
 
         def check(made: Captured, stored: bool) -> bool:
-            return has_values and check_fidelity(model, made, args, kwargs, backward=stored or with_grad)
+            guards = made.reads.guards(model, self._captures.changes.attributes.keys())
+            check_kept(guards)
+            fits = has_values and check_fidelity(model, made, args, kwargs, backward=stored or with_grad)
+            check_unread(guards)
+            return fits
 
         kept = self._cache if shapes is None else None
         make = partial(capture, model, args, kwargs, dynamic_shapes=shapes, device=device)
@@ -414,7 +426,10 @@ class ParallelModule(StandIn):
         In simulation ``parameters()`` are those of one rank, and an optimizer over them trains no other.
         """
         now = {
-            rank: [(n, (p._version, p.data_ptr())) for n, p in m.named_parameters()] for rank, m in self._ranks.items()
+            rank: [
+                (n, (p._version, p.data_ptr(), p.requires_grad)) for n, p in (*m.named_parameters(), *m.named_buffers())
+            ]
+            for rank, m in self._ranks.items()
         }
         before, self._seen = self._seen, now
         if len(now) < 2 or before.keys() != now.keys():
@@ -423,12 +438,13 @@ class ParallelModule(StandIn):
         others = set.union(*(names for rank, names in changed.items() if rank != self.rank))
         for name in sorted(changed[self.rank] - others):
             parts = [find(module, name) for module in self._ranks.values()]
-            whole = not any(is_shard(placed) for placed in self._placements[name])
-            if not (whole and all(torch.equal(parts[0], part) for part in parts[1:])):
+            whole = not any(is_shard(placed) for placed in self._placements.get(name, ()))
+            needs = {part.requires_grad for part in parts}
+            if not (whole and len(needs) == 1 and all(torch.equal(parts[0], part) for part in parts[1:])):
                 raise InputError(
                     f"the ranks differ: {name} was changed on rank {self.rank}, and on no other",
-                    fix="an optimizer over program.parameters() steps this rank's parts: in simulation make one a "
-                    "rank, over program.rank_module(r).parameters(), and step them all",
+                    fix="program.parameters() and buffers() are this rank's: in simulation do the same to those of "
+                    "program.rank_module(r) for every rank r, and make an optimizer for each",
                 )
 
     def finish(self, compiled: Compiled, leaves: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import inspect
 import types
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NoReturn, Self
 
 import torch
@@ -18,7 +18,15 @@ from torch import nn
 
 from fxshard.captures import Captures
 from fxshard.errors import FxshardError
-from fxshard.runtime.mirror import WHOLE_WRAP, check_unmoved, refuse, refuse_replacing
+from fxshard.passes.capture import LOCK
+from fxshard.runtime.mirror import (
+    WHOLE_WRAP,
+    check_unmoved,
+    refuse,
+    refuse_patching,
+    refuse_replacing,
+    wrapper_at_work,
+)
 from fxshard.runtime.original import Original
 
 
@@ -69,15 +77,17 @@ class StandIn(nn.Module):
     def __setattr__(self, name: str, value: Any) -> None:
         """Modes and the model's plain attributes mean another capture; weights and modules cannot be replaced."""
         refuse_replacing("", name, value)
+        refuse_patching("", type(self), name, value)
         if name == "__class__":
             refuse("the program cannot become another class", "wrap the model before parallelize")
         shown = self.__dict__.get("_shown")
         if shown is not None:
             if name == "training":
                 self._captures.changes.set_mode("", value)
-            elif name not in self.__dict__ and not hasattr(type(self), name) and hasattr(shown, name):
+            elif name not in self.__dict__ and not hasattr(type(self), name):
                 setattr(shown, name, value)
-                return
+                if not name.startswith("_"):
+                    return
         super().__setattr__(name, value)
 
     def __delattr__(self, name: str) -> None:
@@ -92,12 +102,35 @@ class StandIn(nn.Module):
     register_parameter = register_buffer = add_module = register_module = _refuse_adding
 
     def train(self, mode: bool = True) -> Self:
-        """As ``nn.Module.train``; another mode is another capture."""
-        if self._shown is None:
-            changes = self._captures.changes
-            for path, _ in self._original.get().named_modules():
-                changes.set_mode(path, mode)
-        return super().train(mode)
+        """As the model's own ``train``; another mode is another capture."""
+        return self._set_modes(lambda model: model.train(mode))
+
+    def eval(self) -> Self:
+        """As the model's own ``eval``."""
+        return self._set_modes(lambda model: model.eval())
+
+    def _set_modes(self, function: Callable[[nn.Module], object]) -> Self:
+        """Lets the model's code say which of its modules have which mode, and gives the program these."""
+        changes, shown = self._captures.changes, self._shown
+        if shown is not None:
+            function(shown)
+            self.__dict__["training"] = shown.training
+            changes.set_mode("", shown.training)
+            return self
+        with LOCK, changes.on(self._original.get()):  # the model's modes are the user's
+            function(self._original.get())
+            modes = {path: module.training for path, module in self._original.get().named_modules()}
+        for path, mode in modes.items():
+            changes.set_mode(path, mode)
+        self.__dict__["training"] = modes[""]
+        return self
+
+    def named_modules(self, *args: Any, **kwargs: Any) -> Iterator[tuple[str, nn.Module]]:
+        """As ``nn.Module.named_modules``; wrappers of what holds a program meet it here."""
+        if wrapper_at_work():
+            refuse("the program is no replica", WHOLE_WRAP)
+        found: Iterator[tuple[str, nn.Module]] = super().named_modules(*args, **kwargs)
+        return found
 
     def requires_grad_(self, requires_grad: bool = True) -> Self:
         """As ``nn.Module.requires_grad_``, for all ranks that this process holds."""

@@ -23,6 +23,7 @@ import torch
 from torch import nn
 
 from fxshard.cache.stored import NotStorable
+from fxshard.passes.calls import pattern_of
 from fxshard.passes.capture import signature_key
 from fxshard.passes.named import Place
 from fxshard.passes.serves import surroundings
@@ -49,6 +50,7 @@ def key_of(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], d
     told = _Told()
     leaves, _ = flatten((args, dict(kwargs)))
     told.add("inputs", signature_key(model, args, kwargs), [_kind(x) for x in leaves if isinstance(x, torch.Tensor)])
+    told.add("pattern", pattern_of(leaves))
     told.add("model", model)
     told.add("functional", [f for _, f in sorted(vars(nn.functional).items()) if isinstance(f, types.FunctionType)])
     told.add("versions", sys.version, torch.__version__, torch.version.git_version, _own_code())

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Container, Mapping
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +13,7 @@ import torch
 from fxshard.errors import InputError
 from fxshard.passes.guards import broken
 from fxshard.passes.trees import paths
+from fxshard.passes.values import is_plain, same
 from fxshard.torch_internals import pytree
 
 if TYPE_CHECKING:
@@ -91,6 +92,14 @@ def canonical_call(
     return tuple(positional), named
 
 
+def without_defaults(tree: tuple[tuple[Any, ...], dict[str, Any]], signature: inspect.Signature) -> Any:
+    """A call as ``canonical_call`` writes it, without what says no more than the defaults do."""
+    args, named = tree
+    parameters = signature.parameters
+    said = {n for n, v in named.items() if n in parameters and is_plain(v) and same(v, parameters[n].default)}
+    return args, {name: value for name, value in named.items() if name not in said}
+
+
 def named_dynamic_shapes(
     shapes: Any,
     signature: inspect.Signature,
@@ -153,6 +162,18 @@ def in_words(dtype: torch.dtype | None, shape: Any) -> str:
     return f"{str(dtype).removeprefix('torch.')}[{', '.join(map(str, shape))}]"
 
 
+def pattern_of(leaves: Sequence[Any]) -> tuple[int, ...]:
+    """Which of the leaves are one tensor: for each the first place where it is; empty where each is another.
+
+    >>> x, y = torch.ones(1), torch.ones(1)
+    >>> pattern_of([x, 2, x]), pattern_of([x, 2, y])
+    ((0, 1, 0), ())
+    """
+    first: dict[int, int] = {}
+    places = tuple(first.setdefault(id(x), i) if isinstance(x, torch.Tensor) else i for i, x in enumerate(leaves))
+    return places if any(place != i for i, place in enumerate(places)) else ()
+
+
 def check_leaves(captured: Captured, leaves: list[Any]) -> None:
     """Compare each leaf with what was captured; all that do not fit are named in one error."""
     sizes = _Sizes(captured.ranges, captured.free_sizes)
@@ -178,6 +199,11 @@ def check_leaves(captured: Captured, leaves: list[Any]) -> None:
             "the inputs do not fit what was captured: " + "; ".join(problems),
             fix="give inputs of the captured shapes, capture again with these, or name the dims that vary in "
             "dynamic_shapes, in a range that has these sizes",
+        )
+    if pattern_of(leaves) != captured.pattern:
+        raise Excluded(
+            "the inputs do not fit what was captured: which of them are one tensor differs",
+            fix="clone what is given twice, or capture again with these",
         )
     if problems := broken(captured.guards, sizes.known, _places(captured)):
         raise Excluded(

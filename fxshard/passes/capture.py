@@ -40,10 +40,13 @@ from fxshard.passes.calls import (
     free_of,
     leaf_of,
     named_dynamic_shapes,
+    pattern_of,
     structure_error,
+    without_defaults,
 )
 from fxshard.passes.constants import as_declared
 from fxshard.passes.decisions import Decisions
+from fxshard.passes.effects import is_mutating
 from fxshard.passes.export import Outputs, export, fits_graph, has_meta, quiet
 from fxshard.passes.guards import guards_of
 from fxshard.passes.host import replaced_draws
@@ -91,6 +94,7 @@ class Captured:
             the pair of what the model returns, and of the arguments as they are behind it.
         asks_grad: whether the model's code asks whether gradients are enabled; of a result, ``requires_grad`` tells.
         asks_needs: whether it asks what requires one.
+        pattern: which of the input leaves are one tensor: see ``calls.pattern_of``.
     """
 
     root: Root
@@ -113,6 +117,7 @@ class Captured:
     changes_inputs: bool = False
     asks_grad: bool = False
     asks_needs: bool = False
+    pattern: tuple[int, ...] = ()
 
     def flatten_inputs(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[Any]:
         """Return the leaves of a call in the order of the placeholders.
@@ -124,6 +129,8 @@ class Captured:
         leaves, spec = flatten(tree)
         if spec != self.in_spec:
             leaves, spec = flatten(reorder(tree, self.in_spec))
+        if spec != self.in_spec:
+            leaves, spec = flatten(reorder(without_defaults(tree, self.signature), self.in_spec))
         if spec != self.in_spec:
             raise structure_error(self, tree)
         leaves = [as_declared(leaf, self.constants.get(i)) for i, leaf in enumerate(leaves)]
@@ -244,6 +251,7 @@ def _capture(
         changes_inputs=outputs.changes_inputs,
         asks_grad=asks_grad,
         asks_needs=outputs.asks_needs or asks_needs,
+        pattern=pattern_of(leaves),
     )
 
 
@@ -382,7 +390,7 @@ def _keep_read(graph: fx.Graph, buffer: fx.Node) -> None:
     if not buffer.meta["val"].is_floating_point():
         return
     readers = [user for user in buffer.users if not (user.target is _COPY and user.args[0] is buffer)]
-    if not readers:
+    if not readers or any(is_mutating(user.target) for user in readers):  # of what it is by then
         return
     with graph.inserting_after(buffer):
         copied = graph.call_function(torch.ops.aten.clone.default, (buffer,))

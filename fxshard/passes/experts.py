@@ -130,7 +130,8 @@ def pick(new: fx.Graph, node: fx.Node, info: Info, mesh: RankMesh, axes: list[in
     lengths: Any = lengths_of(size, placement, mesh.sizes[axis])
     if cut_of(placement).groups:
         lengths = rows_node(new, mesh.names[axis], placement)
-    made = call_like(new, run.pick, (source, dim, positions, mesh.names[axis]), node, **_told(lengths))
+    told = _told(lengths) | ({"wraps": False} if node.target is aten.index_select.default else {})
+    made = call_like(new, run.pick, (source, dim, positions, mesh.names[axis]), node, **told)
     new.erase_node(node)
     return made
 

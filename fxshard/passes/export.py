@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dis
+import gc
 import logging
 import re
 import sys
@@ -127,7 +128,20 @@ def fits_graph(value: Any) -> bool:
 
 
 def _hides_tensors(value: Any) -> bool:
-    return any(isinstance(item, torch.Tensor) for item in getattr(value, "__dict__", {}).values())
+    """Whether a value that is no container for pytree holds tensors, or what cannot be looked through."""
+    pending, met = [value], dict[int, Any]()
+    while pending:
+        item = pending.pop()
+        if isinstance(item, torch.Tensor | Iterator):
+            return True
+        if id(item) in met or isinstance(item, type | types.ModuleType | nn.Module) or is_plain(item):
+            continue
+        met[id(item)] = item
+        if isinstance(item, types.FunctionType):
+            pending += [*(cell.cell_contents for cell in item.__closure__ or ()), *(item.__defaults__ or ())]
+        elif len(met) < 1000:
+            pending += gc.get_referents(item)
+    return False
 
 
 def export(

@@ -18,7 +18,7 @@ import torch
 from torch import fx, nn
 from torch.utils.checkpoint import CheckpointFunction
 
-from fxshard.errors import CaptureError
+from fxshard.errors import CaptureError, FxshardError
 from fxshard.passes.capture import Captured
 from fxshard.passes.constants import handed_out
 from fxshard.passes.effects import base_of
@@ -67,7 +67,16 @@ def check_fidelity(
     def both(backward: bool) -> tuple[dict[str, Any] | None, dict[str, Any] | None]:
         with unchanged(model), handed_out(model, False, next((t.device for t in tensors), None)):
             want = _run(model, model, lambda a, k: model(*a, **k), args, kwargs, written, backward)
-        return want, _run(model, root, replay, args, kwargs, written, backward)
+        try:
+            return want, _run(model, root, replay, args, kwargs, written, backward)
+        except FxshardError:
+            raise
+        except Exception as error:
+            raise CaptureError(
+                f"what torch.export captured does not run, where the model does: {type(error).__name__}: "
+                f"{str(error).splitlines()[0] if str(error) else ''}",
+                fix="write the line that it names with other operators, or report it to PyTorch",
+            ) from error
 
     want, got = both(backward)
     if want is None or got is None:  # the backward pass of the model itself fails
@@ -129,6 +138,13 @@ def _run(
         The outputs, what the inputs are afterwards, the buffers, and the gradients; None if the backward pass fails.
     """
     saved = [(each, each.detach().clone()) for each in (*model.buffers(), *written)]
+    own: dict[int, torch.Tensor] = {}  # what is given twice is one tensor
+
+    def _own(tensor: torch.Tensor) -> torch.Tensor:
+        if id(tensor) not in own:
+            own[id(tensor)] = tensor.detach().clone().requires_grad_(tensor.requires_grad)
+        return own[id(tensor)]
+
     own_args, own_kwargs = pytree.tree_map_only(torch.Tensor, _own, (args, dict(kwargs)))
     drawn = host_state()
     seed_host(len(saved) + 1)  # what a capture froze of these is drawn anew
@@ -183,10 +199,6 @@ def _at_once() -> Iterator[None]:
         yield
     finally:
         del CheckpointFunction.apply
-
-
-def _own(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.detach().clone().requires_grad_(tensor.requires_grad)
 
 
 def _gradients(loss: torch.Tensor, of: list[torch.Tensor]) -> tuple[torch.Tensor | None, ...] | None:

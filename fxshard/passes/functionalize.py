@@ -286,7 +286,11 @@ class _Functionalizer:
         before = ref.cell.value if self._hides_gradient(ref) else None
         ref.cell.is_hidden &= before is not None
         held = self._read(written)
-        behind = not ref.views and self._may_carry_gradient(held)  # of a part, the rest carries it
+        whole = not ref.views or _name(node.target) in (
+            "zero_",
+            "fill_",
+        )  # of a part that is copied, the rest carries it
+        behind = whole and self._may_carry_gradient(held)
         self._store(node, ref, self._cast(node, self._functional(node, held, behind), held))
         if before is not None:
             ref.cell.value = self._emit(node, HIDDEN_WRITE, (ref.cell.value, before), val=before.meta["val"])

@@ -77,12 +77,17 @@ def describe(args: tuple[Any, ...], kwargs: Mapping[str, Any], mode: Hashable) -
     >>> describe(([torch.ones(2)],), {}, "training")
     """
     described: list[Hashable] = []
+    tensors: list[int] = []
     for value in (*args, *kwargs.values()):
         kind = type(value)
         if kind in _TENSORS:
             described.append((value.shape, value.dtype))
+            tensors.append(id(value))
+        elif kind is float:
+            described.append((kind, value.hex()))  # 0.0 == -0.0
         elif kind in _PLAIN:
             described.append((kind, value))
         else:
             return None
-    return mode, len(args), tuple(kwargs), tuple(described)
+    pattern = () if len(set(tensors)) == len(tensors) else tuple(map(tensors.index, tensors))
+    return mode, len(args), tuple(kwargs), (*described, *pattern)

@@ -68,6 +68,16 @@ class Ran:
         self.spaces: dict[types.CodeType, dict[str, Any]] = {}
         self.cells: dict[types.CodeType, set[tuple[int, ...]]] = {}
 
+    def forget(self) -> None:
+        """Empties the caches of what was cached meanwhile (``functools.cache``): it has tensors of the trace."""
+        spaces = list({id(space): space for space in self.spaces.values()}.values())
+        classes = [vars(each) for space in spaces for each in space.values() if isinstance(each, type)]
+        for space in (*spaces, *classes):
+            for held in space.values():
+                code = getattr(getattr(held, "__wrapped__", None), "__code__", None)
+                if isinstance(held, functools._lru_cache_wrapper) and code in self.spaces:
+                    held.cache_clear()
+
     def functions(self) -> list[types.FunctionType]:
         """The functions that have the closures which were found."""
         there = gc.get_referrers(*self.cells) if self.cells else []
@@ -103,6 +113,7 @@ def watched() -> Iterator[Ran]:
         yield ran
     finally:
         sys.settrace(before)
+        ran.forget()
 
 
 def is_settled(module_name: str | None) -> bool:

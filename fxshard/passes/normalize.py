@@ -371,7 +371,7 @@ def _keeps_dims(node: fx.Node, source: torch.Tensor) -> bool:
         return node.target is _aten.type_as.default or other.meta["val"].dim() == source.dim()  # type: ignore[union-attr]
     if node.target in (_aten.squeeze.default, _aten.squeeze.dim, _aten.squeeze.dims):
         dims = range(source.dim()) if other is None else [other] if isinstance(other, int) else other
-        return all(isinstance(source.shape[dim], int) for dim in dims)  # type: ignore[union-attr, index]
+        return not source.dim() or all(isinstance(source.shape[dim], int) for dim in dims)  # type: ignore[union-attr, index]
     return node.target not in _SIZED.values() or len(_sizes(node)) == source.dim()
 
 

@@ -29,11 +29,13 @@ from typing import Any
 import torch
 from torch import nn
 
+from fxshard.errors import CaptureError
 from fxshard.passes.named import Named, Place, Ran, is_installed, is_settled, named_by, place_at, places_of, watched
 from fxshard.passes.values import Content, contents, is_plain, kinds_of, same
 from fxshard.runtime.module import joined
+from fxshard.torch_internals import FakeTensor
 
-__all__ = ["OF_MODULES", "Guard", "Read", "Reading", "Reads", "reading"]
+__all__ = ["OF_MODULES", "Guard", "Read", "Reading", "Reads", "check_kept", "check_unread", "reading"]
 
 OF_MODULES = frozenset(vars(nn.Module())) | {"_is_hf_initialized"}
 """What every module has, and the passes look at in their own way."""
@@ -226,6 +228,44 @@ class Asked:
         """Of which size those are that were written to, a line each."""
         shapes = [list(tensor.shape) for tensor, version in self._then if tensor._version != version]
         return [f"a tensor of shape {shape}, by which forward decides, was written to" for shape in shapes]
+
+
+def check_kept(guards: Iterable[Guard]) -> None:
+    """Raises where forward kept tensors of the trace in what it reads, and takes them out.
+
+    Raises:
+        CaptureError: a list or a dict outside of the model's modules holds what was put there while it was traced.
+    """
+    where = ""
+    for guard in (each for each in guards if isinstance(each, Content)):
+        holder = guard.holder
+        if isinstance(holder, dict):
+            for key in [key for key, value in holder.items() if isinstance(value, FakeTensor)]:
+                del holder[key]
+                where = guard.where
+        elif isinstance(holder, list) and any(isinstance(value, FakeTensor) for value in holder):
+            holder[:] = [value for value in holder if not isinstance(value, FakeTensor)]
+            where = guard.where
+    if where:
+        raise CaptureError(
+            f"forward keeps tensors in {where}, where later calls would find them: a program does not",
+            fix="return them from forward, or keep them in buffers; a table that is always the same can be a buffer "
+            "made in __init__",
+        )
+
+
+def check_unread(guards: Iterable[Guard]) -> None:
+    """Raises where a run of the model changed what it reads: the program would not.
+
+    Raises:
+        CaptureError: then.
+    """
+    changed = [line for guard in guards for line in guard.changed()]
+    if changed:
+        raise CaptureError(
+            f"forward changes what it reads outside of the model's modules: {changed[0]}",
+            fix="count in an attribute of a module (self.calls += 1) or in a buffer, or outside of forward",
+        )
 
 
 Guard = Read | Content | Absent | Structure | Asked

@@ -22,6 +22,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
+from fxshard.errors import CaptureError
 from fxshard.passes.capture import Captured
 from fxshard.passes.reads import Guard
 from fxshard.passes.values import same
@@ -110,6 +111,11 @@ class Changes:
             for parameter, _, wanted in needs:
                 parameter.requires_grad_(wanted)
             for path, mode in self.modes.items():
+                if path not in modules:
+                    raise CaptureError(
+                        f"{path} of the model is gone: it was there when the program was made",
+                        fix="a program's modules are those of its first capture: parallelize the model again",
+                    )
                 modules[path].training = mode
             for (attributes, name), value in zip(held, self.attributes.values(), strict=True):
                 attributes[name] = value

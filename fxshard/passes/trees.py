@@ -99,7 +99,9 @@ def _put_items(target: dict[Any, Any], changed: dict[Any, Any]) -> None:
     made = {key: _merged(target[key], item) if key in target else item for key, item in changed.items()}
     if list(made) != list(target):
         target.clear()
-    target.update(made)
+    for key, item in made.items():
+        if key not in target or target[key] is not item:
+            target[key] = item
 
 
 def _merged(old: Any, new: Any) -> Any:
@@ -107,7 +109,11 @@ def _merged(old: Any, new: Any) -> Any:
     if new is UNCHANGED or new is old:
         return old
     is_object = hasattr(old, "__dict__") and not isinstance(old, torch.Tensor | type)
-    if type(old) is type(new) and (isinstance(old, dict | list | tuple | deque) or is_object):
+    if type(old) is type(new) and isinstance(old, tuple) and len(old) == len(new):
+        made = [_merged(a, b) for a, b in zip(old, new, strict=True)]
+        same = all(a is b for a, b in zip(made, old, strict=True))
+        return old if same else type(old)._make(made) if hasattr(old, "_make") else type(old)(made)
+    if type(old) is type(new) and (isinstance(old, dict | list | deque) or is_object):
         put_back(old, new)
         return old
     return new
@@ -136,12 +142,18 @@ def _register(cls: type) -> bool:
         take, make = _flatten_dataclass, functools.partial(_unflatten_dataclass, cls)
     elif any(base.__name__ == "Cache" and base.__module__.startswith("transformers.") for base in cls.__mro__):
         take, make = _flatten_object, _unflatten_object
+    elif issubclass(cls, dict | list | tuple) and cls not in (dict, list, tuple) and not hasattr(cls, "_fields"):
+        take, make = _flatten_container, functools.partial(_unflatten_container, cls)
     else:
         return False
 
     def flatten_with_keys(value: Any) -> tuple[list[Any], Any]:
         leaves, context = take(value)
         names = context if dataclasses.is_dataclass(cls) else [str(i) for i in range(len(leaves))]
+        if issubclass(cls, dict) and not dataclasses.is_dataclass(cls):
+            keys: list[Any] = [pytree.MappingKey(key) for key in context[0]]
+            return [*zip(keys, leaves, strict=False), *((pytree.GetAttrKey(n), leaves[len(keys) + i])
+                    for i, n in enumerate(context[1]))], context  # fmt: skip
         return [(pytree.GetAttrKey(name), leaf) for name, leaf in zip(names, leaves, strict=True)], context
 
     pytree.register_pytree_node(
@@ -167,6 +179,27 @@ def _unflatten_dataclass(cls: type, leaves: Any, names: Any) -> Any:
     for name, leaf in pairs.items():
         object.__setattr__(result, name, leaf)
     return result
+
+
+def _flatten_container(value: Any) -> tuple[list[Any], Any]:
+    """What a user's own kind of dict, list or tuple holds, and its attributes."""
+    state = getattr(value, "__dict__", {})
+    keys = tuple(value) if isinstance(value, dict) else tuple(range(len(value)))
+    items = value.values() if isinstance(value, dict) else value
+    return [*items, *state.values()], (keys, tuple(state))
+
+
+def _unflatten_container(cls: type, leaves: Any, context: Any) -> Any:
+    leaves, (keys, names) = list(leaves), context
+    items = leaves[: len(keys)]
+    made: Any = tuple.__new__(cls, items) if issubclass(cls, tuple) else cls.__new__(cls)
+    if issubclass(cls, dict):
+        dict.update(made, zip(keys, items, strict=True))
+    elif issubclass(cls, list):
+        list.extend(made, items)
+    if names:
+        vars(made).update(zip(names, leaves[len(keys) :], strict=True))
+    return made
 
 
 def _flatten_object(value: Any) -> tuple[list[Any], Any]:

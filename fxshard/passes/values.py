@@ -64,7 +64,9 @@ def same(now: Any, then: Any) -> bool:
     """Whether a value is what it was: the same object, or equal, where it is plain."""
     if now is then:
         return True
-    return type(now) is type(then) and is_plain(then) and (now == then or (now != now and then != then))
+    if type(now) is float and type(then) is float:
+        return now.hex() == then.hex()  # 0.0 == -0.0, and nan is none of both
+    return type(now) is type(then) and is_plain(then) and now == then
 
 
 class Slots(Mapping[str, Any]):

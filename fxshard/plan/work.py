@@ -94,6 +94,8 @@ class Work:
     def apply(self, part: str, glob: str, entry: Mapping[str, Placement]) -> None:
         """One entry of the user's plan."""
         matched = self._match(part, glob)
+        if part == "inputs" and not {*glob}.isdisjoint("*?["):  # a number has no dims to be split
+            matched = [(name, node) for name, node in matched if _has_dims(node)] or matched
         for axis, placement in entry.items():
             if not self.has_axis(axis, f"{part} {glob!r}"):
                 continue
@@ -367,3 +369,8 @@ def _mending(size: Dim, placement: Shard, others: Sequence[int]) -> str:
 def _few(names: Iterable[str]) -> str:
     listed = list(names)
     return ", ".join(map(repr, listed[:5])) + (f", ... ({len(listed)} in all)" if len(listed) > 5 else "")
+
+
+def _has_dims(node: fx.Node | None) -> bool:
+    value = None if node is None else node.meta.get("val")
+    return isinstance(value, torch.Tensor) and value.dim() > 0

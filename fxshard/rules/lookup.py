@@ -62,6 +62,8 @@ def recipe_for(
         found = rule.function(call)
         if draws(node) and any(f.lowering is None for f in found.factors):
             found = Recipe(unread=found.unread)  # a part of the draw is not a draw of the part
+        if any((len(f.inputs), len(f.outputs)) != (len(inputs), len(outputs)) for f in found.factors):
+            found = Recipe()  # another form of the operator, of lists of tensors
         factors = (_with_dims(f, inputs, outputs) for f in found.factors)
         _cache[key] = found = replace(found, factors=tuple(factors))
     return found

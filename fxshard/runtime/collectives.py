@@ -476,18 +476,16 @@ _LOCAL = ("identity", "own_part")
 class _Nothing(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, shape: tuple[int, ...], dtype: torch.dtype, *operands: torch.Tensor) -> torch.Tensor:
-        ctx.save_for_backward(*operands)  # whose gradients depend on each other, on the ranks that have a part
+        needed = ctx.needs_input_grad[2:]  # whose gradients depend on each other, on the ranks that have a part
+        ctx.save_for_backward(*(x for x, needs in zip(operands, needed, strict=True) if needs))
         return operands[0].new_zeros(shape, dtype=dtype)
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[Any, ...]:
         operands = ctx.saved_tensors
         flows = torch.is_grad_enabled()
-        grads = (
-            nothing([grad, *operands], tuple(x.shape), x.dtype, flows) if needed else None
-            for x, needed in zip(operands, ctx.needs_input_grad[2:], strict=True)
-        )
-        return None, None, *grads
+        grads = iter([nothing([grad, *operands], tuple(x.shape), x.dtype, flows) for x in operands])
+        return None, None, *(next(grads) if needs else None for needs in ctx.needs_input_grad[2:])
 
 
 def nothing(

@@ -40,22 +40,25 @@ def own_ends(ends: torch.Tensor, axis: Axis, lengths: Lengths = ()) -> torch.Ten
     return own - ends[first - 1] if first else own
 
 
-def pick(x: torch.Tensor, dim: int, positions: torch.Tensor, axis: Axis, lengths: Lengths = ()) -> torch.Tensor:
+def pick(
+    x: torch.Tensor, dim: int, positions: torch.Tensor, axis: Axis, lengths: Lengths = (), wraps: bool = True
+) -> torch.Tensor:
     """``x`` at ``positions`` of a dim of which this rank holds a part; zeros at those that other ranks hold.
 
     Args:
         x: this rank's part.
         dim: the dim that is split.
-        positions: in the whole of the dim, from its end where they are negative.
+        positions: in the whole of the dim.
         axis: the mesh axis.
         lengths: what each rank holds; empty where all hold the same.
+        wraps: whether negative positions count from the end; else they are out of range, and raise.
     """
     size = sum(lengths) if lengths else x.shape[dim] * axis.size
     shape = (*x.shape[:dim], *positions.shape, *x.shape[dim + 1 :])
     if x.shape[dim] == 0:
         return nothing([x], shape, x.dtype)
     start = sum(lengths[: axis.index]) if lengths else axis.index * (size // axis.size)
-    local = torch.where(positions < 0, positions + size, positions) - start
+    local = (torch.where(positions < 0, positions + size, positions) if wraps else positions) - start
     least = 0 if start else -FAR  # what is out of the whole range is the first or the last rank's, which raises
     bound = x.shape[dim] if start + x.shape[dim] < size else FAR
     foreign = (local < least) | (local >= bound)

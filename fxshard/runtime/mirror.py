@@ -90,6 +90,32 @@ def refuse_replacing(where: str, name: str, value: Any, held: bool = False) -> N
         )
 
 
+def refuse_patching(where: str, cls: type, name: str, value: Any) -> None:
+    """Raises where a function would take the place of a method: the program's code was made of the method."""
+    if callable(value) and not isinstance(value, type) and callable(getattr(cls, name, None)):
+        refuse(
+            f"{where or 'the program'}.{name} cannot be given another function: the program does not call it",
+            "patch the model before parallelize",
+        )
+
+
+class Fixed(dict[str, Any]):
+    """The modules of a module of a program: there are always these."""
+
+    def __init__(self, path: str) -> None:
+        super().__init__()
+        self.path = path
+
+    def _refuse(self, *args: Any, **kwargs: Any) -> NoReturn:
+        refuse(
+            f"the modules in {self.path or 'the program'} cannot be added to, replaced or removed: the program's code "
+            "was made of these",
+            "change the model, and parallelize again",
+        )
+
+    __setitem__ = __delitem__ = clear = pop = popitem = setdefault = update = __ior__ = _refuse
+
+
 class Mirror:
     """What the modules of a program have in front of the classes of the model's."""
 
@@ -110,6 +136,7 @@ class Mirror:
         else:
             held = name in self.__dict__["_parameters"] or name in self.__dict__["_modules"]
             refuse_replacing(path, name, value, held)
+            refuse_patching(path, type(self), name, value)
             self.__dict__[name] = value
             if name not in _OF_MODULES:
                 listener.set_attribute(path, name, value)
@@ -207,7 +234,8 @@ def mirror(model: nn.Module, rank_module: nn.Module, listener: Listener) -> nn.M
             children = made[id(module)]._modules
             for name, child in module._modules.items():
                 held = parts._modules.get(name) if parts is not None else None
-                children[name] = None if child is None else build(child, joined(path, name), held)
+                shown = None if child is None else build(child, joined(path, name), held)
+                dict.__setitem__(children, name, shown)
         return made[id(module)]
 
     return build(model, "", rank_module)
@@ -227,7 +255,7 @@ def _instance(module: nn.Module, path: str, parts: nn.Module | None, listener: L
     state["_non_persistent_buffers_set"] = module._non_persistent_buffers_set
     tables: Mapping[str, Any] = vars(parts) if parts is not None else vars(fresh)
     state["_parameters"], state["_buffers"] = tables["_parameters"], tables["_buffers"]
-    state["_modules"] = {}
+    state["_modules"] = Fixed(path)
     made.__dict__.update(state)
     made.__dict__[_BOUND] = path, listener
     return made  # type: ignore[no-any-return]

@@ -8,7 +8,9 @@ that a changed configuration counts.
 from __future__ import annotations
 
 import copy
+import gc
 import logging
+import types
 import weakref
 from collections.abc import Iterable
 
@@ -18,6 +20,10 @@ from torch import nn
 from fxshard.runtime.module import joined
 
 logger = logging.getLogger("fxshard")
+
+_OF_MODULES = frozenset(vars(nn.Module()))
+MOST = 5000
+"""Of how many objects it is told whether they lead to modules."""
 
 
 class Original:
@@ -84,7 +90,24 @@ def hollow(model: nn.Module) -> nn.Module:
     for parameter in model.parameters():
         if not parameter.is_meta:
             memo[id(parameter)] = _without_memory(parameter)
+    for module in model.modules():  # a configuration stays the user's: what changes in it counts
+        for name, value in vars(module).items():
+            if name not in _OF_MODULES and not _holds_modules(value):
+                memo[id(value)] = value
     return copy.deepcopy(model, memo)
+
+
+def _holds_modules(value: object) -> bool:
+    """Whether a value is, or leads to, modules or tensors, as far as can be seen."""
+    pending, met = [value], dict[int, object]()
+    while pending:
+        item = pending.pop()
+        if isinstance(item, nn.Module | torch.Tensor) or len(met) > MOST:
+            return True
+        if id(item) not in met and not isinstance(item, type | types.ModuleType | types.FunctionType):
+            met[id(item)] = item
+            pending += gc.get_referents(item)
+    return False
 
 
 def _without_memory(parameter: nn.Parameter) -> nn.Parameter:
