@@ -104,7 +104,7 @@ class ParallelModule(StandIn):
         self._latest: Compiled | None = None
         self._kinds: Kinds = {}
         self._ranks: dict[int, RankModule] = {}
-        self._seen: dict[int, list[tuple[str, tuple[int, int, bool]]]] = {}
+        self._seen: dict[int, dict[str, tuple[int, int, bool]]] = {}
         self._sources: dict[tuple[int, int], str] = {}
         self._functions: dict[int, Any] = {}
         self._checksums: dict[str, int] = {}
@@ -426,15 +426,15 @@ class ParallelModule(StandIn):
         In simulation ``parameters()`` are those of one rank, and an optimizer over them trains no other.
         """
         now = {
-            rank: [
-                (n, (p._version, p.data_ptr(), p.requires_grad)) for n, p in (*m.named_parameters(), *m.named_buffers())
-            ]
+            rank: {
+                n: (p._version, p.data_ptr(), p.requires_grad) for n, p in (*m.named_parameters(), *m.named_buffers())
+            }
             for rank, m in self._ranks.items()
         }
         before, self._seen = self._seen, now
         if len(now) < 2 or before.keys() != now.keys():
             return
-        changed = {rank: {n for (n, a), (_, b) in zip(now[rank], before[rank], strict=True) if a != b} for rank in now}
+        changed = {rank: {n for n, a in now[rank].items() if a != before[rank].get(n, a)} for rank in now}
         others = set.union(*(names for rank, names in changed.items() if rank != self.rank))
         for name in sorted(changed[self.rank] - others):
             parts = [find(module, name) for module in self._ranks.values()]

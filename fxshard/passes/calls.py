@@ -13,7 +13,6 @@ import torch
 from fxshard.errors import InputError
 from fxshard.passes.guards import broken
 from fxshard.passes.trees import paths
-from fxshard.passes.values import is_plain, same
 from fxshard.torch_internals import pytree
 
 if TYPE_CHECKING:
@@ -90,14 +89,6 @@ def canonical_call(
         elif not (value is None and parameters[name].default is None):
             named[name] = value
     return tuple(positional), named
-
-
-def without_defaults(tree: tuple[tuple[Any, ...], dict[str, Any]], signature: inspect.Signature) -> Any:
-    """A call as ``canonical_call`` writes it, without what says no more than the defaults do."""
-    args, named = tree
-    parameters = signature.parameters
-    said = {n for n, v in named.items() if n in parameters and is_plain(v) and same(v, parameters[n].default)}
-    return args, {name: value for name, value in named.items() if name not in said}
 
 
 def named_dynamic_shapes(
@@ -200,7 +191,7 @@ def check_leaves(captured: Captured, leaves: list[Any]) -> None:
             fix="give inputs of the captured shapes, capture again with these, or name the dims that vary in "
             "dynamic_shapes, in a range that has these sizes",
         )
-    if pattern_of(leaves) != captured.pattern:
+    if captured.pattern is not None and pattern_of(leaves) != captured.pattern:
         raise Excluded(
             "the inputs do not fit what was captured: which of them are one tensor differs",
             fix="clone what is given twice, or capture again with these",

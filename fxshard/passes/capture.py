@@ -42,7 +42,6 @@ from fxshard.passes.calls import (
     named_dynamic_shapes,
     pattern_of,
     structure_error,
-    without_defaults,
 )
 from fxshard.passes.constants import as_declared
 from fxshard.passes.decisions import Decisions
@@ -94,7 +93,7 @@ class Captured:
             the pair of what the model returns, and of the arguments as they are behind it.
         asks_grad: whether the model's code asks whether gradients are enabled; of a result, ``requires_grad`` tells.
         asks_needs: whether it asks what requires one.
-        pattern: which of the input leaves are one tensor: see ``calls.pattern_of``.
+        pattern: which of the input leaves are one tensor (``calls.pattern_of``), where the model's code may ask.
     """
 
     root: Root
@@ -117,7 +116,7 @@ class Captured:
     changes_inputs: bool = False
     asks_grad: bool = False
     asks_needs: bool = False
-    pattern: tuple[int, ...] = ()
+    pattern: tuple[int, ...] | None = None
 
     def flatten_inputs(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[Any]:
         """Return the leaves of a call in the order of the placeholders.
@@ -129,8 +128,6 @@ class Captured:
         leaves, spec = flatten(tree)
         if spec != self.in_spec:
             leaves, spec = flatten(reorder(tree, self.in_spec))
-        if spec != self.in_spec:
-            leaves, spec = flatten(reorder(without_defaults(tree, self.signature), self.in_spec))
         if spec != self.in_spec:
             raise structure_error(self, tree)
         leaves = [as_declared(leaf, self.constants.get(i)) for i, leaf in enumerate(leaves)]
@@ -251,7 +248,7 @@ def _capture(
         changes_inputs=outputs.changes_inputs,
         asks_grad=asks_grad,
         asks_needs=outputs.asks_needs or asks_needs,
-        pattern=pattern_of(leaves),
+        pattern=pattern_of(leaves) if reads.ran.compares_identity else None,
     )
 
 

@@ -8,6 +8,7 @@ the numbers and texts that the first functions name are noted, and no functions.
 from __future__ import annotations
 
 import contextvars
+import dis
 import functools
 import gc
 import os
@@ -78,11 +79,26 @@ class Ran:
                 if isinstance(held, functools._lru_cache_wrapper) and code in self.spaces:
                     held.cache_clear()
 
+    @property
+    def compares_identity(self) -> bool:
+        """Whether code asks if two of its own values are one object: ``context is x``."""
+        return any(map(_compares_identity, self.spaces))
+
     def functions(self) -> list[types.FunctionType]:
         """The functions that have the closures which were found."""
         there = gc.get_referrers(*self.cells) if self.cells else []
         functions = [each for each in there if isinstance(each, types.FunctionType) and each.__code__ in self.cells]
         return [f for f in functions if tuple(id(_content(c)) for c in f.__closure__ or ()) in self.cells[f.__code__]]
+
+
+@functools.cache
+def _compares_identity(code: types.CodeType) -> bool:
+    before = ""
+    for each in dis.get_instructions(code):
+        if each.opname == "IS_OP" and before not in ("LOAD_CONST", "LOAD_GLOBAL"):
+            return True
+        before = each.opname
+    return False
 
 
 @contextmanager
