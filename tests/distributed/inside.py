@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 
+import pytest
 import torch
 import transformers
 from torch import nn
@@ -62,3 +63,12 @@ def replaced(plans: tuple[str, ...]) -> None:
             torch.testing.assert_close(whole[name], weight, rtol=1e-5, atol=1e-6)
         for name, weight in one.tower.state_dict().items():
             torch.testing.assert_close(many.tower.state_dict()[name], weight, rtol=1e-5, atol=1e-6)
+
+
+def wrapped() -> None:
+    """DDP over what holds a program would make replicas of its parts."""
+    program = fxshard.parallelize(nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 8)), preset("tp2"))
+    program(torch.randn(4, 8))
+    whole = nn.Sequential(program, nn.Linear(8, 2))
+    with pytest.raises(fxshard.errors.FxshardError, match="DistributedDataParallel cannot wrap a program"):
+        nn.parallel.DistributedDataParallel(whole)

@@ -37,3 +37,22 @@ def test_an_index_out_of_range(size: int, wrong: int) -> None:
             model(*call)
         with pytest.raises((IndexError, RuntimeError), match="out of"):
             fxshard.simulate(program, *call)
+
+
+def test_index_select_counts_nothing_from_the_end() -> None:
+    class Picks(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.table = nn.Parameter(torch.randn(16, 4))
+
+        def forward(self, ids: torch.Tensor) -> torch.Tensor:
+            return self.table.index_select(0, ids)
+
+    model, ids = Picks(), torch.tensor([0, 9, 15])
+    program = fxshard.parallelize(model, fxshard.Plan({"tp": 2}, params={"table": fxshard.Shard(0)}), (ids,))
+    torch.testing.assert_close(fxshard.simulate(program, ids).outputs[1], model(ids))
+    for wrong in (-1, -16, -17, 16):
+        with pytest.raises(IndexError):
+            model(torch.tensor([0, wrong, 15]))
+        with pytest.raises(IndexError):
+            fxshard.simulate(program, torch.tensor([0, wrong, 15]))

@@ -16,7 +16,7 @@ from torch.optim.swa_utils import AveragedModel
 
 import fxshard
 from fxshard import data_parallel, tensor_parallel
-from fxshard.errors import FxshardError, InputError
+from fxshard.errors import CaptureError, FxshardError, InputError
 from tests.distributed import inside
 from tests.distributed.launch import launch
 
@@ -72,6 +72,14 @@ REFUSED: dict[str, tuple[Callable[[Any], object], str]] = {
     "a deleted weight": (lambda p: delattr(p.layers[0].up, "bias"), "layers.0.up.bias cannot be deleted"),
     "a new module": (lambda p: p.add_module("more", nn.Linear(2, 2)), "nothing can be added"),
     "a new parameter": (lambda p: p.layers[0].register_parameter("w", None), "nothing can be added to layers.0"),
+    "a module put into a list": (lambda p: p.layers.insert(0, nn.Identity()), "the modules in layers cannot be"),
+    "a module appended": (lambda p: p.layers.append(nn.Identity()), "nothing can be added|the modules in layers"),
+    "a module taken from a list": (lambda p: p.layers.pop(0), "cannot be deleted: the program"),
+    "forward of a part, patched": (
+        lambda p: setattr(p.layers[0].norm, "forward", hook),
+        "cannot be given another func",
+    ),
+    "forward, patched": (lambda p: setattr(p, "forward", hook), "cannot be given another function"),
     "a forward hook": (lambda p: p.layers[0].register_forward_hook(hook), "a hook on layers.0 would never run"),
     "a hook before": (lambda p: p.layers[0].norm.register_forward_pre_hook(hook), "a hook on layers.0.norm"),
     "a backward hook": (lambda p: p.layers[0].register_full_backward_hook(hook), "a hook on layers.0 would"),
@@ -178,3 +186,105 @@ def test_a_module_of_a_model_can_be_its_program() -> None:
 @pytest.mark.slow
 def test_a_module_of_a_model_can_be_its_program_under_other_plans() -> None:
     launch(2, inside.replaced, ("sp2", "dp2", "zero2"))
+
+
+# --- of the model -----------------------------------------------------------------------------------------------------
+
+
+class Frozen(nn.Module):
+    """Keeps a norm in evaluation, whatever is asked."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.norm = nn.Linear(8, 8), nn.BatchNorm1d(8)
+
+    def train(self, mode: bool = True) -> Frozen:
+        super().train(mode)
+        self.norm.eval()
+        return self
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.norm(self.up(x))  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("captured", [False, True])
+def test_the_models_own_train_decides_the_modes(captured: bool) -> None:
+    torch.manual_seed(0)
+    model = Frozen()
+    program = fxshard.parallelize(model, tensor_parallel(2), (X,) if captured else ())
+    other = copy.deepcopy(model)
+    for mode in (True, False, True):
+        program.train(mode)
+        other.train(mode)
+        torch.testing.assert_close(fxshard.simulate(program, X).outputs[1], other(X))
+        assert program.norm.training is other.norm.training
+    assert model.norm.training, "the user's model keeps its modes"
+
+
+CHANGED: dict[str, Callable[[Net], object]] = {
+    "a module is appended": lambda m: m.layers.append(Layer()),
+    "a module is deleted": lambda m: m.layers.__delitem__(1),
+    "a weight is gone": lambda m: setattr(m.layers[0].up, "bias", None),
+    "another dtype": lambda m: m.double(),
+}
+
+
+@pytest.mark.parametrize("name", CHANGED)
+def test_a_model_with_other_weights_is_another_model(name: str) -> None:
+    torch.manual_seed(0)
+    model = Net()
+    program = fxshard.parallelize(model, tensor_parallel(2), (X,))
+    CHANGED[name](model)
+    with pytest.raises(CaptureError, match="of the model"):
+        fxshard.simulate(program.eval(), X)
+
+
+def test_weights_that_share_memory_and_are_two() -> None:
+    model = Net()
+    model.layers[0].up.weight.data = model.layers[0].down.weight.data.t()
+    with pytest.raises(CaptureError, match=r"layers.0.up.weight and layers.0.down.weight share memory"):
+        fxshard.parallelize(model, data_parallel(2), (X,))
+
+
+@pytest.mark.parametrize("register", ["register_hook", "register_post_accumulate_grad_hook"])
+def test_hooks_on_gradients_of_the_model(register: str) -> None:
+    model = Net()
+    handle = getattr(model.layers[0].up.weight, register)(hook)
+    with pytest.raises(CaptureError, match=r"the parameter layers.0.up.weight has a hook"):
+        fxshard.parallelize(model, tensor_parallel(2), (X,))
+    handle.remove()
+    fxshard.parallelize(model, tensor_parallel(2), (X,))
+
+
+# --- in simulation ----------------------------------------------------------------------------------------------------
+
+
+def test_a_loss_of_one_ranks_outputs_is_refused() -> None:
+    program = made()
+    with pytest.raises(InputError, match="outputs of rank 0, and not of those of rank 1"):
+        fxshard.simulate(program, X).outputs[0].sum().backward()
+    with pytest.raises(InputError, match="outputs of rank 1, and not of those of rank 0"):
+        torch.autograd.grad(
+            fxshard.simulate(program, X).outputs[1].sum(), list(program.parameters()), allow_unused=True
+        )
+    run = fxshard.simulate(program, X)
+    (run.outputs[0].sum() + run.outputs[1].sum()).backward()
+
+
+SINGLED_OUT: dict[str, Callable[[Any], object]] = {
+    "a buffer": lambda p: p.shift.fill_(3.0),
+    "what needs a gradient": lambda p: p.layers[0].up.weight.requires_grad_(False),
+}
+
+
+@pytest.mark.parametrize("name", SINGLED_OUT)
+def test_what_is_done_to_one_rank_alone_is_told(name: str) -> None:
+    program = made()
+    fxshard.simulate(program, X)
+    SINGLED_OUT[name](program)
+    with pytest.raises(InputError, match="was changed on rank 0, and on no other"):
+        fxshard.simulate(program, X)
+
+
+def test_ddp_over_what_holds_a_program() -> None:
+    launch(2, inside.wrapped)
