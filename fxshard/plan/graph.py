@@ -13,7 +13,7 @@ from torch import fx
 
 from fxshard.placement import REPLICATE, chunk_shares
 from fxshard.rules.lookup import WEIGHT_VIEWS, recipe_for
-from fxshard.rules.recipe import Dim, Factor, Recipe, Shape, divides, is_list, operands_of, shape_of
+from fxshard.rules.recipe import Dim, Factor, Recipe, Shape, divides, is_list, operands_of, shape_of, written
 from fxshard.rules.table import name_of
 
 CUTS = {"aten.split", "aten.split_with_sizes", "aten.chunk", "aten.slice", "aten.narrow"}
@@ -49,6 +49,8 @@ class Graph:
             facts.shapes[node] = shapes_of(node)
             if node.op == "call_function":
                 facts.operands[node] = operands_of(node)
+                if node.target is not torch.ops.aten.copy_.default:  # running statistics lie as the features do
+                    weights.update({held: held for held in written(node).values() if held.op == "get_attr"})
         facts._unpack()
         for node in graph.nodes:
             if node.op == "get_attr" and is_parameter(node):
