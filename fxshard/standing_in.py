@@ -23,7 +23,6 @@ from fxshard.runtime.mirror import (
     WHOLE_WRAP,
     check_unmoved,
     refuse,
-    refuse_patching,
     refuse_replacing,
     wrapper_at_work,
 )
@@ -77,7 +76,6 @@ class StandIn(nn.Module):
     def __setattr__(self, name: str, value: Any) -> None:
         """Modes and the model's plain attributes mean another capture; weights and modules cannot be replaced."""
         refuse_replacing("", name, value)
-        refuse_patching("", type(self), name, value)
         if name == "__class__":
             refuse("the program cannot become another class", "wrap the model before parallelize")
         shown = self.__dict__.get("_shown")

@@ -83,7 +83,8 @@ def test_a_simulated_mesh_saves_and_loads_weights(tmp_path: Path) -> None:
     loaded._original.get().shift.copy_(model.shift)
     for rank in range(2):
         loaded.rank_module(rank).shift.copy_(model.shift)
-        torch.testing.assert_close(fxshard.simulate(loaded, X).outputs[rank], model(X))
+    for output in fxshard.simulate(loaded, X).outputs:
+        torch.testing.assert_close(output, model(X))
     with pytest.raises(CheckpointError, match="the optimizer has the parameters of one rank only"):
         fxshard.save_checkpoint(tmp_path, program, torch.optim.SGD(program.parameters()))
     with pytest.raises(DistributedError, match="which are all in this process"):

@@ -79,7 +79,6 @@ REFUSED: dict[str, tuple[Callable[[Any], object], str]] = {
         lambda p: setattr(p.layers[0].norm, "forward", hook),
         "cannot be given another func",
     ),
-    "forward, patched": (lambda p: setattr(p, "forward", hook), "cannot be given another function"),
     "a forward hook": (lambda p: p.layers[0].register_forward_hook(hook), "a hook on layers.0 would never run"),
     "a hook before": (lambda p: p.layers[0].norm.register_forward_pre_hook(hook), "a hook on layers.0.norm"),
     "a backward hook": (lambda p: p.layers[0].register_full_backward_hook(hook), "a hook on layers.0 would"),
