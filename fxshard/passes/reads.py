@@ -218,7 +218,7 @@ class Asked:
     keys: tuple[tuple[str, str], ...] = ()
 
     def __init__(self, tensors: Iterable[torch.Tensor]) -> None:
-        self._then = [(tensor, tensor._version) for tensor in tensors]
+        self._then = [(tensor, tensor._version) for tensor in tensors if not tensor.is_inference()]
 
     def holds(self) -> bool:
         """Whether nobody wrote to them since."""
