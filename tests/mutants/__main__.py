@@ -1,4 +1,4 @@
-"""``python -m tests.mutants``: breaks one line of fxshard after the other, and shows that the default tests see it.
+"""``python -m tests.mutants [WORD ...]``: breaks one line of fxshard after the other; the default tests should see each.
 
 Each mutant is a copy of the checkout with one line changed, on which those of the default tests run that should fail.
 The exit code is 1 where one passes.
@@ -29,7 +29,7 @@ class Mutant(NamedTuple):
 
 MUTANTS = (
     Mutant("the last rank's part is one too long", "placement.py", "max(0, min(most, count - rank * most))",
-           "max(0, min(most, count - rank * most + 1))", "tests/test_placement.py"),
+           "max(0, min(most, count - rank * most + 1))", "tests/test_placement.py fxshard/placement.py"),
     Mutant("what is replicated counts on every rank", "gradients.py",
            "all(is_shard(p) or i == 0 for p, i in zip(placed, at, strict=True))", "True", "tests/test_grad_norm.py"),
     Mutant("an earlier call's capture serves whatever changed", "captures.py", "fits = conditions.still_hold() and",
@@ -79,8 +79,9 @@ def killed(mutant: Mutant, folder: Path) -> bool:
 
 def main() -> int:
     """Tries all of them."""
+    wanted = [mutant for mutant in MUTANTS if not sys.argv[1:] or any(word in mutant.what for word in sys.argv[1:])]
     with tempfile.TemporaryDirectory(prefix="fxshard-mutants-") as folder:
-        seen = [killed(mutant, Path(folder)) for mutant in MUTANTS]
+        seen = [killed(mutant, Path(folder)) for mutant in wanted]
     print(f"{sum(seen)} of {len(seen)} mutants are seen by the default tests")
     return 0 if all(seen) else 1
 
