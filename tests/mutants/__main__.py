@@ -1,4 +1,4 @@
-"""``python -m tests.mutants [WORD ...]``: breaks one line of fxshard after the other; the default tests should see each.
+"""``python -m tests.mutants [WORD ...]``: breaks one line of fxshard after the other; the default tests should see it.
 
 Each mutant is a copy of the checkout with one line changed, on which those of the default tests run that should fail.
 The exit code is 1 where one passes.
