@@ -193,9 +193,8 @@ class _Told:
         if isinstance(value, nn.Module):
             state = self._without_values(value)
         for name, held in sorted((state or {}).items(), key=lambda item: str(item[0])):
-            if not (
-                isinstance(held, int) and str(name).endswith("_hash")
-            ):  # Python hashes strings anew in every process
+            is_hash = isinstance(held, int) and str(name).endswith("_hash")  # of strings: another one in every process
+            if not is_hash:
                 self._say(name)
                 self._add(held)
         for name in sorted(slots):

@@ -27,7 +27,7 @@ from fxshard.passes.decisions import Decisions
 from fxshard.passes.functions import call_whole
 from fxshard.passes.host import host_state, is_same_state, put_back_host_state
 from fxshard.passes.keywords import without_keywords
-from fxshard.passes.named import is_settled
+from fxshard.passes.named import content_of, is_settled
 from fxshard.passes.origins import TORCH_DIR
 from fxshard.passes.questions import Questions
 from fxshard.passes.trees import flatten, without_unchanged
@@ -138,7 +138,7 @@ def _hides_tensors(value: Any) -> bool:
             continue
         met[id(item)] = item
         if isinstance(item, types.FunctionType):
-            pending += [*(cell.cell_contents for cell in item.__closure__ or ()), *(item.__defaults__ or ())]
+            pending += [*map(content_of, item.__closure__ or ()), *(item.__defaults__ or ())]
         elif len(met) < 1000:
             pending += gc.get_referents(item)
     return False

@@ -20,7 +20,18 @@ from typing import Any, NamedTuple
 
 from fxshard.passes.values import holder_of, is_plain
 
-__all__ = ["Named", "Place", "Ran", "is_installed", "is_settled", "named_by", "place_at", "places_of", "watched"]
+__all__ = [
+    "Named",
+    "Place",
+    "Ran",
+    "is_installed",
+    "is_settled",
+    "named_by",
+    "content_of",
+    "place_at",
+    "places_of",
+    "watched",
+]
 
 _EMPTY = object()
 
@@ -88,7 +99,7 @@ class Ran:
         """The functions that have the closures which were found."""
         there = gc.get_referrers(*self.cells) if self.cells else []
         functions = [each for each in there if isinstance(each, types.FunctionType) and each.__code__ in self.cells]
-        return [f for f in functions if tuple(id(_content(c)) for c in f.__closure__ or ()) in self.cells[f.__code__]]
+        return [f for f in functions if tuple(id(content_of(c)) for c in f.__closure__ or ()) in self.cells[f.__code__]]
 
 
 @functools.cache
@@ -101,6 +112,11 @@ def _compares_identity(code: types.CodeType) -> bool:
     return False
 
 
+def _is_made_up(code: types.CodeType, module_name: str | None) -> bool:
+    """Whether torch or Python generated some code, which has no module of its own."""
+    return code.co_filename[0] == "<" and (module_name is None or module_name.startswith("namedtuple_"))
+
+
 @contextmanager
 def watched() -> Iterator[Ran]:
     """Notes the user's code that this thread runs within."""
@@ -110,10 +126,7 @@ def watched() -> Iterator[Ran]:
         code = frame.f_code
         if code not in seen:
             name = frame.f_globals.get("__name__")
-            made = code.co_filename[0] == "<" and (
-                name is None or name.startswith("namedtuple_")
-            )  # by torch and Python
-            if made or is_settled(name) or is_installed(str(name)):
+            if _is_made_up(code, name) or is_settled(name) or is_installed(str(name)):
                 seen.add(code)
             else:
                 ran.spaces[code] = frame.f_globals
@@ -185,7 +198,7 @@ def places_of(ran: Ran, classes: Iterable[type]) -> Named:
         _note(str(space.get("__name__")), space, _names_of(code), found)
     for function in ran.functions():
         for name, cell in zip(function.__code__.co_freevars, function.__closure__ or (), strict=True):
-            value = _content(cell)
+            value = content_of(cell)
             if value is not _EMPTY and name != "__class__":
                 found[id(cell)] = (
                     f"{function.__qualname__}.<closure>",
@@ -285,7 +298,7 @@ def _cells_of(function: types.FunctionType, found: dict[int, _Found]) -> list[ty
     """Notes what a function finds in its closure; returns the functions among it."""
     called = []
     for name, cell in zip(function.__code__.co_freevars, function.__closure__ or (), strict=True):
-        value = _content(cell)
+        value = content_of(cell)
         if value is not _EMPTY and name != "__class__":
             where = f"{function.__qualname__}.<closure>"
             found[id(cell)] = where, functools.partial(_cell, cell, name), {name: None}
@@ -302,10 +315,11 @@ def _itself(place: Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 def _cell(cell: types.CellType, name: str) -> dict[str, Any]:
-    return {name: _content(cell)}
+    return {name: content_of(cell)}
 
 
-def _content(cell: types.CellType) -> Any:
+def content_of(cell: types.CellType) -> Any:
+    """What a closure's cell holds; a mark of its own where it holds nothing yet."""
     try:
         return cell.cell_contents
     except ValueError:  # it is empty

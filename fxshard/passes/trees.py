@@ -151,9 +151,8 @@ def _register(cls: type) -> bool:
         leaves, context = take(value)
         names = context if dataclasses.is_dataclass(cls) else [str(i) for i in range(len(leaves))]
         if issubclass(cls, dict) and not dataclasses.is_dataclass(cls):
-            keys: list[Any] = [pytree.MappingKey(key) for key in context[0]]
-            return [*zip(keys, leaves, strict=False), *((pytree.GetAttrKey(n), leaves[len(keys) + i])
-                    for i, n in enumerate(context[1]))], context  # fmt: skip
+            keys = [*map(pytree.MappingKey, context[0]), *map(pytree.GetAttrKey, context[1])]
+            return list(zip(keys, leaves, strict=True)), context
         return [(pytree.GetAttrKey(name), leaf) for name, leaf in zip(names, leaves, strict=True)], context
 
     pytree.register_pytree_node(

@@ -80,15 +80,15 @@ class Graph:
             elif node.op == "call_function" and all(o in made for o in operands):
                 made[node] = frozenset().union(*(made[o] for o in operands))
         for node, sources in made.items():
-            if (
-                node.op == "call_function"
-                and any(map(_holds_integers, sources))
-                and self._is_product_operand(node, made)
-            ):
+            is_made = node.op == "call_function" and any(map(_holds_integers, sources))
+            if is_made and self._is_product_operand(node, made):
                 self.unpacked[node] = sources
         for node in reversed(self.order):
             if node in made and any(u in self.learned or u in self.unpacked for u in node.users):
-                (self.weights.update({node: node}) if node.op == "get_attr" else self.learned.add(node))
+                if node.op == "get_attr":
+                    self.weights[node] = node
+                else:
+                    self.learned.add(node)
         self.weights.update({node: node for node in self.unpacked})
 
     def _is_product_operand(self, node: fx.Node, constants: Mapping[fx.Node, object]) -> bool:
