@@ -71,7 +71,7 @@ class Captures:
         if known is None:
             return None
         conditions = known[0].conditions
-        fits = conditions.still_hold() and conditions.are_needed(model, self.changes, known[1])
+        fits = conditions.still_hold() and conditions.suit(model, self.changes, known[1])
         return known if fits else None
 
     def find(
@@ -113,7 +113,7 @@ class Captures:
                     problem = error
                 exact = exact or isinstance(error, Excluded)
                 continue
-            if not held.conditions.are_needed(model, self.changes, leaves):
+            if not held.conditions.suit(model, self.changes, leaves):
                 continue
             if held.compiled.fits(leaves):
                 return held, leaves

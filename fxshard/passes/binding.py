@@ -15,6 +15,7 @@ from typing import Any
 import sympy
 import torch
 
+from fxshard.passes.calls import is_default
 from fxshard.passes.capture import Captured
 from fxshard.torch_internals import print_python, pytree
 
@@ -23,8 +24,7 @@ class Binding:
     """What a capture expects of a call.
 
     Attributes:
-        parameters: of the model's ``forward``: its name, whether it is given by position only, whether it is left out
-            of a call that gives None.
+        parameters: of the model's ``forward``: its name, whether it is given by position only, its default.
         names: those that may be given by position.
         starred: whether it takes any number by position, which is not bound here.
         in_spec: the tree of a call.
@@ -36,7 +36,7 @@ class Binding:
         parameters = captured.signature.parameters
         kinds = inspect.Parameter
         self.parameters = tuple(
-            (name, p.kind is kinds.POSITIONAL_ONLY, p.default is None)
+            (name, p.kind is kinds.POSITIONAL_ONLY, p.default)
             for name, p in parameters.items()
             if p.kind is not kinds.VAR_KEYWORD
         )
@@ -60,12 +60,12 @@ class Binding:
         if len(args) > len(self.names) or len(named) != len(args) + len(kwargs):
             return None
         positional, rest = [], {}
-        for name, only, optional in self.parameters:
+        for name, only, default in self.parameters:
             if name in named:
                 value = named.pop(name)
                 if only:
                     positional.append(value)
-                elif not (optional and value is None):
+                elif not is_default(value, default):
                     rest[name] = value
         for name in sorted(named):
             rest[name] = named[name]

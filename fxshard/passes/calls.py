@@ -25,6 +25,7 @@ __all__ = [
     "bounds_of",
     "free_of",
     "in_words",
+    "is_default",
     "canonical_call",
     "check_leaves",
     "is_declared",
@@ -34,6 +35,7 @@ __all__ = [
 ]
 
 _SYMBOLIC = (torch.SymInt, torch.SymFloat, torch.SymBool)
+_PLAIN = (type(None), bool, int, float, str, torch.dtype, torch.device)
 
 
 class Excluded(InputError):
@@ -65,7 +67,13 @@ class Leaf:
 def canonical_call(
     signature: inspect.Signature, args: tuple[Any, ...], kwargs: Mapping[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Write a call in the one way in which captures are compared: by keyword, in the order of the signature."""
+    """Write a call in the one way in which captures are compared: by keyword, in the order of the signature.
+
+    A plain value that is a parameter's default is left out, as though it had not been given.
+
+    >>> canonical_call(inspect.signature(lambda x, scale=1.0, mask=None: 0), (3, 1.0), {"mask": None})
+    ((), {'x': 3})
+    """
     try:
         bound = signature.bind(*args, **kwargs)
     except TypeError as error:
@@ -86,9 +94,20 @@ def canonical_call(
             named.update(sorted(value.items()))
         elif kind is kinds.POSITIONAL_ONLY or (starred and kind is kinds.POSITIONAL_OR_KEYWORD):
             positional.append(value)
-        elif not (value is None and parameters[name].default is None):
+        elif not is_default(value, parameters[name].default):
             named[name] = value
     return tuple(positional), named
+
+
+def is_default(value: Any, default: Any) -> bool:
+    """Whether a plain value is what a parameter has where it is not given; ``torch.compile`` traces through it.
+
+    >>> is_default(1.0, 1.0), is_default(1, 1.0), is_default(-0.0, 0.0), is_default(None, None)
+    (True, False, False, True)
+    """
+    if type(value) not in _PLAIN or type(value) is not type(default):
+        return False
+    return value == default and (value != 0 or repr(value) == repr(default))  # type: ignore[no-any-return]
 
 
 def named_dynamic_shapes(
@@ -283,7 +302,11 @@ def structure_error(captured: Captured, tree: Any) -> InputError:
     given, known = paths(tree), [info.path for info in captured.example_inputs]
     missing = [path for path in known if path not in given]
     extra = [path for path in given if path not in known]
-    parts = [f"missing {', '.join(missing)}"] * bool(missing) + [f"unexpected {', '.join(extra)}"] * bool(extra)
+    parameters = captured.signature.parameters
+    left_out = [path for path in extra if path in parameters and type(parameters[path].default) in _PLAIN]
+    extra = [path for path in extra if path not in left_out]
+    parts = [f"{path} was {parameters[path].default!r} at capture, its default" for path in left_out]
+    parts += [f"missing {', '.join(missing)}"] * bool(missing) + [f"unexpected {', '.join(extra)}"] * bool(extra)
     return InputError(
         "the inputs have another structure than what was captured: " + ("; ".join(parts) or "other container types"),
         fix=f"pass exactly {', '.join(map(str, captured.example_inputs))}, or capture again with these inputs",

@@ -93,6 +93,7 @@ class Captured:
             the pair of what the model returns, and of the arguments as they are behind it.
         asks_grad: whether the model's code asks whether gradients are enabled; of a result, ``requires_grad`` tells.
         asks_needs: whether it asks what requires one.
+        asks_layout: whether it asks how tensors lie in memory.
         pattern: which of the input leaves are one tensor (``calls.pattern_of``), where the model's code may ask.
     """
 
@@ -116,6 +117,7 @@ class Captured:
     changes_inputs: bool = False
     asks_grad: bool = False
     asks_needs: bool = False
+    asks_layout: bool = False
     pattern: tuple[int, ...] | None = None
 
     def flatten_inputs(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[Any]:
@@ -248,6 +250,7 @@ def _capture(
         changes_inputs=outputs.changes_inputs,
         asks_grad=asks_grad,
         asks_needs=outputs.asks_needs or asks_needs,
+        asks_layout=asked.layout,
         pattern=pattern_of(leaves) if reads.ran.compares_identity else None,
     )
 

@@ -27,7 +27,7 @@ from fxshard.passes.decisions import Decisions
 from fxshard.passes.functions import call_whole
 from fxshard.passes.host import host_state, is_same_state, put_back_host_state
 from fxshard.passes.keywords import without_keywords
-from fxshard.passes.named import content_of, is_settled
+from fxshard.passes.named import begin_running, content_of, end_running, is_settled
 from fxshard.passes.origins import TORCH_DIR
 from fxshard.passes.questions import Questions
 from fxshard.passes.trees import flatten, without_unchanged
@@ -86,9 +86,11 @@ class Outputs:
         """Before the model runs: what it is given, and what it holds."""
         self._given = flatten((args, kwargs))
         self._before = Before(module)
+        begin_running()
 
     def __call__(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> tuple[Any, ...]:
         """Return the tensors and dynamic numbers among the leaves of ``output``."""
+        end_running()
         assert self._before is not None
         self.written = self._before.written()
         leaves, spec = flatten((args, kwargs))

@@ -13,6 +13,7 @@ import functools
 import gc
 import os
 import sys
+import threading
 import types
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -30,10 +31,13 @@ __all__ = [
     "content_of",
     "place_at",
     "places_of",
+    "begin_running",
+    "end_running",
     "watched",
 ]
 
 _EMPTY = object()
+_current = threading.local()
 
 
 class Place(NamedTuple):
@@ -119,7 +123,7 @@ def _is_made_up(code: types.CodeType, module_name: str | None) -> bool:
 
 @contextmanager
 def watched() -> Iterator[Ran]:
-    """Notes the user's code that this thread runs within."""
+    """Notes the user's code that this thread runs within ``running``."""
     ran, seen, before = Ran(), set[types.CodeType](), sys.gettrace()
 
     def note(frame: types.FrameType, event: Any, arg: Any) -> Any:
@@ -137,12 +141,28 @@ def watched() -> Iterator[Ran]:
                     seen.add(code)
         return None if before is None else before(frame, event, arg)
 
-    sys.settrace(note)
+    outer, _current.tracers = getattr(_current, "tracers", None), (note, before)
     try:
         yield ran
     finally:
         sys.settrace(before)
+        _current.tracers = outer
         ran.forget()
+
+
+def begin_running() -> None:
+    """From now on this thread runs the model's code: what ``watched`` notes."""
+    if (tracers := getattr(_current, "tracers", None)) is not None:
+        sys.settrace(tracers[0])
+
+
+def end_running() -> bool:
+    """From now on it runs other code, in which every call would cost as much again; whether it ran the model's."""
+    tracers = getattr(_current, "tracers", None)
+    if tracers is None or sys.gettrace() is not tracers[0]:
+        return False
+    sys.settrace(tracers[1])
+    return True
 
 
 def is_settled(module_name: str | None) -> bool:

@@ -2,6 +2,7 @@
 
 torch.is_grad_enabled()         whether gradients are enabled
 x.requires_grad, x.grad_fn      what requires one
+x.stride(), x.is_contiguous()   how a tensor lies in memory
 self.step.item()                a number inside a tensor that is no input, parameter or buffer
 """
 
@@ -16,13 +17,14 @@ from typing import Any
 import torch
 from torch.overrides import TorchFunctionMode
 
-from fxshard.passes.named import is_settled
+from fxshard.passes.named import begin_running, end_running, is_settled
 from fxshard.torch_internals import FakeTensor, replaced
 
 __all__ = ["Questions"]
 
 _MODES = ("is_grad_enabled", "is_inference_mode_enabled")
 _NEEDS = frozenset(("requires_grad", "grad_fn", "is_leaf", "grad"))
+_LAYOUT = frozenset(("stride", "is_contiguous", "as_strided", "storage_offset", "dim_order"))
 _NUMBERS = ("__bool__", "__int__", "__float__", "__index__", "item", "tolist", "numpy")
 _PASSED_THROUGH = (
     "torch.overrides", "torch.fx.", "torch._export.", "torch.utils._stats", "torch._compile", "torch._dynamo.",
@@ -37,11 +39,12 @@ class Questions:
     Attributes:
         grad: whether somebody asked if gradients are enabled.
         needs: whether somebody asked what requires one.
+        layout: whether somebody asked how a tensor lies in memory.
         tensors: whose values were asked for.
     """
 
     def __init__(self) -> None:
-        self.grad = self.needs = False
+        self.grad = self.needs = self.layout = False
         self.tensors: dict[int, torch.Tensor] = {}
 
     @contextlib.contextmanager
@@ -79,9 +82,24 @@ class _Getters(TorchFunctionMode):
         self.questions = questions
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if getattr(func, "__name__", "") == "__get__" and func.__self__.__name__ in _NEEDS and _by_the_model():
+        kwargs = kwargs or {}
+        name = getattr(func, "__name__", "")
+        if name == "__get__" and func.__self__.__name__ in _NEEDS and _by_the_model():
             self.questions.needs = True
-        return func(*args, **(kwargs or {}))
+        elif name in _LAYOUT and _by_the_model():
+            self.questions.layout = True
+        if any(map(callable, args)) or any(map(callable, kwargs.values())) or not all(map(_is_torchs, types)):
+            return func(*args, **kwargs)  # it may call the model's code
+        running = end_running()
+        try:
+            return func(*args, **kwargs)
+        finally:
+            if running:
+                begin_running()
+
+
+def _is_torchs(cls: type) -> bool:
+    return is_settled(cls.__module__)
 
 
 def _by_the_model() -> bool:

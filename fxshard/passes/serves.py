@@ -7,6 +7,7 @@ A model computes by its inputs (``calls.py`` holds those against a capture) and 
     autocast, the default dtype     which surround the call
     whether gradients are enabled   where its code asks
     what requires a gradient        where its code asks
+    how inputs lie in memory        where its code asks
 
 ``Conditions`` are all of that as a capture found it. ``Changes`` are what the program has otherwise than the model.
 """
@@ -150,6 +151,7 @@ class Conditions:
         surroundings: of the capture.
         asks_grad: whether it matters that gradients are enabled.
         needs: which parameters and inputs required a gradient, where that matters.
+        layout: how the inputs lay in memory, where that matters.
         attributes: those of the program's own changes that were read.
         guards: what tells whether all else that was read is as it was.
     """
@@ -158,6 +160,7 @@ class Conditions:
     surroundings: Surroundings
     asks_grad: bool
     needs: tuple[bool, ...] | None
+    layout: tuple[tuple[int, ...] | None, ...] | None
     attributes: Mapping[tuple[str, str], Any]
     guards: tuple[Guard, ...]
 
@@ -171,6 +174,7 @@ class Conditions:
             surroundings(),
             captured.asks_grad,
             changes.needs(model, leaves) if captured.asks_needs else None,
+            layout_of(leaves) if captured.asks_layout else None,
             {key: value for key, value in changes.attributes.items() if key in read},
             reads.guards(model, changes.attributes.keys()),
         )
@@ -192,13 +196,31 @@ class Conditions:
         """Whether what the guards look at is as it was."""
         return all(guard.holds() for guard in self.guards)
 
-    def are_needed(self, model: nn.Module, changes: Changes, leaves: list[Any]) -> bool:
-        """Whether the same requires a gradient, where that matters."""
+    def suit(self, model: nn.Module, changes: Changes, leaves: list[Any]) -> bool:
+        """Whether the same requires a gradient, and the inputs lie alike in memory, where that matters."""
+        if self.layout is not None and self.layout != layout_of(leaves):
+            return False
         return self.needs is None or self.needs == changes.needs(model, leaves)
 
     def broken(self) -> list[str]:
         """What the guards find changed, a line each."""
         return [line for guard in self.guards for line in guard.changed()]
+
+
+def layout_of(leaves: list[Any]) -> tuple[tuple[int, ...] | None, ...]:
+    """How each leaf lies in memory: its strides and where it begins; None for what is contiguous, or no tensor.
+
+    >>> layout_of([torch.ones(2, 3), torch.ones(2, 3).T, 1.0])
+    (None, (1, 3, 0), None)
+    """
+
+    def one(leaf: Any) -> tuple[int, ...] | None:
+        if not isinstance(leaf, torch.Tensor) or leaf.layout != torch.strided:
+            return None
+        start = leaf.storage_offset()
+        return None if leaf.is_contiguous() and not start else (*leaf.stride(), start)
+
+    return tuple(map(one, leaves))
 
 
 def modes_of(model: nn.Module) -> tuple[bool, ...]:

@@ -104,7 +104,7 @@ def test_signature_key_tells_calls_apart() -> None:
         ((torch.randn(2, 4).double(),), {"scale": 2.0}, r"got float64\[2, 4\]"),
         ((torch.randn(2, 4),), {"scale": 3.0}, r"scale: was 2.0 at capture.*got 3.0"),
         ((torch.randn(2, 4),), {}, r"missing scale"),
-        ((torch.randn(2, 4),), {"scale": 2.0, "mask": torch.ones(4)}, r"unexpected mask"),
+        ((torch.randn(2, 4),), {"scale": 2.0, "mask": torch.ones(4)}, r"mask was None at capture, its default"),
         ((torch.randn(2, 4),), {"scales": 2.0}, r"unexpected keyword argument 'scales'"),
         ((), {"scale": 2.0}, r"missing a required argument: 'x'"),
         ((5,), {"scale": 2.0}, r"x: expected float32\[2, 4\], got 5"),
