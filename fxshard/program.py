@@ -51,7 +51,7 @@ from fxshard.runtime.meeting import meet
 from fxshard.runtime.mirror import mirror
 from fxshard.runtime.module import RankModule, find, joined, load, local_part, place, share
 from fxshard.runtime.optimizer_state import load_optimizer_state_dict, sharded_optimizer_state_dict
-from fxshard.runtime.optimizers import WholeMatrix, watch_optimizers
+from fxshard.runtime.optimizers import WholeMatrix, note_parted, watch_optimizers
 from fxshard.runtime.original import Original
 from fxshard.runtime.packs import Ahead, Pack
 from fxshard.runtime.process import check_world, checksum, joint_group, process_axes, share_random_state
@@ -329,8 +329,10 @@ class ParallelModule(StandIn):
             for name, tensor in self._tensors():
                 if id(tensor) not in made:
                     part = local_part(tensor, self._placements[name], self.mesh, rank).to(self._device)
-                    is_parameter = isinstance(tensor, nn.Parameter)
-                    made[id(tensor)] = nn.Parameter(part, tensor.requires_grad) if is_parameter else part
+                    if isinstance(tensor, nn.Parameter):
+                        part = nn.Parameter(part, tensor.requires_grad)
+                        note_parted(tensor, name)
+                    made[id(tensor)] = part
                     if self.mesh.world_size > 1:
                         layout = Layout(tuple(tensor.shape), self._placements[name], self.mesh, rank)
                         mark_part(made[id(tensor)], layout)

@@ -10,6 +10,7 @@ import torch
 
 from fxshard.errors import InputError
 from fxshard.program import ParallelModule
+from fxshard.runtime.draws import copy_as_it_lies
 from fxshard.runtime.hidden import overwrite
 from fxshard.runtime.lockstep import Turns, lockstep_axes, run_ranks
 from fxshard.torch_internals import after_backward, pytree
@@ -126,12 +127,12 @@ class _Share(torch.autograd.Function):
     """One input of the user, as every rank's own: its gradient is the same on all ranks, and counts once."""
 
     @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, count: int) -> tuple[torch.Tensor, ...]:
-        return tuple(x.clone() for _ in range(count))
+    def forward(ctx: Any, x: torch.Tensor, count: int, copied: Callable[..., torch.Tensor]) -> tuple[torch.Tensor, ...]:
+        return tuple(copied(x) for _ in range(count))
 
     @staticmethod
-    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, None]:
-        return torch.stack(grads).mean(0), None
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+        return torch.stack(grads).mean(0), None, None
 
 
 def simulate(program: ParallelModule, *args: Any, **kwargs: Any) -> Simulation:
@@ -159,8 +160,9 @@ def simulate(program: ParallelModule, *args: Any, **kwargs: Any) -> Simulation:
     compiled, leaves = program.compile_call(args, kwargs)
     program.check_alike()
     world = program.mesh.world_size
+    copied = copy_as_it_lies if compiled.captured.asks_layout else torch.clone
     shared = [
-        _Share.apply(x, world) if isinstance(x, torch.Tensor) and x.requires_grad else (x,) * world  # type: ignore[no-untyped-call]
+        _Share.apply(x, world, copied) if isinstance(x, torch.Tensor) and x.requires_grad else (x,) * world  # type: ignore[no-untyped-call]
         for x in leaves
     ]
     for index in compiled.overwritten_inputs:

@@ -283,11 +283,20 @@ def _stand_in(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
     """A tensor like another one, on a device, without memory; itself, if it is of another kind."""
     if type(tensor) not in (torch.Tensor, nn.Parameter) or tensor.layout != torch.strided or tensor.is_quantized:
         return tensor
-    like = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=device)
+    shape, strides, start = tensor.shape, tensor.stride(), tensor.storage_offset()
+    like = torch.empty_strided(shape, strides, dtype=tensor.dtype, device=device)
+    if start:
+        like = torch.empty(0, dtype=tensor.dtype, device=device).set_(_memory(like, start), start, shape, strides)
     if not like.is_meta:
         like.untyped_storage().resize_(0)
     parameter = isinstance(tensor, nn.Parameter)
     return nn.Parameter(like, tensor.requires_grad) if parameter else like.requires_grad_(tensor.requires_grad)
+
+
+def _memory(like: torch.Tensor, start: int) -> torch.UntypedStorage:
+    """Memory for a tensor that begins at ``start``."""
+    num_bytes = like.untyped_storage().nbytes() + start * like.element_size()
+    return torch.UntypedStorage(num_bytes, device=like.device)
 
 
 @contextlib.contextmanager

@@ -28,6 +28,7 @@ from fxshard.passes.writes import unchanged
 from fxshard.ruler import TOLERANCE, compare
 from fxshard.rules.recipe import written as written_by
 from fxshard.runtime.autocast import ambient, using
+from fxshard.runtime.draws import copy_as_it_lies
 from fxshard.runtime.module import find
 from fxshard.torch_internals import pytree
 
@@ -57,6 +58,7 @@ def check_fidelity(
     if any(t.is_meta for t in tensors) or len({t.device.type for t in tensors}) > 1:
         return False
     root = captured.root
+    copied = copy_as_it_lies if captured.asks_layout else _values_of
     backward = backward and not any(t.is_inference() for t in tensors)
 
     def replay(args: Any, kwargs: Any) -> Any:
@@ -66,9 +68,9 @@ def check_fidelity(
 
     def both(backward: bool) -> tuple[dict[str, Any] | None, dict[str, Any] | None]:
         with unchanged(model), handed_out(model, False, next((t.device for t in tensors), None)):
-            want = _run(model, model, lambda a, k: model(*a, **k), args, kwargs, written, backward)
+            want = _run(model, model, lambda a, k: model(*a, **k), args, kwargs, written, backward, copied)
         try:
-            return want, _run(model, root, replay, args, kwargs, written, backward)
+            return want, _run(model, root, replay, args, kwargs, written, backward, copied)
         except FxshardError:
             raise
         except Exception as error:
@@ -123,6 +125,10 @@ def other_precision(weights: Iterable[torch.Tensor], run: Callable[[torch.dtype]
         return None
 
 
+def _values_of(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.detach().clone()
+
+
 def _run(
     model: nn.Module,
     owner: nn.Module,
@@ -131,6 +137,7 @@ def _run(
     kwargs: Any,
     written: Sequence[torch.Tensor] = (),
     backward: bool = True,
+    copied: Callable[[torch.Tensor], torch.Tensor] = _values_of,
 ) -> dict[str, Any] | None:
     """What one run gives, by names, as it does for the caller; buffers and ``written`` are put back.
 
@@ -142,7 +149,7 @@ def _run(
 
     def _own(tensor: torch.Tensor) -> torch.Tensor:
         if id(tensor) not in own:
-            own[id(tensor)] = tensor.detach().clone().requires_grad_(tensor.requires_grad)
+            own[id(tensor)] = copied(tensor).requires_grad_(tensor.requires_grad)
         return own[id(tensor)]
 
     own_args, own_kwargs = pytree.tree_map_only(torch.Tensor, _own, (args, dict(kwargs)))

@@ -7,7 +7,7 @@ A model computes by its inputs (``calls.py`` holds those against a capture) and 
     autocast, the default dtype     which surround the call
     whether gradients are enabled   where its code asks
     what requires a gradient        where its code asks
-    how inputs lie in memory        where its code asks
+    how inputs lie in memory        where its code asks, or random numbers fill tensors that lie as they do
 
 ``Conditions`` are all of that as a capture found it. ``Changes`` are what the program has otherwise than the model.
 """
@@ -15,20 +15,23 @@ A model computes by its inputs (``calls.py`` holds those against a capture) and 
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
-from torch import nn
+from torch import fx, nn
 
 from fxshard.errors import CaptureError
 from fxshard.passes.capture import Captured
 from fxshard.passes.reads import Guard
+from fxshard.passes.root import Root
 from fxshard.passes.values import same
 from fxshard.passes.writes import Written
+from fxshard.rules.lookup import draws
 from fxshard.runtime.autocast import State, ambient
+from fxshard.runtime.draws import order_of
 
 __all__ = ["Changes", "Conditions", "Surroundings", "surroundings"]
 
@@ -151,7 +154,8 @@ class Conditions:
         surroundings: of the capture.
         asks_grad: whether it matters that gradients are enabled.
         needs: which parameters and inputs required a gradient, where that matters.
-        layout: how the inputs lay in memory, where that matters.
+        layout: tells how inputs lie in memory, where that matters; None where it does not.
+        lay: how those of the capture lay.
         attributes: those of the program's own changes that were read.
         guards: what tells whether all else that was read is as it was.
     """
@@ -160,7 +164,8 @@ class Conditions:
     surroundings: Surroundings
     asks_grad: bool
     needs: tuple[bool, ...] | None
-    layout: tuple[tuple[int, ...] | None, ...] | None
+    layout: Callable[[torch.Tensor], Hashable] | None
+    lay: tuple[Hashable, ...]
     attributes: Mapping[tuple[str, str], Any]
     guards: tuple[Guard, ...]
 
@@ -169,12 +174,14 @@ class Conditions:
         """Those of a capture that was made just now, of a model as it is now, on which the changes are."""
         reads = captured.reads
         read = {(path, name) for path, names in (*reads.attributes.items(), *reads.inherited.items()) for name in names}
+        layout = layout_that_matters(captured)
         return Conditions(
             modes_of(model),
             surroundings(),
             captured.asks_grad,
             changes.needs(model, leaves) if captured.asks_needs else None,
-            layout_of(leaves) if captured.asks_layout else None,
+            layout,
+            lay_of(layout, leaves),
             {key: value for key, value in changes.attributes.items() if key in read},
             reads.guards(model, changes.attributes.keys()),
         )
@@ -198,7 +205,7 @@ class Conditions:
 
     def suit(self, model: nn.Module, changes: Changes, leaves: list[Any]) -> bool:
         """Whether the same requires a gradient, and the inputs lie alike in memory, where that matters."""
-        if self.layout is not None and self.layout != layout_of(leaves):
+        if self.layout is not None and self.lay != lay_of(self.layout, leaves):
             return False
         return self.needs is None or self.needs == changes.needs(model, leaves)
 
@@ -207,20 +214,29 @@ class Conditions:
         return [line for guard in self.guards for line in guard.changed()]
 
 
-def layout_of(leaves: list[Any]) -> tuple[tuple[int, ...] | None, ...]:
-    """How each leaf lies in memory: its strides and where it begins; None for what is contiguous, or no tensor.
+def layout_that_matters(captured: Captured) -> Callable[[torch.Tensor], Hashable] | None:
+    """What of the memory of inputs a capture depends on."""
+    graphs = [each.graph for each in captured.root.modules() if isinstance(each, Root | fx.GraphModule)]
+    calls = [node for graph in graphs for node in graph.nodes if node.op == "call_function"]
+    if captured.asks_layout or any(node.target is torch.ops.aten.as_strided.default for node in calls):
+        return lies_at
+    return order_of if any(map(draws, calls)) else None
 
-    >>> layout_of([torch.ones(2, 3), torch.ones(2, 3).T, 1.0])
-    (None, (1, 3, 0), None)
+
+def lay_of(layout: Callable[[torch.Tensor], Hashable] | None, leaves: list[Any]) -> tuple[Hashable, ...]:
+    """How the tensors among some leaves lie."""
+    if layout is None:
+        return ()
+    return tuple(layout(x) for x in leaves if isinstance(x, torch.Tensor) and x.layout == torch.strided)
+
+
+def lies_at(x: torch.Tensor) -> Hashable:
+    """All of how a tensor lies in its memory.
+
+    >>> lies_at(torch.ones(4, 2).T[1:])
+    ((1, 2), 1)
     """
-
-    def one(leaf: Any) -> tuple[int, ...] | None:
-        if not isinstance(leaf, torch.Tensor) or leaf.layout != torch.strided:
-            return None
-        start = leaf.storage_offset()
-        return None if leaf.is_contiguous() and not start else (*leaf.stride(), start)
-
-    return tuple(map(one, leaves))
+    return x.stride(), x.storage_offset()
 
 
 def modes_of(model: nn.Module) -> tuple[bool, ...]:

@@ -15,7 +15,7 @@ import torch
 
 from fxshard.runtime.autocast import operator_named
 
-__all__ = ["draw_in_place", "in_order", "order_of"]
+__all__ = ["copy_as_it_lies", "draw_in_place", "in_order", "order_of"]
 
 
 def order_of(x: torch.Tensor) -> tuple[tuple[int, ...], bool]:
@@ -42,6 +42,20 @@ def in_order(x: torch.Tensor, order: Sequence[int]) -> torch.Tensor:
     (1, 4)
     """
     return x.permute(*order).contiguous().permute(*_inverse(order))
+
+
+def copy_as_it_lies(x: torch.Tensor) -> torch.Tensor:
+    """A copy that lies in its memory as ``x`` does in its own, which is copied from where it begins.
+
+    >>> copied = copy_as_it_lies(torch.ones(3, 4).T[1:])
+    >>> copied.stride(), copied.storage_offset()
+    ((1, 4), 1)
+    """
+    if x.layout != torch.strided or x.is_quantized or not x.numel():
+        return x.detach().clone()
+    start, strides = x.storage_offset(), x.stride()
+    end = start + 1 + sum((size - 1) * stride for size, stride in zip(x.shape, strides, strict=True))
+    return x.detach().as_strided((end,), (1,), 0).clone().as_strided(x.shape, strides, start)
 
 
 def draw_in_place(

@@ -72,6 +72,12 @@ def _problem(weights: Weights, name: str, value: Any, part_of: str | None) -> st
     layout = weights.layout(name)
     if not isinstance(value, torch.Tensor):
         return f"{name} is a {type(value).__name__}, not a tensor"
+    if value.is_meta:
+        return f"{name} is on the meta device, and has no values"
+    if value.layout != torch.strided or value.is_quantized:
+        return f"{name} is {'quantized' if value.is_quantized else value.layout}, not a tensor of plain numbers"
+    if value.is_complex() and not weights.tensors[name].is_complex():
+        return f"{name} is complex, and must be {weights.tensors[name].dtype}"
     if part_of is not None and not isinstance(value, DTensor | BlockTensor):
         if weights.is_simulated:
             return f"{name} is the part of {part_of}: all ranks are in this process, and need the whole"

@@ -3,7 +3,8 @@
 SGD, Adam and their like make of every element's gradient that element's step, so that it does not matter who holds the
 element. Muon orthogonalizes the update of a whole matrix, Adafactor keeps sums of its rows and columns, LAMB scales by
 its norm: given a part they compute something else, and say nothing. So before an optimizer's first step over parts it
-is looked at: torch's own are known, any other is tried on a small matrix and on its halves.
+is looked at: torch's own are known, any other is tried on a small matrix and on its halves. One that was made over the
+model's parameters, of which the program has its own, would train nothing.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch.optim.optimizer import register_optimizer_step_pre_hook
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from fxshard.errors import InputError
 from fxshard.runtime.collectives import Axis
@@ -23,7 +25,7 @@ from fxshard.runtime.module import local_part
 from fxshard.runtime.weights import Weights
 from fxshard.runtime.whole import fill_whole, gather_whole
 
-__all__ = ["WholeMatrix", "watch_optimizers"]
+__all__ = ["WholeMatrix", "note_parted", "watch_optimizers"]
 
 _ALONE = (
     torch.optim.ASGD, torch.optim.Adadelta, torch.optim.Adagrad, torch.optim.Adam, torch.optim.AdamW,
@@ -33,6 +35,12 @@ _ALONE = (
 """Torch's optimizers that treat each element alone."""
 _SEEN = "_fxshard_seen"
 _watching: list[Any] = []
+_parted = WeakTensorKeyDictionary()
+
+
+def note_parted(parameter: nn.Parameter, name: str) -> None:
+    """A program has a parameter of its own in place of this one of the model."""
+    _parted[parameter] = name
 
 
 def watch_optimizers() -> None:
@@ -46,6 +54,13 @@ def _check(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
     if vars(optimizer).get(_SEEN) == count or isinstance(optimizer, WholeMatrix):
         return
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    parted = [p for p in parameters if p in _parted and p.requires_grad]
+    if parted and all(p.grad is None for p in parted):
+        raise InputError(
+            f"the optimizer has {len(parted)} parameters of a model that was parallelized, the first "
+            f"{_parted[parted[0]]!r}: they have no gradients, since the program trains parameters of its own",
+            fix="make the optimizer over program.parameters(), once the program was captured",
+        )
     cut = [layout for layout in map(layout_of, parameters) if layout is not None and layout.is_cut]
     if cut and not treats_elements_alone(optimizer):
         name = type(optimizer).__name__

@@ -193,3 +193,57 @@ def test_what_is_asked_of_gradients_counts_however_it_is_spelled(name: str) -> N
     for grad in (False, True, False):
         with torch.set_grad_enabled(grad):
             torch.testing.assert_close(fxshard.simulate(program, x).outputs[1], model(x))
+
+
+LAYOUT: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    "whether it is contiguous": lambda x: x * 3 if x.is_contiguous() else x,
+    "strides": lambda x: x * x.stride(-1),
+    "strides of a view": lambda x: x * x.T.stride(0),
+    "a view by strides": lambda x: x.as_strided((2, 2), (1, 2)).repeat(2, 4),
+    "the place in memory": lambda x: x * (1 + x.storage_offset()),
+}
+
+
+@pytest.mark.parametrize("name", LAYOUT)
+def test_how_an_input_lies_in_memory_counts_where_it_is_asked(name: str) -> None:
+    asks = LAYOUT[name]
+
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.up = nn.Linear(8, 8)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.up(asks(x))
+
+    model = Model().double()
+    program = fxshard.parallelize(model, fxshard.tensor_parallel(2))
+    x = torch.arange(64, dtype=torch.float64).reshape(8, 8)
+    for given in (x[:4], x.T[:4], x[4:], x.T[4:], x[:4].clone()):
+        torch.testing.assert_close(fxshard.simulate(program, given).outputs[1], model(given))
+
+
+def test_how_an_input_lies_in_memory_does_not_count_where_nobody_asks() -> None:
+    program = fxshard.parallelize(nn.Linear(8, 8), fxshard.tensor_parallel(2))
+    for given in (torch.randn(8, 8), torch.randn(8, 8).T):
+        fxshard.simulate(program, given)
+    assert len(program._captures.all) == 1
+
+
+def test_draws_follow_how_an_input_lies_in_memory() -> None:
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.up = nn.Linear(8, 8)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return nn.functional.dropout(self.up(x + torch.rand_like(x)), 0.5)
+
+    model = Model().double()
+    program = fxshard.parallelize(model, fxshard.data_parallel(2) | fxshard.tensor_parallel(2))
+    x = torch.randn(8, 8, dtype=torch.float64)
+    for given in (x, x.T, x[:4], x.T[:4], x):
+        torch.manual_seed(3)
+        want = model(given)
+        torch.manual_seed(3)
+        torch.testing.assert_close(fxshard.simulate(program, given).outputs[1], want)

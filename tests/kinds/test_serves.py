@@ -63,6 +63,30 @@ def agree(program: fxshard.ParallelModule, model: nn.Module, *args: Any) -> None
         torch.testing.assert_close(out, want)
 
 
+# --- what is given ---------------------------------------------------------------------------------------------------
+
+
+class Scaled(nn.Module):
+    def forward(self, x: torch.Tensor, scale: float = 1.0, bias: Any = None, *, negate: bool = False) -> torch.Tensor:
+        y = x * scale if bias is None else x * scale + bias
+        return -y if negate else y
+
+
+@pytest.mark.parametrize("fixed", [False, True])
+def test_a_default_that_is_given_is_as_one_that_is_not(fixed: bool) -> None:
+    model = Scaled()
+    program = fxshard.parallelize(model, data_parallel(2), (X,) if fixed else None)
+    agree(program, model, X)
+    for args, kwargs in [((X, 1.0), {}), ((X,), {"scale": 1.0, "bias": None}), ((), {"x": X, "negate": False})]:
+        assert torch.equal(fxshard.simulate(program, *args, **kwargs).outputs[1], X)
+    assert len(program._captures.all) == 1
+    if fixed:
+        with pytest.raises(InputError, match=r"scale was 1.0 at capture, its default"):
+            fxshard.simulate(program, X, 2.0)
+    else:
+        agree(program, model, X, 2.0)
+
+
 # --- what the model reads --------------------------------------------------------------------------------------------
 
 

@@ -287,3 +287,17 @@ def test_what_is_done_to_one_rank_alone_is_told(name: str) -> None:
 
 def test_ddp_over_what_holds_a_program() -> None:
     launch(2, inside.wrapped)
+
+
+# --- optimizers -------------------------------------------------------------------------------------------------------
+
+
+def test_an_optimizer_over_the_models_parameters_would_train_nothing() -> None:
+    model = Net()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    program = fxshard.parallelize(model, tensor_parallel(2), (X,))
+    fxshard.simulate(program, X).backward(lambda y: y.sum())
+    with pytest.raises(InputError, match=r"that was parallelized, the first 'layers\.0\.up\.weight'"):
+        optimizer.step()
+    model(X).sum().backward()  # the model is trained by itself
+    optimizer.step()
