@@ -107,7 +107,7 @@ def is_default(value: Any, default: Any) -> bool:
     """
     if type(value) not in _PLAIN or type(value) is not type(default):
         return False
-    return value == default and (value != 0 or repr(value) == repr(default))  # type: ignore[no-any-return]
+    return bool(value == default and (value != 0 or repr(value) == repr(default)))
 
 
 def named_dynamic_shapes(

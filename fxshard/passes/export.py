@@ -293,7 +293,7 @@ def _stand_in(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
     return nn.Parameter(like, tensor.requires_grad) if parameter else like.requires_grad_(tensor.requires_grad)
 
 
-def _memory(like: torch.Tensor, start: int) -> torch.UntypedStorage:
+def _memory(like: torch.Tensor, start: Any) -> torch.UntypedStorage:
     """Memory for a tensor that begins at ``start``."""
     num_bytes = like.untyped_storage().nbytes() + start * like.element_size()
     return torch.UntypedStorage(num_bytes, device=like.device)

@@ -92,11 +92,11 @@ class Before:
         found = []
         for (path, module), before, tables in zip(self.modules, self._attributes, self._tables, strict=True):
             for kind, was in zip(_TABLES, tables, strict=True):
-                if kind == "_modules" and self._has_the_same_tensors():
-                    now = vars(module)[kind]
+                now = vars(module)[kind]
+                if kind == "_modules" and now != was and self._has_the_same_tensors():
                     found += [Written(path, (name,), LOST) for name in now if now[name] is not was.get(name)]
                 else:
-                    self._check_table(path, kind, vars(module)[kind], was)
+                    self._check_table(path, kind, now, was)
             for name, value in vars(module).items():
                 if name in _APART or before.get(name, _MISSING) is value:
                     continue
