@@ -64,8 +64,8 @@ def test_exported_programs() -> None:
 
 # --- inductor, and models of transformers ----------------------------------------------------------------------------
 
-CASES = [("block", plan) for plan in ("tp2", "sp2", "dp2", "zero2")]
-CASES += [("llama", "tp2"), ("llama", "sp2"), ("gpt2", "dp2"), ("gpt2", "zero2")]
+CASES = [("block", "tp2"), ("block", "zero2"), ("llama", "sp2"), ("gpt2", "dp2")]
+"""Each compiler run takes some ten seconds: what can be traced is tried above, under every plan."""
 
 
 @pytest.mark.slow
@@ -77,31 +77,28 @@ def test_inductor_equals_the_model() -> None:
 @pytest.mark.slow
 @needs_compiler
 def test_inductor_on_two_axes() -> None:
-    cases = [("gpt2", "zero2_tp2"), ("llama", "dp2_sp2")]
-    launch(4, compiling.equal_the_original, cases, "inductor")
+    launch(4, compiling.equal_the_original, [("block", "zero2_tp2")], "inductor")
 
 
 @pytest.mark.slow
 @needs_compiler
 def test_inductor_with_dynamic_sizes() -> None:
-    cases = [("llama", "sp2"), ("gpt2", "dp2")]
-    launch(2, compiling.many_sizes, cases, "inductor")
+    launch(2, compiling.many_sizes, [("block", "dp2")], "inductor")
 
 
 @pytest.mark.slow
 @needs_compiler
 def test_inductor_trains() -> None:
-    launch(2, compiling.train, [("llama", "sp2"), ("gpt2", "dp2"), ("llama", "zero2")], "inductor")
+    launch(2, compiling.train, [("llama", "zero2")], "inductor")
 
 
 @pytest.mark.slow
 @needs_compiler
 def test_checkpointed_layers() -> None:
-    for plan in ("tp2", "zero2"):
-        launch(2, compiling.checkpointed, plan)
+    launch(2, compiling.checkpointed, "zero2")
 
 
 @pytest.mark.slow
 @needs_compiler
 def test_packages() -> None:
-    launch(2, compiling.packaged, [("block", "tp2"), ("llama", "tp2"), ("gpt2", "dp2")])
+    launch(2, compiling.packaged, [("block", "tp2"), ("llama", "tp2")])
