@@ -17,7 +17,8 @@ import torch
 from torch import nn
 
 from fxshard.errors import CaptureError, InputError
-from fxshard.passes.calls import Excluded, canonical_call
+from fxshard.passes.calls import canonical_call
+from fxshard.passes.captured import Excluded
 from fxshard.passes.known_calls import KnownCalls, describe
 from fxshard.passes.pipeline import Compiled
 from fxshard.passes.serves import Changes, Conditions, Surroundings, surroundings

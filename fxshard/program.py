@@ -29,7 +29,8 @@ from fxshard.inspect.fingerprint import fingerprint
 from fxshard.inspect.report import Collective, collectives_of, explain, notes_of, table
 from fxshard.mesh import Mesh
 from fxshard.passes.annotate import placements
-from fxshard.passes.capture import LOCK, Captured, capture, number_constants
+from fxshard.passes.capture import LOCK, capture, number_constants
+from fxshard.passes.captured import Captured
 from fxshard.passes.constants import check_constants, declared
 from fxshard.passes.fidelity import check_fidelity
 from fxshard.passes.pipeline import STAGES, Compiled, Options, compile_graph

@@ -23,7 +23,7 @@ from torch import nn
 from fxshard.cache.key import digest_of, files_as_they_were, files_loaded, key_of
 from fxshard.cache.stored import NotStorable, dump, restore
 from fxshard.errors import CaptureError
-from fxshard.passes.capture import Captured
+from fxshard.passes.captured import Captured
 from fxshard.runtime.files import keep_from_others, written_by_others
 
 __all__ = ["cached"]

@@ -16,7 +16,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import fx, nn
 
-from fxshard.passes.capture import Captured, root_over, tensors_of
+from fxshard.passes.capture import root_over, tensors_of
+from fxshard.passes.captured import Captured
 from fxshard.passes.root import Root
 from fxshard.passes.trees import teach
 from fxshard.runtime.module import find

@@ -16,7 +16,7 @@ import sympy
 import torch
 
 from fxshard.passes.calls import is_default
-from fxshard.passes.capture import Captured
+from fxshard.passes.captured import Captured
 from fxshard.torch_internals import print_python, pytree
 
 

@@ -1,45 +1,33 @@
-"""A call of the captured model: written in one way, and held against what was captured."""
+"""A call of a model, written in one way, and what is known of each of its leaves."""
 
 from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Container, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
 from fxshard.errors import InputError
-from fxshard.passes.guards import broken
-from fxshard.passes.trees import paths
 from fxshard.torch_internals import pytree
-
-if TYPE_CHECKING:
-    from fxshard.passes.capture import Captured
 
 __all__ = [
     "DECLARED",
-    "Excluded",
     "Leaf",
     "bounds_of",
     "free_of",
     "in_words",
     "is_default",
     "canonical_call",
-    "check_leaves",
     "is_declared",
     "leaf_of",
     "named_dynamic_shapes",
-    "structure_error",
 ]
 
 _SYMBOLIC = (torch.SymInt, torch.SymFloat, torch.SymBool)
 _PLAIN = (type(None), bool, int, float, str, torch.dtype, torch.device)
-
-
-class Excluded(InputError):
-    """Dynamic sizes that what was captured does not serve, though a capture of these very sizes would."""
 
 
 @dataclass(frozen=True)
@@ -108,6 +96,11 @@ def is_default(value: Any, default: Any) -> bool:
     if type(value) not in _PLAIN or type(value) is not type(default):
         return False
     return bool(value == default and (value != 0 or repr(value) == repr(default)))
+
+
+def is_plain_default(parameter: inspect.Parameter) -> bool:
+    """Whether a parameter has a plain value where it is not given."""
+    return type(parameter.default) in _PLAIN
 
 
 def named_dynamic_shapes(
@@ -184,103 +177,6 @@ def pattern_of(leaves: Sequence[Any]) -> tuple[int, ...]:
     return places if any(place != i for i, place in enumerate(places)) else ()
 
 
-def check_leaves(captured: Captured, leaves: list[Any]) -> None:
-    """Compare each leaf with what was captured; all that do not fit are named in one error."""
-    sizes = _Sizes(captured.ranges, captured.free_sizes)
-    derived: list[tuple[Leaf, Any, int, str]] = []
-    problems = []
-    others = False  # values of a declared constant that were not captured yet, nor the sizes that go with them
-    for index, (leaf, info) in enumerate(zip(leaves, captured.example_inputs, strict=True)):
-        if info.shape is not None:
-            problem = _check_tensor(leaf, info, sizes, derived)
-        elif info.symbol is not None:
-            problem = sizes.check(leaf, info.symbol)
-        else:
-            problem = _check_constant(leaf, captured.constants[index])
-            others |= bool(problem) and is_declared(leaf)
-        if problem:
-            problems.append(f"{info.path}: {problem}")
-    for info, expr, size, where in derived:
-        expected = expr.subs(sizes.known)
-        if expected.is_Integer and int(expected) != size:
-            problems.append(f"{info.path}: {where} is {size}, expected {expr} = {expected}")
-    if problems:
-        raise (Excluded if others or len(problems) == sizes.excluded else InputError)(
-            "the inputs do not fit what was captured: " + "; ".join(problems),
-            fix="give inputs of the captured shapes, capture again with these, or name the dims that vary in "
-            "dynamic_shapes, in a range that has these sizes",
-        )
-    if captured.pattern is not None and pattern_of(leaves) != captured.pattern:
-        raise Excluded(
-            "the inputs do not fit what was captured: which of them are one tensor differs",
-            fix="clone what is given twice, or capture again with these",
-        )
-    if problems := broken(captured.guards, sizes.known, _places(captured)):
-        raise Excluded(
-            "the inputs do not fit what was captured: " + "; ".join(problems),
-            fix="the model branches on that size: give sizes that take the captured branch, or make another program, "
-            "from an example that takes this one",
-        )
-
-
-def _places(captured: Captured) -> dict[Any, tuple[str, int]]:
-    """The first input and dim that each dynamic size is of."""
-    found: dict[Any, tuple[str, int]] = {}
-    for info in captured.example_inputs:
-        for dim, size in enumerate(info.shape or ()):
-            if getattr(size, "is_Symbol", False):
-                found.setdefault(size, (info.path, dim))
-    return found
-
-
-def _check_tensor(
-    leaf: Any,
-    info: Leaf,
-    sizes: _Sizes,
-    derived: list[tuple[Leaf, Any, int, str]],
-) -> str:
-    expected = in_words(info.dtype, info.shape)
-    if not isinstance(leaf, torch.Tensor):
-        return f"expected {expected}, got {leaf!r}"
-    assert info.shape is not None
-    if leaf.dtype != info.dtype or leaf.dim() != len(info.shape):
-        return f"expected {expected}, got {in_words(leaf.dtype, leaf.shape)}"
-    for dim, (size, want) in enumerate(zip(leaf.shape, info.shape, strict=True)):
-        if isinstance(want, int):
-            if size != want:
-                return f"expected {expected}, got {in_words(leaf.dtype, leaf.shape)} (dim {dim})"
-        elif want.is_Symbol:
-            if problem := sizes.check(size, want):
-                return f"dim {dim} {problem}"
-        else:
-            derived.append((info, want, size, f"dim {dim}"))
-    return ""
-
-
-class _Sizes:
-    """The dynamic sizes of a call, as they are met.
-
-    Attributes:
-        known: symbol -> its value in the call.
-        excluded: how many were outside of a range that nobody asked for: the model made it.
-    """
-
-    def __init__(self, ranges: Mapping[Any, tuple[float, float]], free: Container[Any]) -> None:
-        self.known: dict[Any, int] = {}
-        self.excluded = 0
-        self._ranges, self._free = ranges, free
-
-    def check(self, size: Any, symbol: Any) -> str:
-        """What is wrong with a size; empty where nothing is."""
-        low, high = self._ranges.get(symbol, (0, math.inf))
-        if not low <= size <= high:
-            self.excluded += symbol in self._free
-            return f"is {size}, outside of its range {low} to {high}"
-        if self.known.setdefault(symbol, size) != size:
-            return f"is {size}, but the same dynamic size {symbol} is {self.known[symbol]} in another input"
-        return ""
-
-
 DECLARED = "fxshard constant: "
 """Begins the text that stands for a tensor whose values were declared constant: see ``constants.py``."""
 
@@ -288,26 +184,3 @@ DECLARED = "fxshard constant: "
 def is_declared(leaf: Any) -> bool:
     """Whether a leaf stands for such a tensor."""
     return isinstance(leaf, str) and leaf.startswith(DECLARED)
-
-
-def _check_constant(leaf: Any, value: Any) -> str:
-    if isinstance(leaf, torch.Tensor):
-        return f"expected the constant {value!r}, got {in_words(leaf.dtype, leaf.shape)}"
-    same = type(leaf) is type(value) and (leaf == value or (leaf != leaf and value != value))
-    return "" if same else f"was {value!r} at capture, which the graph holds as a constant; got {leaf!r}"
-
-
-def structure_error(captured: Captured, tree: Any) -> InputError:
-    """Return the error for a call whose tree is another than the captured one."""
-    given, known = paths(tree), [info.path for info in captured.example_inputs]
-    missing = [path for path in known if path not in given]
-    extra = [path for path in given if path not in known]
-    parameters = captured.signature.parameters
-    left_out = [path for path in extra if path in parameters and type(parameters[path].default) in _PLAIN]
-    extra = [path for path in extra if path not in left_out]
-    parts = [f"{path} was {parameters[path].default!r} at capture, its default" for path in left_out]
-    parts += [f"missing {', '.join(missing)}"] * bool(missing) + [f"unexpected {', '.join(extra)}"] * bool(extra)
-    return InputError(
-        "the inputs have another structure than what was captured: " + ("; ".join(parts) or "other container types"),
-        fix=f"pass exactly {', '.join(map(str, captured.example_inputs))}, or capture again with these inputs",
-    )

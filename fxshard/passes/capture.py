@@ -22,7 +22,7 @@ import copy
 import inspect
 import threading
 from collections.abc import Callable, Container, Hashable, Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -33,17 +33,14 @@ from torch.fx.graph import CodeGen
 from fxshard.errors import CaptureError
 from fxshard.passes.branches import with_branches
 from fxshard.passes.calls import (
-    Leaf,
     bounds_of,
     canonical_call,
-    check_leaves,
     free_of,
     leaf_of,
     named_dynamic_shapes,
     pattern_of,
-    structure_error,
 )
-from fxshard.passes.constants import as_declared
+from fxshard.passes.captured import Captured
 from fxshard.passes.decisions import Decisions
 from fxshard.passes.effects import is_mutating
 from fxshard.passes.export import Outputs, export, fits_graph, has_meta, quiet
@@ -53,108 +50,18 @@ from fxshard.passes.origins import module_of, source_of
 from fxshard.passes.reads import Reads, reading
 from fxshard.passes.root import Root
 from fxshard.passes.traces import Trace, check_drawn
-from fxshard.passes.trees import flatten, paths, put_back, reorder
+from fxshard.passes.trees import flatten, paths
 from fxshard.passes.vmaps import unmap
-from fxshard.passes.writes import Written, check_lost
-from fxshard.runtime.autocast import State, ambient
+from fxshard.passes.writes import check_lost
+from fxshard.runtime.autocast import ambient
 from fxshard.runtime.module import find, joined, place
-from fxshard.torch_internals import is_vmapped, pytree
+from fxshard.torch_internals import is_vmapped
 
-__all__ = ["Captured", "capture", "number_constants", "signature_key"]
+__all__ = ["capture", "number_constants", "signature_key"]
 
 _COPY = torch.ops.aten.copy_.default
 # Only these reach a reader of the graph; export's own provenance records would double its size.
 _KEPT_META = ("val", "nn_module_stack", "stack_trace", "torch_fn", "custom")
-
-
-@dataclass(frozen=True)
-class Captured:
-    """A model as a flat graph, and the way from a call to the graph's leaves and back.
-
-    Attributes:
-        root: the graph, and what it reads: ``root(*leaves)`` returns a tuple of leaves.
-        in_spec: the tree of ``((args...), {kwargs...})`` in canonical order: by keyword wherever possible.
-        out_spec: the tree of what the model returns.
-        placeholders: the placeholders' names, one for each input leaf, in order.
-        aliases: every other name of a tied parameter or buffer -> the name used in the graph.
-        training: the model's mode at capture.
-        constants: index of an input leaf that is not a tensor -> its value at capture.
-        example_inputs: what is known of each input leaf.
-        ranges: symbol of a dynamic size -> its (smallest, largest) value.
-        free_sizes: the symbols whose range is the model's, and not one that was asked for.
-        guards: what else the model's own branches assumed of dynamic sizes; where one is false the graph does not hold.
-        output_constants: index of an output leaf that a graph cannot hold -> its value.
-        non_persistent: names of buffers that are not part of the state dict.
-        signature: the signature of the model's ``forward``.
-        autocast: the autocast that surrounded the capture; the graph computes what the model does under the same.
-        reads: what of the model's Python the capture depends on.
-        written: what forward assigns to attributes of the model's modules.
-        changes_inputs: whether forward changes what the containers hold that it is given; then the outputs' tree is
-            the pair of what the model returns, and of the arguments as they are behind it.
-        asks_grad: whether the model's code asks whether gradients are enabled; of a result, ``requires_grad`` tells.
-        asks_needs: whether it asks what requires one.
-        asks_layout: whether it asks how tensors lie in memory.
-        pattern: which of the input leaves are one tensor (``calls.pattern_of``), where the model's code may ask.
-    """
-
-    root: Root
-    in_spec: pytree.TreeSpec
-    out_spec: pytree.TreeSpec
-    placeholders: tuple[str, ...]
-    aliases: Mapping[str, str]
-    training: bool
-    constants: Mapping[int, Any]
-    example_inputs: tuple[Leaf, ...]
-    ranges: Mapping[Any, tuple[float, float]] = field(default_factory=dict)
-    free_sizes: frozenset[Any] = frozenset()
-    guards: tuple[Any, ...] = ()
-    output_constants: Mapping[int, Any] = field(default_factory=dict)
-    non_persistent: frozenset[str] = frozenset()
-    signature: inspect.Signature = field(default_factory=inspect.Signature)
-    autocast: State = ()
-    reads: Reads = field(default_factory=Reads)
-    written: tuple[Written, ...] = ()
-    changes_inputs: bool = False
-    asks_grad: bool = False
-    asks_needs: bool = False
-    asks_layout: bool = False
-    pattern: tuple[int, ...] | None = None
-
-    def flatten_inputs(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[Any]:
-        """Return the leaves of a call in the order of the placeholders.
-
-        Raises:
-            InputError: the call does not fit what was captured.
-        """
-        tree = canonical_call(self.signature, args, kwargs)
-        leaves, spec = flatten(tree)
-        if spec != self.in_spec:
-            leaves, spec = flatten(reorder(tree, self.in_spec))
-        if spec != self.in_spec:
-            raise structure_error(self, tree)
-        leaves = [as_declared(leaf, self.constants.get(i)) for i, leaf in enumerate(leaves)]
-        check_leaves(self, leaves)
-        return leaves
-
-    def unflatten_outputs(self, leaves: Any, call: tuple[tuple[Any, ...], Mapping[str, Any]] | None = None) -> Any:
-        """Return ``leaves``, a result of the graph, as the type that the model returns.
-
-        Args:
-            leaves: what the graph returned.
-            call: the arguments, whose containers are changed as the model changes them.
-        """
-        leaves = list(leaves)
-        for index, value in self.output_constants.items():
-            leaves[index] = value
-        if self.out_spec.is_leaf():
-            return leaves[0]
-        made = pytree.tree_unflatten(leaves, self.out_spec)
-        if not self.changes_inputs:
-            return made
-        out, after = made
-        if call is not None:
-            put_back(canonical_call(self.signature, *call), after)
-        return out
 
 
 def capture(

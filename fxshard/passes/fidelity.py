@@ -19,7 +19,7 @@ from torch import fx, nn
 from torch.utils.checkpoint import CheckpointFunction
 
 from fxshard.errors import CaptureError, FxshardError
-from fxshard.passes.capture import Captured
+from fxshard.passes.captured import Captured
 from fxshard.passes.constants import handed_out
 from fxshard.passes.effects import base_of
 from fxshard.passes.host import host_state, put_back_host_state, seed_host

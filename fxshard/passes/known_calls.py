@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from fxshard.passes.calls import canonical_call
-from fxshard.passes.capture import Captured
+from fxshard.passes.captured import Captured
 from fxshard.passes.trees import flatten, reorder
 
 __all__ = ["KnownCalls", "describe"]

@@ -18,7 +18,7 @@ from torch import fx
 from fxshard.errors import SoundnessError
 from fxshard.mesh import Mesh
 from fxshard.passes.annotate import annotate
-from fxshard.passes.capture import Captured
+from fxshard.passes.captured import Captured
 from fxshard.passes.check import check
 from fxshard.passes.effects import is_mutating
 from fxshard.passes.enclose import enclose, has_branches

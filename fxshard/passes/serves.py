@@ -24,7 +24,7 @@ import torch
 from torch import fx, nn
 
 from fxshard.errors import CaptureError
-from fxshard.passes.capture import Captured
+from fxshard.passes.captured import Captured
 from fxshard.passes.reads import Guard
 from fxshard.passes.root import Root
 from fxshard.passes.values import same

@@ -20,7 +20,8 @@ from torch import nn
 import fxshard
 from fxshard.cache import key
 from fxshard.cache.stored import NotStorable, dump, restore
-from fxshard.passes.capture import Captured, capture
+from fxshard.passes.capture import capture
+from fxshard.passes.captured import Captured
 from fxshard.passes.fidelity import check_fidelity
 from fxshard.passes.normalize import normalize
 from tests.models.zoo import MODELS, build

@@ -13,7 +13,8 @@ from torch.export import Dim
 import fxshard
 from fxshard.errors import InputError
 from fxshard.passes.binding import Binding
-from fxshard.passes.capture import Captured, capture
+from fxshard.passes.capture import capture
+from fxshard.passes.captured import Captured
 
 
 class Model(nn.Module):

@@ -11,7 +11,8 @@ import torch
 from torch import fx, nn
 
 from fxshard.errors import CaptureError
-from fxshard.passes.capture import Captured, capture
+from fxshard.passes.capture import capture
+from fxshard.passes.captured import Captured
 from fxshard.passes.functionalize import functionalize, is_mutating
 from fxshard.passes.normalize import normalize
 
