@@ -34,7 +34,7 @@ from fxshard.passes.captured import Captured
 from fxshard.passes.constants import check_constants, declared
 from fxshard.passes.fidelity import check_fidelity
 from fxshard.passes.pipeline import STAGES, Compiled, Options, compile_graph
-from fxshard.passes.reads import check_kept, check_unread
+from fxshard.passes.reads import Guard, check_kept, check_unread
 from fxshard.passes.serves import Changes, Conditions
 from fxshard.passes.tensors import Kinds, check_own_memory, check_same, kinds_of
 from fxshard.passes.weights import dim_of
@@ -200,8 +200,10 @@ class ParallelModule(StandIn):
         has_values = self._original.has_values and (is_there or not ambient())
 
         with_grad = torch.is_grad_enabled()
+        guards: tuple[Guard, ...] = ()
 
         def check(made: Captured, stored: bool) -> bool:
+            nonlocal guards
             guards = made.reads.guards(model, self._captures.changes.attributes.keys())
             check_kept(guards)
             fits = has_values and check_fidelity(model, made, args, kwargs, backward=stored or with_grad)
@@ -224,7 +226,8 @@ class ParallelModule(StandIn):
             )
         for before in self._captures.all:
             check_lost(before.compiled.captured.written, captured.reads)
-        conditions = Conditions.of(captured, model, self._captures.changes, captured.flatten_inputs(args, kwargs))
+        leaves = captured.flatten_inputs(args, kwargs)
+        conditions = Conditions.of(captured, model, self._captures.changes, leaves, guards)
         held = Held(compiled, conditions, exact)
         self._captures.add(held)
         self._latest = compiled

@@ -15,6 +15,7 @@ import os
 import sys
 import threading
 import types
+import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -83,6 +84,7 @@ class Ran:
     def __init__(self) -> None:
         self.spaces: dict[types.CodeType, dict[str, Any]] = {}
         self.cells: dict[types.CodeType, set[tuple[int, ...]]] = {}
+        self._functions: list[weakref.ref[types.FunctionType]] | None = None
 
     def forget(self) -> None:
         """Empties the caches of what was cached meanwhile (``functools.cache``): it has tensors of the trace."""
@@ -100,10 +102,16 @@ class Ran:
         return any(map(_compares_identity, self.spaces))
 
     def functions(self) -> list[types.FunctionType]:
-        """The functions that have the closures which were found."""
-        there = gc.get_referrers(*self.cells) if self.cells else []
-        functions = [each for each in there if isinstance(each, types.FunctionType) and each.__code__ in self.cells]
-        return [f for f in functions if tuple(id(content_of(c)) for c in f.__closure__ or ()) in self.cells[f.__code__]]
+        """The functions that have the closures which were found, as far as they are still there."""
+        if self._functions is None:  # all objects of the process are looked through
+            there = gc.get_referrers(*self.cells) if self.cells else []
+            functions = [each for each in there if isinstance(each, types.FunctionType) and each.__code__ in self.cells]
+            self._functions = [weakref.ref(each) for each in functions if self._ran_with(each)]
+        return [each for ref in self._functions if (each := ref()) is not None]
+
+    def _ran_with(self, function: types.FunctionType) -> bool:
+        closure = function.__closure__ or ()
+        return tuple(id(content_of(cell)) for cell in closure) in self.cells[function.__code__]
 
 
 @functools.cache

@@ -170,7 +170,9 @@ class Conditions:
     guards: tuple[Guard, ...]
 
     @staticmethod
-    def of(captured: Captured, model: nn.Module, changes: Changes, leaves: list[Any]) -> Conditions:
+    def of(
+        captured: Captured, model: nn.Module, changes: Changes, leaves: list[Any], guards: tuple[Guard, ...]
+    ) -> Conditions:
         """Those of a capture that was made just now, of a model as it is now, on which the changes are."""
         reads = captured.reads
         read = {(path, name) for path, names in (*reads.attributes.items(), *reads.inherited.items()) for name in names}
@@ -183,7 +185,7 @@ class Conditions:
             layout,
             lay_of(layout, leaves),
             {key: value for key, value in changes.attributes.items() if key in read},
-            reads.guards(model, changes.attributes.keys()),
+            guards,
         )
 
     def hold(self, model: nn.Module, changes: Changes) -> bool:
