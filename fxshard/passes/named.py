@@ -238,12 +238,8 @@ def places_of(ran: Ran, classes: Iterable[type]) -> Named:
         _note_class(each, words, found)
     if not words.isdisjoint(("environ", "getenv")):
         found[id(os.environ)] = "os", functools.partial(dict, environ=os.environ), {"environ": None}
-    keys = {id(vars(module)): (name, "") for name, module in list(sys.modules.items()) if hasattr(module, "__dict__")}
-    keys |= {id(os.environ): ("os", "")}
-    keys |= {id(each): (each.__module__, each.__qualname__) for each in _classes(found) if _is_named(each)}
-    return Named(
-        tuple(Place(w, get, tuple(names), keys.get(k)) for k, (w, get, names) in found.items() if names), words
-    )
+    places = tuple(Place(w, get, tuple(names), _key_of(get)) for w, get, names in found.values() if names)
+    return Named(places, words)
 
 
 def place_at(key: tuple[str, str], names: tuple[str, ...]) -> Place | None:
@@ -256,9 +252,16 @@ def place_at(key: tuple[str, str], names: tuple[str, ...]) -> Place | None:
     return Place(key[1] or key[0], functools.partial(vars, space), names, key)
 
 
-def _classes(found: Mapping[int, _Found]) -> list[type]:
-    places = (get.args[0] for _, get, _ in found.values() if isinstance(get, functools.partial) and get.args)
-    return [each for each in places if isinstance(each, type)]
+def _key_of(get: Any) -> tuple[str, str] | None:
+    """How another process finds the same place; None where it would not."""
+    if get.func is dict:
+        return "os", ""
+    held = get.args[0]
+    if isinstance(held, type):
+        return (held.__module__, held.__qualname__) if _is_named(held) else None
+    name = held.get("__name__") if isinstance(held, dict) else None
+    module = sys.modules.get(name) if isinstance(name, str) else None
+    return (str(name), "") if module is not None and vars(module) is held else None
 
 
 def _is_named(cls: type) -> bool:
