@@ -290,7 +290,10 @@ def _note_value(where: str, value: Any, names: frozenset[str], found: dict[int, 
     elif isinstance(value, contextvars.ContextVar):
         found[id(value)] = where, functools.partial(_in_context, value), {"value": None}
     elif isinstance(value, types.FunctionType) and not is_settled(value.__module__):
-        kept = {"attributes": value.__dict__, "defaults": (value.__defaults__, value.__kwdefaults__)}
+        attributes: Any = value.__dict__
+        if "registry" in attributes and "_clear_cache" in attributes:  # of functools.singledispatch, which has a cache
+            attributes = {"registry": attributes["registry"]}
+        kept = {"attributes": attributes, "defaults": (value.__defaults__, value.__kwdefaults__)}
         if value.__dict__ or not is_plain(value.__defaults__) or value.__kwdefaults__:
             found[id(value)] = where, functools.partial(_itself, kept), dict.fromkeys(kept)
 

@@ -10,6 +10,7 @@ import functools
 import logging
 import os
 import types
+import weakref
 import zlib
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -121,6 +122,20 @@ def _checksum(array: np.ndarray[Any, Any]) -> tuple[Any, ...]:
     return array.shape, array.dtype.str, zlib.crc32(np.ascontiguousarray(array).view(np.uint8).data)
 
 
+def _checksum_of_memory(value: Any) -> tuple[Any, ...]:
+    """Of what shows its memory: a ``bytearray``, an ``array.array``."""
+    with memoryview(value) as memory:
+        return memory.shape, memory.format, zlib.crc32(memory.tobytes())
+
+
+def _shows_memory(value: Any) -> bool:
+    try:
+        memoryview(value).release()
+    except (TypeError, BufferError):
+        return False
+    return True
+
+
 class Content:
     """What a list, a dict, or an object held when it was read.
 
@@ -162,7 +177,7 @@ class Content:
     def restore(self) -> None:
         """Puts back what it held."""
         holder = self.holder
-        if self.holds() or isinstance(holder, tuple | _Measured | os._Environ):
+        if self.holds() or isinstance(holder, tuple | _Measured | os._Environ | types.MappingProxyType):
             return
         if isinstance(holder, Slots):
             for name in set(holder) - set(self._keys or ()):
@@ -179,7 +194,7 @@ class Content:
 
 def holder_of(value: Any) -> Any:
     """The mutable thing whose content tells a value: itself, or what an object's attributes are kept in."""
-    if isinstance(value, dict | list | tuple | deque | set | os._Environ):
+    if isinstance(value, dict | list | tuple | deque | set | os._Environ | types.MappingProxyType):
         return value
     if isinstance(value, np.ndarray):
         return _Measured(functools.partial(_checksum, value)) if value.dtype != object else None
@@ -187,12 +202,16 @@ def holder_of(value: Any) -> Any:
         return {"func": value.func, "args": value.args, "keywords": value.keywords}
     if isinstance(value, types.MethodType):
         return (value.__self__,)
+    if isinstance(value, weakref.ref):
+        return (value(),)
     if isinstance(value, _OPAQUE) or is_plain(value) or type(value).__module__.partition(".")[0] == "torch":
         return None
     held = getattr(value, "__dict__", None)
     if isinstance(held, dict):
         return held
-    return Slots(value) if _slots_of(type(value)) else None
+    if _slots_of(type(value)):
+        return Slots(value)
+    return _Measured(functools.partial(_checksum_of_memory, value)) if _shows_memory(value) else None
 
 
 def kinds_of(found: Iterable[Content]) -> set[type]:
@@ -217,6 +236,8 @@ def contents(values: Iterable[tuple[str, Any]], steps: Iterable[tuple[Any, ...]]
         if holder is None or id(value) in met:
             continue
         met[id(value)] = value
+        if holder is value and isinstance(getattr(value, "__dict__", None), dict):  # a list of a class of the user's
+            pending.append(((f"{where}.__dict__", vars(value)), (*place, "__dict__")))
         attributes = holder is not value
         if not isinstance(holder, tuple):
             found.append(Content(where, holder, place, value if attributes else None))

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import array
+import collections
 import contextvars
 import copy
 import dataclasses
 import functools
 import os
+import threading
+import types
+import weakref
 from collections.abc import Callable, Iterator
 from typing import Any, ClassVar
 
@@ -33,7 +38,7 @@ class Slotted:
         self.level = 1.0
 
 
-@dataclasses.dataclass(slots=True)
+@dataclasses.dataclass(slots=True, weakref_slot=True)
 class Record:
     level: float = 1.0
 
@@ -73,6 +78,20 @@ def counted(y: torch.Tensor) -> torch.Tensor:
 
 
 counted.level = 1.0  # type: ignore[attr-defined]
+
+
+@functools.singledispatch
+def dispatched(y: Any) -> Any:
+    return y
+
+
+class Levels(list[float]):
+    level = 1.0
+
+
+KEPT, OF_THREAD = Record(), threading.local()
+WEAK: Any = weakref.ref(KEPT)
+PROXY = types.MappingProxyType({"of": KEPT})
 ACTS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {"act": lambda y: y * LEVEL}
 
 
@@ -86,6 +105,8 @@ class Reads(nn.Module):
         self.slotted, self.record, self.helper = Slotted(), Record(), Helper()
         self.partial, self.bound = functools.partial(times, self.holder), self.helper.by_own
         self.closure, self.array, self.number = closure(self.holder), np.ones(2), torch.ones(())
+        self.memory, self.bytes, self.levels = array.array("d", [1.0]), bytearray(b"\x01"), Levels([1.0])
+        self.chain = collections.ChainMap(self.holder)
 
     @decorated
     def through(self, y: torch.Tensor) -> torch.Tensor:
@@ -131,6 +152,17 @@ READ: dict[str, tuple[Callable[[Any, torch.Tensor], torch.Tensor], Callable[[Any
         lambda m: os.environ.update(LEVEL_OF_A_TEST="3"),
     ),
     "a context variable": (lambda m, y: y * CONTEXT.get(), lambda m: CONTEXT.set(3.0)),
+    "a weak reference": (lambda m, y: y * WEAK().level, lambda m: setattr(KEPT, "level", 3.0)),
+    "a proxy of a dict": (lambda m, y: y * PROXY["of"].level, lambda m: setattr(KEPT, "level", 3.0)),
+    "an array of Python's": (lambda m, y: y * m.memory[0], lambda m: m.memory.__setitem__(0, 3.0)),
+    "bytes that change": (lambda m, y: y * m.bytes[0], lambda m: m.bytes.__setitem__(0, 3)),
+    "an attribute of a list": (lambda m, y: y * m.levels.level, lambda m: setattr(m.levels, "level", 3.0)),
+    "a chain of dicts": (lambda m, y: y * m.chain["level"], lambda m: m.holder.update(level=3.0)),
+    "a thread's own": (lambda m, y: y * OF_THREAD.level, lambda m: setattr(OF_THREAD, "level", 3.0)),
+    "a function by types": (
+        lambda m, y: dispatched(y),
+        lambda m: dispatched.register(torch.Tensor, lambda y: y * 3),
+    ),
     "forward, patched on a part": (lambda m, y: y, lambda m: setattr(m.up, "forward", lambda x: x * 3)),
     "a hook on a part": (lambda m, y: y, lambda m: m.up.register_forward_hook(lambda m, a, out: out * 3)),
     "another class of a part": (lambda m, y: y, lambda m: setattr(m.up, "__class__", nn.Identity)),
@@ -145,6 +177,8 @@ def as_before() -> Iterator[None]:
         ACTS["act"] = lambda y: y * LEVEL
         os.environ.pop("LEVEL_OF_A_TEST", None)
         CONTEXT.set(1.0)
+        KEPT.level = OF_THREAD.level = 1.0
+        dispatched.register(torch.Tensor, lambda y: y)
 
     reset()
     yield
