@@ -7,7 +7,7 @@ import inspect
 import logging
 import os
 import threading
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Hashable, Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from functools import cached_property, partial
@@ -50,7 +50,7 @@ from fxshard.runtime.layout import Layout, mark_part
 from fxshard.runtime.loading import KEY, describe_parts, load_state_dict
 from fxshard.runtime.meeting import meet
 from fxshard.runtime.mirror import mirror
-from fxshard.runtime.module import RankModule, find, joined, load, local_part, place, share
+from fxshard.runtime.module import RankModule, find, joined, load, local_part, place, share, state_of
 from fxshard.runtime.optimizer_state import load_optimizer_state_dict, sharded_optimizer_state_dict
 from fxshard.runtime.optimizers import WholeMatrix, note_parted, watch_optimizers
 from fxshard.runtime.original import Original
@@ -105,7 +105,7 @@ class ParallelModule(StandIn):
         self._latest: Compiled | None = None
         self._kinds: Kinds = {}
         self._ranks: dict[int, RankModule] = {}
-        self._seen: dict[int, dict[str, tuple[int, int, bool]]] = {}
+        self._seen: dict[int, dict[str, Hashable]] = {}
         self._sources: dict[tuple[int, int], str] = {}
         self._functions: dict[int, Any] = {}
         self._checksums: dict[str, int] = {}
@@ -432,9 +432,7 @@ class ParallelModule(StandIn):
         In simulation ``parameters()`` are those of one rank, and an optimizer over them trains no other.
         """
         now = {
-            rank: {
-                n: (p._version, p.data_ptr(), p.requires_grad) for n, p in (*m.named_parameters(), *m.named_buffers())
-            }
+            rank: {n: state_of(p) for n, p in (*m.named_parameters(), *m.named_buffers())}
             for rank, m in self._ranks.items()
         }
         before, self._seen = self._seen, now

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import keyword
 import linecache
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Hashable, Mapping
 from functools import lru_cache
 from typing import Any
 
@@ -14,6 +14,9 @@ from torch import nn
 from fxshard.mesh import Mesh
 from fxshard.placement import Placements, cut_all
 from fxshard.runtime.collectives import Axis
+
+_MOST = 2**22
+"""How many elements of a tensor are looked at."""
 
 
 class Container(nn.Module):
@@ -106,6 +109,23 @@ def share(source: nn.Module, target: nn.Module) -> None:
     target._parameters.update(source._parameters)
     target._buffers.update(source._buffers)
     target._non_persistent_buffers_set.update(source._non_persistent_buffers_set)
+
+
+def state_of(tensor: torch.Tensor) -> Hashable:
+    """What tells whether a parameter or buffer was changed: also by ``.data``, of which its version says nothing.
+
+    >>> weight = nn.Parameter(torch.ones(2))
+    >>> before = state_of(weight)
+    >>> _ = weight.data.mul_(2)
+    >>> state_of(weight) == before
+    False
+    """
+    state = tensor._version, tensor.data_ptr(), tensor.requires_grad
+    if tensor.is_meta or tensor.layout != torch.strided or tensor.is_quantized:
+        return state
+    values = tensor.detach().flatten()[:: 1 + tensor.numel() // _MOST]
+    values = torch.view_as_real(values) if values.is_complex() else values
+    return *state, repr(values.sum(dtype=torch.float64).item())
 
 
 def local_part(tensor: torch.Tensor, placements: Placements, mesh: Mesh, rank: int) -> torch.Tensor:

@@ -10,7 +10,7 @@ model's parameters, of which the program has its own, would train nothing.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -117,6 +117,42 @@ def _steps_parts_alike(optimizer: torch.optim.Optimizer) -> bool:
     return not torch.equal(whole, weight)
 
 
+def _check_alone(optimizer_class: Callable[..., torch.optim.Optimizer], options: Mapping[str, Any]) -> None:
+    """Raises where a parameter's step depends on other parameters: of L-BFGS, or where one step size is found for all.
+
+    Raises:
+        InputError: then, and where it cannot be tried.
+    """
+    generator = torch.Generator().manual_seed(0)
+    weights = [torch.randn(size, generator=generator) for size in ((6, 4), (4, 6))]
+    steps = [[torch.randn(w.shape, generator=generator) * scale for w in weights] for scale in (1.0, 10.0, 0.1)]
+
+    def stepped(which: Sequence[int]) -> list[torch.Tensor]:
+        held = [nn.Parameter(weights[i].clone()) for i in which]
+        tried = optimizer_class(held, **options)
+        vars(tried)[_SEEN] = len(held)
+        for grads in steps:
+            for parameter, i in zip(held, which, strict=True):
+                parameter.grad = grads[i].clone()
+            tried.step()
+        return [parameter.detach() for parameter in held]
+
+    name = getattr(optimizer_class, "__name__", str(optimizer_class))
+    try:
+        with torch.random.fork_rng([]):
+            together, alone = stepped((0, 1)), [*stepped((0,)), *stepped((1,))]
+    except Exception as error:
+        raise InputError(
+            f"{name} cannot be tried on two small matrices: {type(error).__name__}: {error}",
+            fix="give an optimizer whose step() takes no closure, and whose options hold for any matrix",
+        ) from error
+    if not all(torch.allclose(a, b, rtol=1e-5, atol=1e-6) for a, b in zip(together, alone, strict=True)):
+        raise InputError(
+            f"{name} computes a parameter's step from other parameters too, of which each is stepped by itself here",
+            fix="train with an optimizer that treats each matrix alone: Muon, Adafactor, Shampoo",
+        )
+
+
 class WholeMatrix(torch.optim.Optimizer):
     """Steps whole matrices, of which each rank holds a part: see ``ParallelModule.whole_matrix``.
 
@@ -142,6 +178,7 @@ class WholeMatrix(torch.optim.Optimizer):
         probe = optimizer_class([nn.Parameter(torch.zeros(2, 2))], **options)
         self._weights, self._axes, self._make, self._options = weights, axes, optimizer_class, dict(options)
         self._known: dict[torch.Size, set[str]] = {}
+        _check_alone(optimizer_class, options)
         super().__init__(params, probe.defaults)
         strange = [p for group in self.param_groups for p in group["params"] if id(p) not in weights.parameters]
         if strange:

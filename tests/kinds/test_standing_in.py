@@ -272,6 +272,8 @@ def test_a_loss_of_one_ranks_outputs_is_refused() -> None:
 
 SINGLED_OUT: dict[str, Callable[[Any], object]] = {
     "a buffer": lambda p: p.shift.fill_(3.0),
+    "a weight, by .data": lambda p: p.layers[0].up.weight.data.mul_(2.0),
+    "one element, by .data": lambda p: p.layers[0].up.weight.data[1, 1].add_(1e-3),
     "what needs a gradient": lambda p: p.layers[0].up.weight.requires_grad_(False),
 }
 

@@ -42,6 +42,17 @@ class Scaled(Signs):
                 p.add_(p.grad / p.grad.norm() * p.norm(), alpha=-group["lr"])
 
 
+class Together(Signs):
+    """Scales by the norm of all gradients."""
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
+        for group in self.param_groups:
+            norm = torch.stack([p.grad.norm() for p in group["params"]]).norm()
+            for p in group["params"]:
+                p.add_(p.grad / norm, alpha=-group["lr"])
+
+
 class Secret(Signs):
     """Cannot be made with the options of its groups."""
 
@@ -113,3 +124,13 @@ def test_on_ranks(tmp_path: Path) -> None:
     launch(2, whole.whole_matrices, ("tp2", "zero2", "dp2"))
     launch(2, whole.resumed, str(tmp_path))
     launch(2, whole.clipped)
+
+
+@pytest.mark.parametrize(
+    ("cls", "said"),
+    [(Together, "from other parameters too"), (torch.optim.LBFGS, "cannot be tried on two small matrices")],
+)
+def test_what_steps_no_matrix_alone_is_refused(cls: Any, said: str) -> None:
+    program = fxshard.parallelize(nn.Linear(8, 8), fxshard.zero(2), (torch.randn(4, 8),))
+    with pytest.raises(InputError, match=said):
+        program.whole_matrix(cls, lr=0.1)
