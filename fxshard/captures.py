@@ -72,8 +72,8 @@ class Captures:
         if known is None:
             return None
         conditions = known[0].conditions
-        fits = conditions.still_hold() and conditions.suit(model, self.changes, known[1])
-        return known if fits else None
+        fits = conditions.still_hold() and conditions.are_needed(model, self.changes, known[1])
+        return known if fits and conditions.lie_alike(known[1]) else None
 
     def find(
         self,
@@ -114,7 +114,10 @@ class Captures:
                     problem = error
                 exact = exact or isinstance(error, Excluded)
                 continue
-            if not held.conditions.suit(model, self.changes, leaves):
+            if not held.conditions.are_needed(model, self.changes, leaves):
+                continue
+            if not held.conditions.lie_alike(leaves):
+                exact = True
                 continue
             if held.compiled.fits(leaves):
                 return held, leaves
@@ -122,7 +125,9 @@ class Captures:
         if self.fixed and problem is not None and not exact:
             raise problem
         if exact:
-            logger.info("sizes that the captures exclude are captured for themselves: %s", problem or "uneven parts")
+            logger.info(
+                "sizes that the captures exclude are captured for themselves: %s", problem or "uneven parts, or memory"
+            )
         elif self.all and not candidates:
             self._tell_why(args, kwargs)
         held = make(exact)

@@ -205,10 +205,12 @@ class Conditions:
         """Whether what the guards look at is as it was."""
         return all(guard.holds() for guard in self.guards)
 
-    def suit(self, model: nn.Module, changes: Changes, leaves: list[Any]) -> bool:
-        """Whether the same requires a gradient, and the inputs lie alike in memory, where that matters."""
-        if self.layout is not None and self.lay != lay_of(self.layout, leaves):
-            return False
+    def lie_alike(self, leaves: list[Any]) -> bool:
+        """Whether the inputs lie in memory as those of the capture did, where that matters."""
+        return self.layout is None or self.lay == lay_of(self.layout, leaves)
+
+    def are_needed(self, model: nn.Module, changes: Changes, leaves: list[Any]) -> bool:
+        """Whether the same requires a gradient, where that matters."""
         return self.needs is None or self.needs == changes.needs(model, leaves)
 
     def broken(self) -> list[str]:
@@ -222,7 +224,11 @@ def layout_that_matters(captured: Captured) -> Callable[[torch.Tensor], Hashable
     calls = [node for graph in graphs for node in graph.nodes if node.op == "call_function"]
     if captured.asks_layout or any(node.target is torch.ops.aten.as_strided.default for node in calls):
         return lies_at
-    return order_of if any(map(draws, calls)) else None
+    return _order if any(map(draws, calls)) else None
+
+
+def _order(x: torch.Tensor) -> Hashable:
+    return order_of(x)[0]
 
 
 def lay_of(layout: Callable[[torch.Tensor], Hashable] | None, leaves: list[Any]) -> tuple[Hashable, ...]:
@@ -238,7 +244,7 @@ def lies_at(x: torch.Tensor) -> Hashable:
     >>> lies_at(torch.ones(4, 2).T[1:])
     ((1, 2), 1)
     """
-    return x.stride(), x.storage_offset()
+    return x.is_contiguous() or x.stride(), x.storage_offset()
 
 
 def modes_of(model: nn.Module) -> tuple[bool, ...]:

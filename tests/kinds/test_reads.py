@@ -281,3 +281,16 @@ def test_draws_follow_how_an_input_lies_in_memory() -> None:
         want = model(given)
         torch.manual_seed(3)
         torch.testing.assert_close(fxshard.simulate(program, given).outputs[1], want)
+
+
+def test_how_an_input_lies_in_memory_where_sizes_are_dynamic() -> None:
+    class Model(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x * 3 if x.is_contiguous() else x * x.stride(0)
+
+    x = torch.randn(8, 8, dtype=torch.float64)
+    shapes = ({0: torch.export.Dim("rows", max=64), 1: torch.export.Dim("columns", max=64)},)
+    program = fxshard.parallelize(Model(), fxshard.data_parallel(2), (x,), dynamic_shapes=shapes)
+    for given in (x, x[:4, :4].clone(), x[:4, :4], x.T):
+        torch.testing.assert_close(fxshard.simulate(program, given).outputs[1], Model()(given))
+    assert len(program._captures.all) == 3
