@@ -171,7 +171,7 @@ def test_random_models_under_random_plans(example: Example) -> None:
 
 
 @pytest.mark.slow
-@settings(max_examples=200)
+@settings(max_examples=80)
 @given(examples(max_steps=10))
 def test_many_random_models_under_random_plans(example: Example) -> None:
     check(example)
@@ -184,7 +184,7 @@ def test_random_plans_are_read_back(example: Example) -> None:
 
 
 @pytest.mark.slow
-@settings(max_examples=100)
+@settings(max_examples=50)
 @given(examples(max_steps=8))
 def test_many_random_plans_are_read_back(example: Example) -> None:
     check_again(example)
@@ -197,7 +197,7 @@ def test_random_models_with_a_dynamic_batch(example: Example) -> None:
 
 
 @pytest.mark.slow
-@settings(max_examples=75)
+@settings(max_examples=30)
 @given(examples(max_steps=6))
 def test_many_random_models_with_a_dynamic_batch(example: Example) -> None:
     check_dynamic(example)
