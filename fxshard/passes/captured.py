@@ -20,7 +20,7 @@ from fxshard.passes.constants import as_declared
 from fxshard.passes.guards import broken
 from fxshard.passes.reads import Reads
 from fxshard.passes.root import Root
-from fxshard.passes.trees import flatten, paths, put_back, reorder
+from fxshard.passes.trees import flatten, given_twice, paths, put_back, reorder
 from fxshard.passes.writes import Written
 from fxshard.runtime.autocast import State
 from fxshard.torch_internals import pytree
@@ -97,6 +97,11 @@ class Captured:
             leaves, spec = flatten(reorder(tree, self.in_spec))
         if spec != self.in_spec:
             raise structure_error(self, tree)
+        if self.changes_inputs and (twice := given_twice(tree)):
+            raise InputError(
+                f"the model changes what it is given, and {twice}: the program would change each by itself",
+                fix="give each place an object of its own",
+            )
         leaves = [as_declared(leaf, self.constants.get(i)) for i, leaf in enumerate(leaves)]
         check_leaves(self, leaves)
         return leaves

@@ -56,12 +56,45 @@ def reorder(tree: Any, spec: pytree.TreeSpec) -> Any:
 
 def paths(tree: Any) -> list[str]:
     """Name each leaf as a user writes it: ``input_ids``, ``batch['x']``, ``args[0]``."""
-    names = []
-    for path, _ in pytree.tree_flatten_with_path(tree)[0]:
-        key = path[1]
-        head = str(key.key) if isinstance(key, pytree.MappingKey) else f"args{pytree.keystr((key,))}"
-        names.append(head + pytree.keystr(path[2:]))
-    return names
+    return [name_of_path(path) for path, _ in pytree.tree_flatten_with_path(tree)[0]]
+
+
+def name_of_path(path: tuple[Any, ...]) -> str:
+    """Name a place within ``(args, kwargs)`` as a user writes it."""
+    key = path[1]
+    head = str(key.key) if isinstance(key, pytree.MappingKey) else f"args{pytree.keystr((key,))}"
+    return head + pytree.keystr(path[2:])
+
+
+def given_twice(tree: Any) -> str | None:
+    """What is in two places of a tree, and can be changed: the first such dict, list or object; None where none is.
+
+    >>> state = {"n": 1}
+    >>> given_twice(((state,), {"memory": [state]})), given_twice(((state,), {"memory": [dict(state)]}))
+    ('args[0] and memory[0] are one dict', None)
+    """
+    met: dict[int, str] = {}
+    pending: list[tuple[Any, tuple[Any, ...]]] = [(value, (None, key)) for top in tree for key, value in _items_of(top)]
+    while pending:
+        value, path = pending.pop(0)
+        items = _items_of(value)
+        if not isinstance(value, tuple) and items is not _NONE:
+            where = name_of_path(path)
+            if id(value) in met:
+                return f"{met[id(value)]} and {where} are one {type(value).__name__}"
+            met[id(value)] = where
+        pending += [(item, (*path, key)) for key, item in items]
+    return None
+
+
+_NONE: list[tuple[Any, Any]] = []
+
+
+def _items_of(value: Any) -> list[tuple[Any, Any]]:
+    """What a container holds, one level of it, each with its key."""
+    if type(value) not in pytree.SUPPORTED_NODES:
+        return _NONE
+    return [(path[0], item) for path, item in pytree.tree_flatten_with_path(value, lambda x: x is not value)[0]]
 
 
 def without_unchanged(after: Any, before: Any, is_same: Callable[[Any, Any], bool]) -> Any:
@@ -166,15 +199,19 @@ def _register(cls: type) -> bool:
 
 
 def _flatten_dataclass(value: Any) -> tuple[list[Any], Any]:
-    names = tuple(item.name for item in dataclasses.fields(value) if hasattr(value, item.name))
+    fields = [item.name for item in dataclasses.fields(value) if hasattr(value, item.name)]
+    names = tuple(dict.fromkeys([*fields, *getattr(value, "__dict__", ())]))  # it may have been given others
     return [getattr(value, name) for name in names], names
 
 
-def _unflatten_dataclass(cls: type, leaves: Any, names: Any) -> Any:
+def _unflatten_dataclass(cls: Any, leaves: Any, names: Any) -> Any:
     pairs = dict(zip(names, leaves, strict=True))
     if issubclass(cls, dict):
-        return cls(**pairs)
-    result = object.__new__(cls)  # __post_init__ ran when the user made it; to run it again may change it
+        known = {item.name for item in dataclasses.fields(cls)}
+        result: Any = cls(**{name: leaf for name, leaf in pairs.items() if name in known})
+        pairs = {name: leaf for name, leaf in pairs.items() if name not in known}
+    else:
+        result = object.__new__(cls)  # __post_init__ ran when the user made it; to run it again may change it
     for name, leaf in pairs.items():
         object.__setattr__(result, name, leaf)
     return result

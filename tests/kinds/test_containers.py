@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import dataclasses
 import functools
 import types
 from collections.abc import Callable
@@ -43,6 +44,25 @@ class Returns(nn.Module):
 
     def forward(self, x: torch.Tensor) -> Any:
         return self.what(self.up(x))
+
+
+@dataclasses.dataclass
+class Result:
+    logits: Any
+
+
+def with_more(y: torch.Tensor) -> Result:
+    result = Result(y)
+    result.hidden, result.count = y * 2, 3  # type: ignore[attr-defined]
+    return result
+
+
+def test_a_dataclass_may_have_more_than_its_fields() -> None:
+    model = Returns(with_more)
+    (want, got) = model(X), fxshard.simulate(program_of(model), X).outputs[1]
+    assert type(got) is Result
+    assert got.count == 3
+    torch.testing.assert_close((got.logits, got.hidden), (want.logits, want.hidden))
 
 
 def program_of(model: nn.Module) -> fxshard.ParallelModule:

@@ -87,6 +87,24 @@ def test_a_default_that_is_given_is_as_one_that_is_not(fixed: bool) -> None:
         agree(program, model, X, 2.0)
 
 
+class Remembers(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.up = nn.Linear(8, 8)
+
+    def forward(self, x: torch.Tensor, one: dict[str, Any], other: list[Any]) -> Any:
+        one["y"] = self.up(x)
+        return other[0].get("y", x) * 2
+
+
+def test_a_container_that_is_given_twice_and_changed_is_refused() -> None:
+    program, shared = fxshard.parallelize(Remembers(), tensor_parallel(2)), dict[str, Any]()
+    for _ in range(2):
+        with pytest.raises(InputError, match=r"one and other\[0\] are one dict"):
+            fxshard.simulate(program, X, shared, [shared])
+        fxshard.simulate(program, X, {}, [{}])
+
+
 # --- what the model reads --------------------------------------------------------------------------------------------
 
 
