@@ -112,7 +112,7 @@ def _own_code() -> str:
 def _kind(tensor: torch.Tensor) -> tuple[Hashable, ...]:
     """What a capture may depend on of a tensor, beside its values."""
     about = tuple(tensor.shape), tensor.dtype, tensor.device.type, tensor.requires_grad, tensor.layout
-    return (*about, tensor.stride()) if tensor.layout == torch.strided else about
+    return (*about, tensor.stride(), tensor.storage_offset()) if tensor.layout == torch.strided else about
 
 
 class _Told:
