@@ -131,7 +131,7 @@ def _is_made_up(code: types.CodeType, module_name: str | None) -> bool:
 
 @contextmanager
 def watched() -> Iterator[Ran]:
-    """Notes the user's code that this thread runs within ``running``."""
+    """Notes the user's code that this thread runs between ``begin_running`` and ``end_running``."""
     ran, seen, before = Ran(), set[types.CodeType](), sys.gettrace()
 
     def note(frame: types.FrameType, event: Any, arg: Any) -> Any:
