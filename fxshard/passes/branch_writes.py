@@ -137,18 +137,22 @@ def check_names(graph: fx.Graph, copies: Mapping[fx.Node, fx.Node], beside: Cont
     On one device, what a branch gives may be the memory of something else, such as the ``x`` that a skipped layer hands
     on. The value that ``taken`` gives is not.
     """
-    group: dict[fx.Node, set[fx.Node]] = {}
+    memory: dict[fx.Node, set[fx.Node]] = {}  # what a name may be the memory of, on one device
     for node in graph.nodes:
         if node.target is TAKEN and node not in beside:
-            names = {node, *(_memory(side, copies) for side in node.args[1:3])}
-            whole = set[fx.Node]().union(names, *(group.get(name, ()) for name in names))
-            group.update(dict.fromkeys(whole, whole))
-    if not group:
+            sides = {_memory(side, copies) for side in node.args[1:3]}
+            for side in sides:
+                memory.setdefault(side, {side})
+            memory[node] = set[fx.Node]().union(*(memory[side] for side in sides))
+    if not memory:
         return
     place = {node: i for i, node in enumerate(graph.nodes)}
     for node in graph.nodes:
         base = base_of(node.args[0]) if is_mutating(node.target) else None
-        others = group.get(base, set()) - {base} if base is not None else ()
+        if base not in memory:
+            continue
+        before = {each for each in memory if place[each] < place[node] and each is not base}
+        others = {each for each in before if not memory[each].isdisjoint(memory[base])}
         if not others:
             continue
         late = [n for n in graph.nodes if place[n] > place[node] and _reads(n, others, copies)]

@@ -55,33 +55,39 @@ def with_branches(export: Callable[[Decisions], Trace]) -> Trace:
         CaptureError: a decision is not one between two ways that meet again.
     """
     sure: dict[int, str] = {}
-    answers: dict[int, bool] = {}
+    held: dict[int, bool] = {}
 
     def trace(wanted: Mapping[int, bool], free: frozenset[int] | None = None) -> tuple[Trace, frozenset[int]]:
         """A trace with these answers, and of those in ``free`` the ones with which the model did not raise."""
-        wanted = dict(wanted)
         while True:
-            decisions = Decisions(wanted)
+            decisions = Decisions({**wanted, **held})
             try:
                 return export(decisions), frozenset(free or ()) - sure.keys()
             except CaptureError as error:
-                last = decisions.count - 1
+                last, answered = decisions.count - 1, {**wanted, **held}
                 if free is not None and last not in free:
-                    raise CaptureError(
-                        f"the forward decides by values inside a tensor, and on one way decides again: {error.what}",
-                        source=error.source,
-                        fix="use torch.where or torch.cond, or pass the value as a number",
-                    ) from None
+                    if len(free) != 1 or decisions.drawn or not error.by_the_model:
+                        what = (
+                            f"the forward decides by values inside a tensor, and on one way decides again: {error.what}"
+                        )
+                        raise CaptureError(
+                            what,
+                            source=error.source,
+                            fix="use torch.where or torch.cond, or pass the value as a number",
+                        ) from None
+                    (last,) = (
+                        free  # that way raises, unless what it decides in turn comes out otherwise: it is not taken
+                    )
                 given_up = last < 0 or last in sure or decisions.drawn or len(sure) == ASSERTIONS
                 if given_up or not error.by_the_model:
                     raise
                 sure[last] = error.what
-                wanted[last] = not wanted.get(last, False)
+                held[last] = not answered.get(last, False)
 
     parts = 0
     while True:
         base, _ = trace({})
-        answers = {number: number in sure for number in range(base.count)}
+        answers = {number: held.get(number, False) for number in range(base.count)}
         if not base.count:
             return base
         if base.count != len(base.marks):

@@ -113,6 +113,49 @@ def test_the_way_that_an_input_decides(both: bool, plan: str) -> None:
         same(model, program, x, mask)
 
 
+def test_a_way_that_raises_unless_it_decides_otherwise_is_not_taken() -> None:
+    class Checked(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.l = nn.Linear(8, 8)
+
+        def forward(self, x: torch.Tensor, marked: torch.Tensor) -> torch.Tensor:
+            if marked.any():
+                assert marked.sum() == 4, "four are to be marked"
+                x = x * 2
+            out: torch.Tensor = self.l(x)
+            return out
+
+    model, x, none = Checked().double(), torch.randn(4, 8, dtype=torch.float64), torch.zeros(4)
+    program = fxshard.parallelize(model, preset("tp2"), (x, none))
+    same(model, program, x, none)
+    for marked in (none + 1, none.index_fill(0, torch.tensor([1]), 1.0)):
+        with pytest.raises(RuntimeError, match="four are to be marked"):
+            fxshard.simulate(program, x, marked)
+    same(model, program, x, none)
+
+
+def test_a_layer_that_may_be_dropped_writes_to_what_it_made() -> None:
+    class Layers(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers = nn.ModuleList(nn.Linear(8, 8) for _ in range(3))
+
+        def forward(self, x: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+            for layer in self.layers:
+                if torch.rand([]) < 0.4:
+                    continue
+                x = x + layer(x)
+                x *= mask
+            return x
+
+    model, x = Layers().double(), torch.randn(4, 8, dtype=torch.float64, requires_grad=True)
+    mask = torch.ones(4, 1, dtype=torch.float64).index_fill(0, torch.tensor([1]), 0.0)
+    program = fxshard.parallelize(model, preset("tp2"), (x, mask))
+    for seed in range(6):
+        same(model, program, x, mask, seed=seed)
+
+
 def test_a_way_that_raises_raises_in_the_program() -> None:
     class Careful(nn.Module):
         def __init__(self) -> None:
