@@ -398,3 +398,20 @@ def test_a_llama_on_meta_makes_its_own_frequencies() -> None:
     program = fxshard.parallelize(empty, fxshard.tensor_parallel(2), (), inputs)
     program.load_state_dict(model.state_dict())
     torch.testing.assert_close(fxshard.simulate(program, **inputs).outputs[0].logits, model(**inputs).logits)
+
+
+@pytest.mark.parametrize(
+    ("made", "said"),
+    [
+        (lambda w: w.to("meta"), "is on the meta device, and has no values"),
+        (lambda w: w.to_sparse(), "is torch.sparse_coo, not a tensor of plain numbers"),
+        (lambda w: torch.complex(w, w), "is complex, and must be torch.float32"),
+    ],
+)
+def test_tensors_that_no_weight_can_take_change_nothing(made: Any, said: str) -> None:
+    program = fxshard.parallelize(nn.Linear(4, 4), fxshard.tensor_parallel(2), (torch.randn(2, 4),))
+    before = program.full_state_dict()
+    with pytest.raises(CheckpointError, match=said):
+        program.load_state_dict({"bias": torch.ones(4), "weight": made(torch.ones(4, 4))})
+    after = program.full_state_dict()
+    assert all(torch.equal(before[name], after[name]) for name in before)
