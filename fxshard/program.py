@@ -431,12 +431,14 @@ class ParallelModule(StandIn):
 
         In simulation ``parameters()`` are those of one rank, and an optimizer over them trains no other.
         """
+        if len(self._ranks) < 2:
+            return
         now = {
             rank: {n: state_of(p) for n, p in (*m.named_parameters(), *m.named_buffers())}
             for rank, m in self._ranks.items()
         }
         before, self._seen = self._seen, now
-        if len(now) < 2 or before.keys() != now.keys():
+        if before.keys() != now.keys():
             return
         changed = {rank: {n for n, a in now[rank].items() if a != before[rank].get(n, a)} for rank in now}
         others = set.union(*(names for rank, names in changed.items() if rank != self.rank))

@@ -64,25 +64,22 @@ def with_branches(export: Callable[[Decisions], Trace]) -> Trace:
             try:
                 return export(decisions), frozenset(free or ()) - sure.keys()
             except CaptureError as error:
-                last, answered = decisions.count - 1, {**wanted, **held}
+                last = decisions.count - 1
                 if free is not None and last not in free:
                     if len(free) != 1 or decisions.drawn or not error.by_the_model:
-                        what = (
-                            f"the forward decides by values inside a tensor, and on one way decides again: {error.what}"
-                        )
                         raise CaptureError(
-                            what,
+                            "the forward decides by values inside a tensor, and on one way decides again: "
+                            + error.what,
                             source=error.source,
                             fix="use torch.where or torch.cond, or pass the value as a number",
                         ) from None
-                    (last,) = (
-                        free  # that way raises, unless what it decides in turn comes out otherwise: it is not taken
-                    )
+                    # that way raises, unless what it decides in turn comes out otherwise: it is not taken
+                    (last,) = free
                 given_up = last < 0 or last in sure or decisions.drawn or len(sure) == ASSERTIONS
                 if given_up or not error.by_the_model:
                     raise
                 sure[last] = error.what
-                held[last] = not answered.get(last, False)
+                held[last] = not decisions.answers.get(last, False)
 
     parts = 0
     while True:

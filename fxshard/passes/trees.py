@@ -74,11 +74,15 @@ def given_twice(tree: Any) -> str | None:
     ('args[0] and memory[0] are one dict', None)
     """
     met: dict[int, str] = {}
-    pending: list[tuple[Any, tuple[Any, ...]]] = [(value, (None, key)) for top in tree for key, value in _items_of(top)]
+    pending: list[tuple[Any, tuple[Any, ...]]] = []
+    for top in tree:
+        pending += [(value, (None, key)) for key, value in _items_of(top) or ()]
     while pending:
         value, path = pending.pop(0)
         items = _items_of(value)
-        if not isinstance(value, tuple) and items is not _NONE:
+        if items is None:
+            continue
+        if not isinstance(value, tuple):
             where = name_of_path(path)
             if id(value) in met:
                 return f"{met[id(value)]} and {where} are one {type(value).__name__}"
@@ -87,13 +91,10 @@ def given_twice(tree: Any) -> str | None:
     return None
 
 
-_NONE: list[tuple[Any, Any]] = []
-
-
-def _items_of(value: Any) -> list[tuple[Any, Any]]:
-    """What a container holds, one level of it, each with its key."""
+def _items_of(value: Any) -> list[tuple[Any, Any]] | None:
+    """What a container holds, one level of it, each with its key; None of what is none."""
     if type(value) not in pytree.SUPPORTED_NODES:
-        return _NONE
+        return None
     return [(path[0], item) for path, item in pytree.tree_flatten_with_path(value, lambda x: x is not value)[0]]
 
 

@@ -9,6 +9,7 @@ model's parameters, of which the program has its own, would train nothing.
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
@@ -97,16 +98,7 @@ def _steps_parts_alike(optimizer: torch.optim.Optimizer) -> bool:
     group = optimizer.param_groups[0]
     options = {name: group[name] for name in parameters if name in group and name != "params"}
 
-    def stepped(weights: Iterable[torch.Tensor], grads: list[list[torch.Tensor]]) -> list[torch.Tensor]:
-        held = [nn.Parameter(weight.clone()) for weight in weights]
-        tried = type(optimizer)(held, **options)
-        vars(tried)[_SEEN] = len(held)
-        for each in grads:
-            for parameter, grad in zip(held, each, strict=True):
-                parameter.grad = grad.clone()
-            tried.step()
-        return [parameter.detach() for parameter in held]
-
+    stepped = functools.partial(_stepped, functools.partial(type(optimizer), **options))
     torch.manual_seed(0)
     weight, steps = torch.randn(8, 6), [torch.randn(8, 6) * scale for scale in (1.0, 10.0, 0.1)]
     (whole,) = stepped([weight], [[step] for step in steps])
@@ -115,6 +107,20 @@ def _steps_parts_alike(optimizer: torch.optim.Optimizer) -> bool:
         if not torch.allclose(torch.cat(parts, dim), whole, rtol=1e-5, atol=1e-6):
             return False
     return not torch.equal(whole, weight)
+
+
+def _stepped(
+    make: Callable[..., torch.optim.Optimizer], weights: Iterable[torch.Tensor], steps: Iterable[Sequence[torch.Tensor]]
+) -> list[torch.Tensor]:
+    """What an optimizer makes of copies of weights, with the gradients of each step."""
+    held = [nn.Parameter(weight.clone()) for weight in weights]
+    tried = make(held)
+    vars(tried)[_SEEN] = len(held)
+    for grads in steps:
+        for parameter, grad in zip(held, grads, strict=True):
+            parameter.grad = grad.clone()
+        tried.step()
+    return [parameter.detach() for parameter in held]
 
 
 def _check_alone(optimizer_class: Callable[..., torch.optim.Optimizer], options: Mapping[str, Any]) -> None:
@@ -127,20 +133,12 @@ def _check_alone(optimizer_class: Callable[..., torch.optim.Optimizer], options:
     weights = [torch.randn(size, generator=generator) for size in ((6, 4), (4, 6))]
     steps = [[torch.randn(w.shape, generator=generator) * scale for w in weights] for scale in (1.0, 10.0, 0.1)]
 
-    def stepped(which: Sequence[int]) -> list[torch.Tensor]:
-        held = [nn.Parameter(weights[i].clone()) for i in which]
-        tried = optimizer_class(held, **options)
-        vars(tried)[_SEEN] = len(held)
-        for grads in steps:
-            for parameter, i in zip(held, which, strict=True):
-                parameter.grad = grads[i].clone()
-            tried.step()
-        return [parameter.detach() for parameter in held]
-
+    stepped = functools.partial(_stepped, functools.partial(optimizer_class, **options))
     name = getattr(optimizer_class, "__name__", str(optimizer_class))
     try:
         with torch.random.fork_rng([]):
-            together, alone = stepped((0, 1)), [*stepped((0,)), *stepped((1,))]
+            together = stepped(weights, steps)
+            alone = [stepped([w], [[grads[i]] for grads in steps])[0] for i, w in enumerate(weights)]
     except Exception as error:
         raise InputError(
             f"{name} cannot be tried on two small matrices: {type(error).__name__}: {error}",
