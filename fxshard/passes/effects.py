@@ -31,10 +31,32 @@ def may_view(target: Any) -> bool:
     return schema.arguments[0].alias_info is not None
 
 
+def shown_operand(node: fx.Node) -> Any:
+    """The operand whose memory the result of a call may show; None if it has memory of its own.
+
+    The schema says which; some are silent (``einsum("ij->ji")``, ``atleast_1d``), where the values tell.
+    """
+    if may_view(node.target) or is_mutating(node.target):
+        return node.args[0]
+    if node.op != "call_function":
+        return None
+    return next((operand for operand in node.all_input_nodes if shares_memory(node, operand)), None)
+
+
+def shares_memory(node: fx.Node, other: fx.Node) -> bool:
+    """Say whether the values of two nodes lie in one memory."""
+    one, two = node.meta.get("val"), other.meta.get("val")
+    if not isinstance(one, torch.Tensor) or not isinstance(two, torch.Tensor):
+        return False
+    if one.layout != torch.strided or two.layout != torch.strided:
+        return False
+    return bool(one.untyped_storage()._cdata == two.untyped_storage()._cdata)
+
+
 def base_of(node: Any) -> Any:
     """The value whose memory a node shows: itself, or what it is a view of, or writes to and returns."""
-    while isinstance(node, fx.Node) and (may_view(node.target) or is_mutating(node.target)):
-        node = node.args[0]
+    while isinstance(node, fx.Node) and (operand := shown_operand(node)) is not None:
+        node = operand
     return node
 
 

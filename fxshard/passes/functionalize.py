@@ -19,6 +19,7 @@ Reference: functionalization in PyTorch, https://dev-discuss.pytorch.org/t/965.
 from __future__ import annotations
 
 import functools
+import operator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -27,7 +28,8 @@ from torch import fx
 from torch.fx.node import map_arg
 
 from fxshard.errors import CaptureError
-from fxshard.passes.effects import base_of, is_mutating, may_view
+from fxshard.passes.autocast import occurrences
+from fxshard.passes.effects import base_of, is_mutating, may_view, shares_memory, shown_operand
 from fxshard.passes.layouts import carry
 from fxshard.passes.origins import module_of, source_of
 from fxshard.passes.root import Root
@@ -172,9 +174,13 @@ class _Cell:
 
 @dataclass(eq=False)
 class _View:
-    """One step from memory to a view of it; ``index`` picks a part where the operator returns several."""
+    """One step from memory to a view of it; ``index`` picks a part where the operator returns several.
+
+    ``shown`` is the operand of ``node`` that the view is of.
+    """
 
     node: fx.Node
+    shown: fx.Node
     index: int | None = None
     part: fx.Node | None = None
 
@@ -235,7 +241,8 @@ class _Functionalizer:
         key = (cell, cell.version, views)
         if key not in self.replayed:
             view, source = views[-1], self._replay(cell, views[:-1])
-            result = self.graph.call_function(view.node.target, (source, *view.node.args[1:]), view.node.kwargs)  # type: ignore[arg-type]
+            args, kwargs = map_arg((view.node.args, view.node.kwargs), lambda n: source if n is view.shown else n)
+            result = self.graph.call_function(view.node.target, args, kwargs)  # type: ignore[arg-type]
             result.meta = dict(view.node.meta)
             if view.part is not None:
                 part = self.graph.call_function(view.part.target, (result, view.index))  # type: ignore[arg-type]
@@ -247,23 +254,31 @@ class _Functionalizer:
     def _copy(self, node: fx.Node) -> None:
         """Copy a node that does not mutate, and remember which memory its result shares."""
         new = self.graph.node_copy(node, self._read)
-        source = node.args[0] if node.args and isinstance(node.args[0], fx.Node) else None
         self.refs[node] = self._fresh(new)
-        if source is None or node.op != "call_function":
-            return
         if is_inert_dropout(node):
-            self.refs[node] = self.refs[source]
-        if may_view(node.target):
-            if _name(node.target) not in _SPLITS and _is_view(source, node):
-                self.refs[node] = self._step(self.refs[source], _View(new), new)
-        elif _name(source.target) in _SPLITS and isinstance(node.args[1], int):
-            whole = source.args[0]
-            assert isinstance(whole, fx.Node)
-            split = self.refs[source].node
-            ref = self._step(self.refs[whole], _View(split, node.args[1], new), new)
-            # The parts are as old as the split: a write in between makes them out of date.
-            ref.version = ref.cell.version if split.args[0] is self._read(whole) else -1
-            self.refs[node] = ref
+            self.refs[node] = self.refs[node.args[0]]  # type: ignore[index]
+        elif node.target is operator.getitem:
+            self._copy_part(node, new)
+        elif _name(node.target) not in _SPLITS:
+            source = shown_operand(node)
+            if isinstance(source, fx.Node) and _is_view(source, node):
+                self.refs[node] = self._step(self.refs[source], _View(new, self._read(source)), new)
+
+    def _copy_part(self, node: fx.Node, new: fx.Node) -> None:
+        """Remember the memory of one of the tensors that an operator returns."""
+        several, index = node.args
+        if not isinstance(several, fx.Node) or not isinstance(index, int):
+            return
+        known = _name(several.target) in _SPLITS
+        whole = several.args[0] if known else next((x for x in several.all_input_nodes if shares_memory(node, x)), None)
+        if not isinstance(whole, fx.Node):
+            return
+        split = self.refs[several].node
+        shown = occurrences(split)[occurrences(several).index(whole)]
+        ref = self._step(self.refs[whole], _View(split, shown, index, new), new)
+        # The parts are as old as the split: a write in between makes them out of date.
+        ref.version = ref.cell.version if shown is self._read(whole) else -1
+        self.refs[node] = ref
 
     def _step(self, ref: _Ref, view: _View, node: fx.Node) -> _Ref:
         return _Ref(ref.cell, (*ref.views, view), node, ref.cell.version)
@@ -366,7 +381,8 @@ class _Functionalizer:
         if _name(counterpart) not in _IDENTITIES | _RESHAPES | _PERMUTATIONS or ref is self._owned(ref):
             raise self._error(node, "changes the memory or the shape of its operand in place")
         new = self._emit(node, counterpart, map_arg(node.args, self._read), dict(node.kwargs), val=node.meta["val"])
-        ref.views, ref.node, ref.version = (*ref.views, _View(new)), new, ref.cell.version
+        view = _View(new, new.all_input_nodes[0])
+        ref.views, ref.node, ref.version = (*ref.views, view), new, ref.cell.version
 
     def _owned(self, ref: _Ref) -> _Ref | None:
         """Return ``ref`` if it is a parameter, a buffer or an input, whose shape outlives the call."""
@@ -397,10 +413,12 @@ class _Functionalizer:
             return self._emit(node, _aten.reshape.default, (value, self._sizes(source())))
         if name in _PERMUTATIONS:
             return self._emit(node, _aten.permute.default, (value, _inverse_permutation(view.node)))
-        raise self._error(node, f"writes through {view.node.target}, which cannot be undone")
+        return self._put_back_slice(node, view, source(), value)
 
     def _put_back_part(self, node: fx.Node, view: _View, source: fx.Node, value: fx.Node) -> fx.Node:
         """Put ``value`` back as one part of a split."""
+        if _name(view.node.target) not in _SPLITS:
+            return self._put_back_slice(node, view, source, value)
         position = _SPLITS[_name(view.node.target)]
         rest = view.node.args[1:]
         dim = rest[position] if len(rest) > position else view.node.kwargs.get("dim", 0)
@@ -415,6 +433,20 @@ class _Functionalizer:
             raise self._error(node, "writes to a part of a split whose sizes are dynamic")
         start = sum(sizes[:-1])
         ends = dim, start, start + sizes[-1]
+        return self._scatter(node, _aten.slice_scatter.default, source, value, ends)
+
+    def _put_back_slice(self, node: fx.Node, view: _View, source: fx.Node, value: fx.Node) -> fx.Node:
+        """Put ``value`` back as what some operator shows, where that is its operand itself, or a slice of it."""
+        whole, part = view.shown.meta["val"], (view.part or view.node).meta["val"]
+        start, cut = part.storage_offset() - whole.storage_offset(), None
+        if part.dtype == whole.dtype and same_shape(part.stride(), whole.stride()) and isinstance(start, int):
+            cut = [dim for dim in range(part.dim()) if not _same_size(part.shape[dim], whole.shape[dim])]
+        if cut == [] and start == 0:
+            return value
+        if cut is None or len(cut) != 1 or not isinstance(part.shape[cut[0]], int):
+            raise self._error(node, f"writes through {view.node.target}, which cannot be undone")
+        start //= max(whole.stride()[cut[0]], 1)
+        ends = cut[0], start, start + part.shape[cut[0]]
         return self._scatter(node, _aten.slice_scatter.default, source, value, ends)
 
     def _scatter(

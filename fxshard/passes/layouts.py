@@ -2,7 +2,7 @@
 
 PyTorch draws in the order of memory. What is gathered or computed on parts may lie in memory otherwise than on one
 device, so each draw of the captured graph notes how its operands lie there, and where a rank's may not, they are
-brought into that order (``as_strided``, too, shows memory: that of what its operand is a view of):
+brought into that order (that of ``as_strided``, too, which shows memory):
 
     rand_like = rand_like(t)                  in_order = in_order(t_whole, (1, 0))
                                        ->     rand_like = rand_like(in_order)
@@ -22,7 +22,6 @@ from typing import Any
 import torch
 from torch import fx
 
-from fxshard.passes.effects import may_view
 from fxshard.passes.insert_collectives import CONVERSIONS
 from fxshard.passes.typing import info_of, values_of
 from fxshard.passes.writer import call_like
@@ -32,7 +31,7 @@ from fxshard.runtime import collectives as run
 from fxshard.runtime.draws import draw_in_place, in_order, order_of
 from fxshard.torch_internals import OpOverload
 
-__all__ = ["as_drawn", "as_on_one_device", "carry", "note", "order_drawn", "shown_by"]
+__all__ = ["as_drawn", "as_on_one_device", "carry", "note", "order_drawn"]
 
 aten = torch.ops.aten
 _KEY = "fxshard_drawn"
@@ -68,16 +67,6 @@ def note(node: fx.Node) -> None:
 
 def _speaks_of_memory(node: fx.Node) -> bool:
     return node.target is aten.as_strided.default or draws(node)
-
-
-def shown_by(node: fx.Node) -> tuple[fx.Node, int]:
-    """What the operand of an ``as_strided`` is a view of, which alone has all its memory, and where that begins."""
-    source, offset = bind(node)["self"], bind(node)["storage_offset"]
-    start = source.meta["val"].storage_offset() if offset is None else offset
-    memory = source.meta["val"].untyped_storage()._cdata
-    while may_view(source.target) and source.args[0].meta["val"].untyped_storage()._cdata == memory:
-        source = source.args[0]
-    return source, start
 
 
 def carry(node: fx.Node, new: fx.Node, in_place: Any = None) -> fx.Node:

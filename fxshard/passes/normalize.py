@@ -45,10 +45,11 @@ from fxshard.passes.functionalize import (
     nested_graphs,
     same_shape,
 )
-from fxshard.passes.layouts import note, shown_by
+from fxshard.passes.layouts import note
 from fxshard.passes.masks import read_masks
 from fxshard.passes.origins import module_of
 from fxshard.passes.root import Root
+from fxshard.passes.strided import over_memory
 from fxshard.rules.recipe import bind
 from fxshard.runtime.autocast import State, entered
 from fxshard.runtime.module import find
@@ -199,10 +200,10 @@ class _Inliner:
         def operand(old: fx.Node) -> Any:
             return env[old] if mode.grad else self._quiet(env[old])
 
-        new = self.graph.node_copy(node, operand)
         if node.target is _aten.as_strided.default:
-            base, start = shown_by(node)
-            new.args, new.kwargs = (operand(base), *new.args[1:3], start), {}
+            new = over_memory(self.graph, node, operand, lambda old: env[old] in self.without_grad)
+        else:
+            new = self.graph.node_copy(node, operand)
         note(new)
         if prefix and node.op == "get_attr":
             new.target = prefix + str(node.target)

@@ -101,7 +101,7 @@ def cosine_similarity(call: Call) -> Recipe:
     ins = [right(len(s)) for s in call.inputs]
     ndim = max(len(s) for s in call.inputs)
     names = right(ndim)
-    if call.arguments.get("dim") is None:
+    if call.arguments.get("dim") is None or not ndim:
         return Recipe()
     dim = call.dim("dim", ndim)
     out = names if len(call.outputs[0]) == ndim else names[:dim] + names[dim + 1 :]

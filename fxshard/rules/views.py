@@ -133,7 +133,7 @@ def reverse(call: Call) -> Recipe:
 def matrix_transpose(call: Call) -> Recipe:
     """mT: the last two dims swapped."""
     ndim = len(call.inputs[0])
-    return renamed(call, [*range(ndim - 2), ndim - 1, ndim - 2])
+    return renamed(call, [*range(ndim - 2), ndim - 1, ndim - 2]) if ndim else Recipe()
 
 
 def permute(call: Call) -> Recipe:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 
 from fxshard.errors import RuleError
-from fxshard.inspect.prove import check_rule
+from fxshard.inspect.prove import Sample, check_rule
 from fxshard.passes import localize
 from fxshard.passes.writer import Writer
 from fxshard.rules.names import left
@@ -18,6 +19,7 @@ from fxshard.rules.notation import make_factors
 from fxshard.rules.recipe import At, Call, Factor, Recipe
 from fxshard.rules.table import all_rules, find_rule, temporary_rule
 from fxshard.runtime import collectives
+from fxshard.torch_internals import pytree
 from tests.rules.samples import all_samples, ints, overload, pos, r
 
 pytestmark = [
@@ -65,6 +67,26 @@ def test_rule_on_more_ranks(name: str) -> None:
     assert rule is not None
     meshes = ((2, 2), (3, 2)) if PLAIN.match(rule.text) else ((4,), (3, 2), (2, 2, 2))
     check_rule(overload(name), SAMPLES[name](), meshes=meshes)
+
+
+@pytest.mark.parametrize("name", SAMPLES)
+def test_rule_of_scalars(name: str) -> None:
+    """Operands without dims: an operator that takes them has a rule that does."""
+    sample = SAMPLES[name]()[0]
+    sample = sample if isinstance(sample, Sample) else Sample(sample)
+    for dim in (None, 0, -1):
+        args = pytree.tree_map(lambda value, dim=dim: _scalar(value, dim), sample.args)
+        try:
+            overload(name)(*args, **sample.kwargs)
+        except (RuntimeError, IndexError, ValueError, NotImplementedError, TypeError):
+            continue  # it takes none
+        check_rule(overload(name), [replace(sample, args=args, gradients=False)], meshes=((2,),))
+
+
+def _scalar(value: Any, dim: int | None) -> Any:
+    if isinstance(value, torch.Tensor):
+        return value.flatten()[:1].reshape(()) if value.numel() else value
+    return dim if dim is not None and type(value) is int else value
 
 
 def test_split_in_blocks_of_a_packed_projection_is_tried() -> None:
