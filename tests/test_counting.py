@@ -15,6 +15,7 @@ from fxshard.runtime.alone import Moved
 SIZES = Sizes(batch=8, sequence=16, hidden=64, intermediate=192, heads=16, key_heads=8, layers=2, vocabulary=256)
 
 
+@pytest.mark.thin(2)
 @pytest.mark.parametrize("preset", PRESETS)
 def test_counts_are_the_closed_forms(preset: str) -> None:
     model = build(SIZES)
@@ -34,6 +35,7 @@ def test_what_rings_send() -> None:
     assert counts.payload("all_reduce", "forward") == sums / 2
 
 
+@pytest.mark.thin(2)
 @pytest.mark.parametrize("preset", PRESETS)
 def test_the_code_issues_what_the_report_lists(preset: str) -> None:
     """The code ran, the report read the graph: both say the same. (The gradients of whole weights go by themselves.)"""

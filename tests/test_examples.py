@@ -61,12 +61,14 @@ def test_embed_sentences_on_two_processes() -> None:
     check_embeddings(printed)
 
 
+@pytest.mark.slow
 def test_embed_sentences_without_a_launcher() -> None:
     printed = run_example("embed_sentences.py")
     assert "on 2 ranks, simulated" in printed
     check_embeddings(printed)
 
 
+@pytest.mark.slow
 def test_train_gpt2_on_two_processes() -> None:
     printed = run_example("train_gpt2.py", *TORCHRUN)
     rows = [line.split() for line in printed.splitlines() if re.match(r" +\d+ +\d", line)]

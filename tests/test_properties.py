@@ -164,7 +164,7 @@ def check_again(example: Example) -> None:
                 assert_close(outputs[k], part, f"output {k} of rank {rank}")
 
 
-@settings(max_examples=40)
+@settings(max_examples=30)
 @given(examples(max_steps=6))
 def test_random_models_under_random_plans(example: Example) -> None:
     check(example)
@@ -177,7 +177,7 @@ def test_many_random_models_under_random_plans(example: Example) -> None:
     check(example)
 
 
-@settings(max_examples=20)
+@settings(max_examples=12)
 @given(examples(max_steps=5))
 def test_random_plans_are_read_back(example: Example) -> None:
     check_again(example)
@@ -190,7 +190,7 @@ def test_many_random_plans_are_read_back(example: Example) -> None:
     check_again(example)
 
 
-@settings(max_examples=15)
+@settings(max_examples=10)
 @given(examples(max_steps=5))
 def test_random_models_with_a_dynamic_batch(example: Example) -> None:
     check_dynamic(example)

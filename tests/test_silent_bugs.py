@@ -138,6 +138,7 @@ def test_a_part_of_an_input_may_be_viewed_as_the_whole_was() -> None:
         assert_equivalent(model, tp(inputs={"*": Shard(dim)}), (X,))
 
 
+@pytest.mark.thin(2)
 @pytest.mark.parametrize("dim", [0, 1, 2])
 @pytest.mark.parametrize("shape", [(24, 8), (4, 48), (192,), (6, 4, 8), (8, 24), (4, 3, 16)])
 def test_regrouping_a_split_dim(dim: int, shape: tuple[int, ...]) -> None:
@@ -185,6 +186,7 @@ def test_a_packed_projection_is_not_cut_through_its_middle(cut: str) -> None:
         assert kinds(program, "forward") == ["all_reduce"]
 
 
+@pytest.mark.thin(3)
 @pytest.mark.parametrize(("heads", "key_heads", "ranks"), [(4, 1, 2), (4, 2, 4), (8, 2, 4), (4, 4, 4), (6, 2, 3)])
 @pytest.mark.parametrize("repeat", ["flag", "interleave", "expand"])
 def test_fewer_key_heads_than_ranks(heads: int, key_heads: int, ranks: int, repeat: str) -> None:
@@ -257,6 +259,7 @@ REDUCTIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
 }
 
 
+@pytest.mark.thin(2)
 @pytest.mark.parametrize("name", REDUCTIONS)
 @pytest.mark.parametrize("dim", [0, 1])
 def test_reductions_count_globally(name: str, dim: int) -> None:
@@ -265,6 +268,7 @@ def test_reductions_count_globally(name: str, dim: int) -> None:
     holds(lambda m, x: reduce(F.linear(x, m.w)), data_parallel(2), w=(16, 8))
 
 
+@pytest.mark.thin(2)
 @pytest.mark.parametrize("smoothing", [0.0, 0.2])
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 @pytest.mark.parametrize("plan", [tp(params={"w": Shard(0)}), data_parallel(2), data_parallel(2) | tensor_parallel(2)])
@@ -326,6 +330,7 @@ def test_writes_and_masks(name: str) -> None:
         holds(lambda m, x: does(F.linear(x, m.w)), plan, w=(16, 8))
 
 
+@pytest.mark.thin(2)
 @pytest.mark.parametrize("ranks", [3, 4, 7, 12])
 def test_padding_of_uneven_shards_leaks_nowhere(ranks: int) -> None:
     """Ten features on so many ranks, some of which have none: into no sum, mean, maximum, softmax or gradient."""

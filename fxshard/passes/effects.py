@@ -13,6 +13,9 @@ from fxshard.rules.recipe import written
 from fxshard.torch_internals import OpOverload
 
 
+_COPY = torch.ops.aten.clone.default
+
+
 @functools.cache
 def is_mutating(target: Any) -> bool:
     """Say whether the schema of an operator writes to an operand, or changes its shape in place."""
@@ -38,8 +41,8 @@ def shown_operand(node: fx.Node) -> Any:
     """
     if may_view(node.target) or is_mutating(node.target):
         return node.args[0]
-    if node.op != "call_function":
-        return None
+    if not isinstance(node.target, OpOverload) or node.target.namespace != "aten" or node.target is _COPY:
+        return None  # what the compiler makes may have the value of what it stands for
     return next((operand for operand in node.all_input_nodes if shares_memory(node, operand)), None)
 
 

@@ -104,6 +104,7 @@ def keys_in_a_process(seed: str) -> list[str]:
     return done.stdout.split()
 
 
+@pytest.mark.slow
 def test_keys_are_the_same_in_every_process() -> None:
     first, second = keys_in_a_process("1"), keys_in_a_process("2")
     assert first == second

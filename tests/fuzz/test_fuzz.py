@@ -18,7 +18,7 @@ from tests.fuzz.program import Program, Statement
 from tests.fuzz.programs import make
 from tests.fuzz.run import Summary, one, run, shrink, with_plan
 
-PROGRAMS = 40
+PROGRAMS = 25
 
 
 def program(*lines: str, init: str = "self.m1 = nn.Linear(8, 8)", **options: bool) -> Program:
@@ -37,6 +37,7 @@ def test_a_short_run() -> None:
     assert summary.counts["right"] > 0.7 * judged, summary.text(10)
 
 
+@pytest.mark.slow
 def test_programs_are_made_of_seed_and_index_alone() -> None:
     code = "from tests.fuzz.programs import make\nprint(''.join(make(3, i).source() for i in range(30)))"
     environment = {**os.environ, "PYTHONHASHSEED": "7"}

@@ -83,6 +83,7 @@ def check(model: nn.Module, program: fxshard.ParallelModule, x: torch.Tensor) ->
     assert torch.equal(now, then)
 
 
+@pytest.mark.thin(3)
 @pytest.mark.parametrize("plan", PLANS)
 @slow_but_for("layout", LAYOUTS, "transposed", "a part, transposed")
 @pytest.mark.parametrize("draw", DRAWS | SHOWS)

@@ -75,6 +75,7 @@ ASIDES: dict[str, Callable[[], nn.Module]] = {
 }
 
 
+@pytest.mark.thin(3)
 @pytest.mark.parametrize("plan", PLANS)
 @pytest.mark.parametrize("aside", ASIDES)
 def test_what_nobody_reads_happens(aside: str, plan: str) -> None:
@@ -117,6 +118,7 @@ OVERWRITES: dict[str, Callable[[torch.Tensor], object]] = {
 }
 
 
+@pytest.mark.thin(2)
 @pytest.mark.parametrize("plan", ["dp2", "tp2", "zero2"])
 @pytest.mark.parametrize("write", OVERWRITES)
 def test_what_is_overwritten_has_a_gradient_of_zero(write: str, plan: str) -> None:

@@ -50,6 +50,7 @@ class Net(nn.Module):
         return FORMS[self.form](self.m(x))
 
 
+@pytest.mark.thin(2)
 @pytest.mark.parametrize("plan", PLANS)
 @pytest.mark.parametrize("form", FORMS)
 def test_as_the_original(form: str, plan: str) -> None:

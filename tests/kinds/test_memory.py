@@ -59,6 +59,7 @@ class Net(nn.Module):
         return self.down(h) + before, shown * 2, h.flatten()[-9:]
 
 
+@pytest.mark.thin(2)
 @pytest.mark.parametrize("plan", ["tp", "dp"])
 @pytest.mark.parametrize("of_input", [False, True])
 @pytest.mark.parametrize("show", SILENT)

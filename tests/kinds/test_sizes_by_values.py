@@ -45,6 +45,7 @@ class Picks(nn.Module):
         return picked * 2, self.l(x)
 
 
+@pytest.mark.thin(2)
 @pytest.mark.parametrize("plan", PLANS)
 @pytest.mark.parametrize("shape", ONE)
 @pytest.mark.parametrize("source", SOURCES)

@@ -37,6 +37,7 @@ def model(heads: int, keys: int, dropout: float = 0.0) -> nn.Module:
     return nn.Sequential(Attention(heads, keys, dropout), Attention(heads, keys, dropout)).double().train()
 
 
+@pytest.mark.thin(2)
 @pytest.mark.parametrize("plan", [tensor_parallel(4), sequence_parallel(3), data_parallel(2) | tensor_parallel(2)])
 @pytest.mark.parametrize("dropout", [0.0, 0.2])
 @pytest.mark.parametrize(("heads", "keys"), [(8, 1), (8, 2), (6, 3), (12, 3), (5, 5), (6, 2)])

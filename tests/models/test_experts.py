@@ -38,6 +38,7 @@ def moved(program: fxshard.ParallelModule, phase: str = "forward", axis: str = "
     return [(c.kind, c.num_bytes) for c in program.collectives() if (c.phase, c.axis) == (phase, axis)]
 
 
+@pytest.mark.thin(2)
 @pytest.mark.parametrize("plan", PLANS)
 @pytest.mark.parametrize("kind", KINDS)
 def test_as_the_original(kind: str, plan: str) -> None:
@@ -51,6 +52,7 @@ def test_as_the_original(kind: str, plan: str) -> None:
         assert set(program.plan.params) <= experts_of(model), "the router is whole"
 
 
+@pytest.mark.thin(2)
 @pytest.mark.parametrize("count", [1, 3, 5])
 @pytest.mark.parametrize("kind", KINDS)
 def test_experts_that_the_ranks_do_not_divide(kind: str, count: int) -> None:
@@ -123,6 +125,7 @@ def test_a_rank_holds_and_computes_its_part(monkeypatch: pytest.MonkeyPatch) -> 
 TRANSFORMERS = ["mixtral", "qwen3_moe", "deepseek_v3", "gpt_oss", "llama4_text"]
 
 
+@pytest.mark.thin(2)
 @pytest.mark.parametrize("plan", ["ep2", "same axis", "ep2 tp2"])
 @pytest.mark.parametrize("name", TRANSFORMERS)
 def test_transformers(name: str, plan: str) -> None:

@@ -89,6 +89,7 @@ def experts_of(program: fxshard.ParallelModule, model: nn.Module) -> dict[str, l
     return {name: list(plan[name]) if name in plan else [] for name in packed}
 
 
+@pytest.mark.thin(2)
 @slow_but_for("plan", PLANS, "tp2")
 @pytest.mark.parametrize("name", MODELS)
 def test_as_the_original(name: str, plan: str) -> None:
@@ -106,6 +107,7 @@ def test_as_the_original(name: str, plan: str) -> None:
         assert len(large) <= 1 + 2 * model.config.num_hidden_layers, "one of the vocabulary, two a layer"
 
 
+@pytest.mark.thin(2)
 @pytest.mark.parametrize("plan", PLANS)
 @pytest.mark.parametrize("name", ["qwen2_moe", "gpt_oss"])
 def test_as_the_original_with_picked_matrices(name: str, plan: str) -> None:
@@ -216,6 +218,7 @@ def test_a_loop_over_the_experts_that_were_hit_is_refused() -> None:
         fxshard.parallelize(model, tensor_parallel(2), (), {"input_ids": ids()})
 
 
+@pytest.mark.thin(2)
 @pytest.mark.parametrize("name", [name for name in MODELS if name not in ("olmoe", "minimax_m2")])
 def test_most_of_attention_and_experts_is_split(name: str) -> None:
     """But for routers, and the projections to a latent space that all heads read. (The two left out have a norm

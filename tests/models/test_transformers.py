@@ -56,6 +56,7 @@ def check(name: str, plan: str, dtype: torch.dtype, training: bool = False) -> f
     return assert_equivalent(model, PLANS[plan], (), inputs, expected=original(name, dtype, training))
 
 
+@pytest.mark.thin(2)
 @slow_but_for("plan", PLANS, "tp2", "dp2_tp2", "dp2_sp2", "zero3_sp2", "cp2_tp2", "tp2_zero2")
 @each_model
 def test_float64(name: str, plan: str) -> None:
@@ -106,6 +107,7 @@ def test_one_program_serves_both_modes(plan: str) -> None:
 # --- lazy capture ---------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.thin(2)
 @each_model
 def test_lazy_capture(name: str) -> None:
     model, inputs = build(name)
@@ -124,6 +126,7 @@ def test_lazy_capture(name: str) -> None:
 # --- what the model computes beside logits --------------------------------------------------------------------------
 
 
+@pytest.mark.thin(2)
 @slow_but_for("plan", ("tp2", "sp2", "dp2", "dp2_tp2"), "dp2_tp2")
 @each_model
 def test_loss_inside_the_model(name: str, plan: str) -> None:
@@ -133,6 +136,7 @@ def test_loss_inside_the_model(name: str, plan: str) -> None:
     assert_equivalent(model, PLANS[plan], (), inputs, loss=lambda output: output.loss, tolerance=SINGLE)
 
 
+@pytest.mark.thin(2)
 @pytest.mark.parametrize("name", ["llama", "gpt2", "t5"])
 @pytest.mark.parametrize("use_cache", [True, False])
 def test_cache(name: str, use_cache: bool) -> None:
@@ -160,6 +164,7 @@ def test_decoding_with_the_cache_that_a_program_returned() -> None:
     torch.testing.assert_close(actual, expected, rtol=1e-10, atol=1e-12)
 
 
+@pytest.mark.thin(2)
 @pytest.mark.parametrize(("heads", "key_heads", "ranks"), [(8, 2, 4), (8, 1, 2), (6, 3, 2), (8, 8, 4), (6, 2, 4)])
 def test_few_key_heads(heads: int, key_heads: int, ranks: int) -> None:
     """Fewer key heads than ranks, or heads that do not divide: right all the same, split or not."""
@@ -167,6 +172,7 @@ def test_few_key_heads(heads: int, key_heads: int, ranks: int) -> None:
     assert_equivalent(model, tensor_parallel(ranks), (), inputs)
 
 
+@pytest.mark.thin(2)
 @pytest.mark.parametrize("name", ["llama", "gpt2", "bert"])
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
 def test_both_attentions(name: str, attention: str) -> None:
@@ -175,6 +181,7 @@ def test_both_attentions(name: str, attention: str) -> None:
     assert_equivalent(model, data_parallel(2) | tensor_parallel(2), (), inputs)
 
 
+@pytest.mark.thin(2)
 @pytest.mark.parametrize("name", ["gpt2", "bert", "t5"])
 @pytest.mark.parametrize("plan", ["tp2", "sp2"])
 def test_eager_attention_with_dropout(name: str, plan: str) -> None:
@@ -222,6 +229,7 @@ def test_meta_model_compiles_and_shows_its_program() -> None:
 # --- what a program holds -------------------------------------------------------------------------------------------
 
 
+@pytest.mark.thin(2)
 @pytest.mark.parametrize("plan", ["tp2", "dp2_tp2"])
 @each_model
 def test_weights_come_back_whole(name: str, plan: str) -> None:
@@ -248,6 +256,7 @@ def test_tied_weights_stay_one_parameter(name: str) -> None:
         assert head.shape[0] == model.config.vocab_size // 2
 
 
+@pytest.mark.thin(2)
 @pytest.mark.parametrize("plan", ["tp2", "sp2", "zero2", "zero2_tp2", "cp2_tp2", "dp2_sp2"])
 @pytest.mark.parametrize("name", ["gpt2", "llama"])
 def test_the_explicit_plan_is_the_same_program(name: str, plan: str) -> None:

@@ -149,6 +149,7 @@ def test_not_as_many_queries_as_keys(queries: int) -> None:
     assert len(attention_of(Cross(), torch.randn(2, 9, 16)).args) == 4
 
 
+@pytest.mark.thin(3)
 @pytest.mark.parametrize("plan", ["tp2", "tp4", "sp2", "dp2", "cp2", "dp2_tp2"])
 @pytest.mark.parametrize("repeats", [1, 2, 4])
 @pytest.mark.parametrize("mask", [causal, packed, everything, window])

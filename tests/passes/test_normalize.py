@@ -93,6 +93,7 @@ def t5(t: Any, ids: Tensor) -> Any:
     return t.T5ForConditionalGeneration(config), {"input_ids": ids, "labels": ids}
 
 
+@pytest.mark.thin(2)
 @pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
 @pytest.mark.parametrize("build", [llama, gpt2, bert, vit, t5], ids=lambda build: build.__name__)
 def test_transformers(build: Any, training: bool) -> None:

@@ -68,6 +68,7 @@ NORMS: dict[str, tuple[Any, tuple[int, ...], tuple[int, ...]]] = {
 }  # fmt: skip
 
 
+@pytest.mark.thin(2)
 @pytest.mark.parametrize("ranks", [2, 4])
 @pytest.mark.parametrize("name", NORMS)
 def test_a_norm_over_a_split_dim(name: str, ranks: int) -> None:
@@ -80,6 +81,7 @@ def test_a_norm_over_a_split_dim(name: str, ranks: int) -> None:
         assert fxshard.verify(program, x).ok
 
 
+@pytest.mark.thin(2)
 @pytest.mark.parametrize("name", NORMS)
 def test_two_axes_split_two_dims_or_one(name: str) -> None:
     make, shape, dims = NORMS[name]
@@ -99,6 +101,7 @@ def test_batch_and_features_of_a_layer_norm_are_split_at_once() -> None:
     assert forward == [("all_reduce", "b", 4 * 8)] * 2, "of 4 rows a number each, for mean and variance"
 
 
+@pytest.mark.thin(2)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("name", NORMS)
 def test_half_precision_is_rounded_once(name: str, dtype: torch.dtype) -> None:

@@ -82,6 +82,7 @@ REDUCTIONS: dict[str, Callable[[torch.Tensor], Any]] = {
 }
 
 
+@pytest.mark.thin(2)
 @pytest.mark.parametrize("ranks", [2, 4])
 @pytest.mark.parametrize("name", REDUCTIONS)
 def test_a_reduction_of_a_split_dim(name: str, ranks: int) -> None:
@@ -95,6 +96,7 @@ def test_a_reduction_of_a_split_dim(name: str, ranks: int) -> None:
         assert fxshard.verify(program, make()).ok
 
 
+@pytest.mark.thin(3)
 @pytest.mark.parametrize("name", REDUCTIONS)
 def test_two_axes(name: str) -> None:
     for first, second in ((0, 2), (2, 0), (2, 2), (1, 2)):
@@ -123,6 +125,7 @@ def test_logsumexp_of_masked_ranks_has_the_gradient_of_one_device() -> None:
     torch.testing.assert_close(y.grad, x.grad)
 
 
+@pytest.mark.thin(2)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("name", [n for n in REDUCTIONS if n not in ("where the maximum is", "where the minimum is")])
 def test_half_precision_is_rounded_once(name: str, dtype: torch.dtype) -> None:

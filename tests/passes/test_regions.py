@@ -63,6 +63,7 @@ GATHERED: dict[str, Callable[[Any, Tensor], Tensor]] = {
 X = torch.linspace(-2, 2, 2 * 6 * 8, dtype=torch.float64).sin().reshape(2, 6, 8)
 
 
+@pytest.mark.thin(3)
 @pytest.mark.parametrize("plan", PLANS)
 @pytest.mark.parametrize("name", TAKEN_APART)
 def test_taken_apart(name: str, plan: str) -> None:
@@ -70,6 +71,7 @@ def test_taken_apart(name: str, plan: str) -> None:
     assert not program.fallbacks()
 
 
+@pytest.mark.thin(3)
 @pytest.mark.parametrize("plan", PLANS)
 @pytest.mark.parametrize("name", GATHERED)
 def test_gathered(name: str, plan: str) -> None:

@@ -113,6 +113,7 @@ def refused(styles: Any, **options: Any) -> str:
 # --- what a Hugging Face model brings along -------------------------------------------------------------------------
 
 
+@pytest.mark.thin(2)
 @pytest.mark.parametrize("kind", ["Llama", "Mistral", "Qwen2", "Qwen3", "Phi3"])
 def test_from_hf_splits_as_tensor_parallel_does(kind: str, capsys: pytest.CaptureFixture[str]) -> None:
     """Two sources that know nothing of each other: names that people wrote down, and the dataflow."""
