@@ -12,7 +12,6 @@ from fxshard.rules.lookup import draws
 from fxshard.rules.recipe import written
 from fxshard.torch_internals import OpOverload
 
-
 _COPY = torch.ops.aten.clone.default
 
 
