@@ -73,6 +73,7 @@ def ratios(model: nn.Module, program: fxshard.ParallelModule) -> list[float]:
     return [((a - e).norm() / (b - e).norm()).item() for a, b, e in pairs]
 
 
+@pytest.mark.thin(2)
 @slow_but_for("plan", PLANS, "sp4", "dp2_tp2")
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_llama_is_as_near_as_on_one_device(plan: str, dtype: torch.dtype) -> None:
@@ -142,6 +143,7 @@ def test_verify_of_a_low_precision_model(plan: str) -> None:
     assert fxshard.verify(fxshard.parallelize(llama(torch.bfloat16), PLANS[plan], (), INPUTS), **INPUTS).ok
 
 
+@pytest.mark.thin(2)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("plan", ["tp2", "dp2_sp2"])
 def test_a_model_on_the_meta_device_is_cast_as_one_with_values(plan: str, dtype: torch.dtype) -> None:

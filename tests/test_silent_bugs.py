@@ -171,6 +171,7 @@ PACKED: dict[str, Callable[[torch.Tensor], Any]] = {
 }
 
 
+@pytest.mark.thin(2)
 @pytest.mark.parametrize("cut", PACKED)
 def test_a_packed_projection_is_not_cut_through_its_middle(cut: str) -> None:
     def attention(m: Any, x: torch.Tensor) -> torch.Tensor:

@@ -196,6 +196,7 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
 }
 
 
+@pytest.mark.thin(2)
 @pytest.mark.parametrize("plan", PLANS)
 @pytest.mark.parametrize("name", MODELS)
 def test_odd_models(name: str, plan: str) -> None:
@@ -271,6 +272,7 @@ def test_large_dead_values_are_deleted(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "        del gate" in program.code()
 
 
+@pytest.mark.thin(2)
 @pytest.mark.parametrize("build", [llama, gpt2, bert, vit, t5], ids=lambda b: b.__name__)
 def test_deletions_change_nothing(build: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(freeing, "LARGE", 1)

@@ -19,6 +19,7 @@ def test_a_compiled_program_equals_the_model() -> None:
     launch(2, compiling.equal_the_original, [("block", plan) for plan in ("tp2", "sp2", "dp2", "zero2")], TRACED)
 
 
+@pytest.mark.slow
 def test_gradients_of_inputs_and_of_weights_that_thaw() -> None:
     launch(2, compiling.inputs_get_gradients, TRACED)
 

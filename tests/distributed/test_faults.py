@@ -265,6 +265,7 @@ def test_a_store_that_does_not_answer_is_given_up() -> None:
     assert session.bounded(lambda: session.get("nothing"), 5) is None
 
 
+@pytest.mark.slow
 def test_ranks_end_when_their_launcher_has_died(tmp_path: Path) -> None:
     script = Path(__file__).with_name("orphan.py")
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script)]

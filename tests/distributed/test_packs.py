@@ -8,6 +8,7 @@ from tests.distributed import packing
 from tests.distributed.launch import launch
 
 
+@pytest.mark.thin(2)
 @pytest.mark.parametrize("bucket_bytes", [2**20, 1200, 600, 0])
 def test_what_was_gathered_ahead_is_what_is_there_now(bucket_bytes: int) -> None:
     launch(2, packing.whatever_happens, bucket_bytes)

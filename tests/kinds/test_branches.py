@@ -334,6 +334,7 @@ WRITES: dict[str, Callable[[Told, torch.Tensor], object]] = {
 }
 
 
+@pytest.mark.thin(2)
 @slow_but_for("plan", PLANS, "tp2", "dp2_tp2")
 @pytest.mark.parametrize("name", WRITES)
 def test_what_a_way_writes_is_written_where_it_is_taken(name: str, plan: str) -> None:
@@ -416,6 +417,7 @@ SEVERAL: dict[str, tuple[int, Callable[[Several, torch.Tensor, torch.Tensor], ob
 }
 
 
+@pytest.mark.thin(2)
 @slow_but_for("plan", ("dp2", "tp2", "dp2_tp2"), "dp2")
 @pytest.mark.parametrize("name", SEVERAL)
 def test_every_set_of_answers(name: str, plan: str) -> None:

@@ -185,6 +185,7 @@ def as_before() -> Iterator[None]:
     reset()
 
 
+@pytest.mark.thin(2)
 @pytest.mark.parametrize("name", READ)
 def test_a_changed_value_counts(name: str) -> None:
     read, change = READ[name]
@@ -238,6 +239,7 @@ LAYOUT: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
 }
 
 
+@pytest.mark.thin(2)
 @pytest.mark.parametrize("name", LAYOUT)
 def test_how_an_input_lies_in_memory_counts_where_it_is_asked(name: str) -> None:
     asks = LAYOUT[name]

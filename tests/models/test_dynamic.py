@@ -34,6 +34,7 @@ def check(program: fxshard.ParallelModule, name: str, batch: int, length: int) -
     return len(program._captures.all)
 
 
+@pytest.mark.thin(2)
 @slow_but_for("plan", PLANS, "dp2_tp2")
 @each_model
 def test_one_capture_serves_many_sizes(name: str, plan: str) -> None:
@@ -107,6 +108,7 @@ BRANCHES: dict[str, tuple[Callable[[torch.Size], bool], Size, Size, Size]] = {
 }
 
 
+@pytest.mark.thin(2)
 @pytest.mark.parametrize("said", BRANCHES)
 @pytest.mark.parametrize("plan", ["tp2", "dp2"])
 def test_a_branch_on_a_size(plan: str, said: str, caplog: pytest.LogCaptureFixture) -> None:
@@ -146,6 +148,7 @@ class Chunked(nn.Module):
         return y.reshape(y.shape[0], -1, 8)[:, : x.shape[1]]
 
 
+@pytest.mark.thin(2)
 @pytest.mark.parametrize("chunk", [3, 4])
 @pytest.mark.parametrize("plan", ["dp2", "tp2"])
 def test_a_fold_of_two_dynamic_sizes(plan: str, chunk: int) -> None:

@@ -158,6 +158,7 @@ def attend(layout: Layout, ranks: int) -> fxshard.ParallelModule:
     return check(Attention(layout), ranks, (torch.randn(2, 5, SIZE, dtype=torch.float64),))
 
 
+@pytest.mark.thin(2)
 @some_ranks(4)
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_packed_attention(name: str, ranks: int) -> None:
@@ -246,6 +247,7 @@ class Gated(nn.Module):
         return x + self.down(self.act(self.up(self.norm(x))))
 
 
+@pytest.mark.thin(2)
 @some_ranks(4)
 @pytest.mark.parametrize("name", GATES)
 def test_packed_gate(name: str, ranks: int) -> None:

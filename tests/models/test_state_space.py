@@ -32,6 +32,7 @@ def build(name: str) -> nn.Module:
     return model.double().eval()
 
 
+@pytest.mark.thin(2)
 @pytest.mark.parametrize("plan", PLANS)
 @pytest.mark.parametrize("name", MODELS)
 def test_mixers_are_split(name: str, plan: str) -> None:

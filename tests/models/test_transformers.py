@@ -69,12 +69,14 @@ def test_float64(name: str, plan: str) -> None:
     assert bool(program.plan.activations) == ("sp" in plan or "cp" in plan)
 
 
+@pytest.mark.thin(2)
 @slow_but_for("plan", PLANS, "dp2_tp2")
 @each_model
 def test_float32(name: str, plan: str) -> None:
     check(name, plan, torch.float32)
 
 
+@pytest.mark.thin(2)
 @slow_but_for("plan", ("tp2", "tp4", "sp2", "dp2", "dp2_tp2", "tp2_dp2", "dp2_sp2"), "dp2_sp2")
 @each_model
 def test_dropout_draws_the_masks_of_one_device(name: str, plan: str) -> None:

@@ -41,6 +41,7 @@ def weight_shares(program: fxshard.ParallelModule) -> list[float]:
     return [sum(p.numel() for p in program.rank_module(r).parameters()) / whole for r in ranks]
 
 
+@pytest.mark.thin(2)
 @every_case
 def test_equals_one_device(name: str, plan: str) -> None:
     program = check(name, plan)

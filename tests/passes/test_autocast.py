@@ -144,6 +144,7 @@ def assert_equal(got: list[Any], want: list[Any]) -> None:
         assert a is None or (a.dtype == b.dtype and torch.equal(a.nan_to_num(7.0), b.nan_to_num(7.0)))
 
 
+@pytest.mark.thin(2)
 @pytest.mark.parametrize("name", EXACT)
 def test_region_is_inlined_exactly(name: str) -> None:
     model = Net(EXACT[name])
@@ -161,6 +162,7 @@ def test_region_is_inlined_exactly(name: str) -> None:
 AROUND = [name for name in EXACT if name not in ("nested", "an island", "two regions")]
 
 
+@pytest.mark.thin(2)
 @pytest.mark.parametrize("name", AROUND)
 def test_capture_under_autocast_runs_without(name: str) -> None:
     def plainly(m: Net, x: Tensor) -> Any:
@@ -253,6 +255,7 @@ def step(model: nn.Module) -> tuple[Tensor, dict[str, Tensor]]:
     return out, {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
 
 
+@pytest.mark.thin(2)
 @pytest.mark.parametrize("plan", PLANS)
 def test_autocast_around_the_call(plan: str) -> None:
     model = Block()

@@ -71,7 +71,8 @@ def test_what_is_not_declared_is_refused_and_names_are_checked() -> None:
         fxshard.parallelize(Patches(), preset("tp2"), (x, grid), constants="gird")
 
 
-@slow_but_for("plan", ("tp2", "sp2"), "tp2")
+@pytest.mark.slow
+@pytest.mark.parametrize("plan", ["tp2", "sp2"])
 def test_qwen2_vl(plan: str) -> None:
     config = transformers.Qwen2VLConfig(
         text_config={

@@ -50,6 +50,7 @@ def test_an_architecture(name: str, plan: str) -> None:
 
 
 @pytest.mark.filterwarnings("ignore")
+@pytest.mark.thin(2)
 @pytest.mark.parametrize(("name", "plan"), architectures(*TRAINED))
 def test_an_architecture_while_it_is_trained(name: str, plan: str) -> None:
     """Dropout draws: mask for mask what the single device draws."""
