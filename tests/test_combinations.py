@@ -52,6 +52,7 @@ MODELS: dict[str, Callable[[], tuple[nn.Module, tuple[torch.Tensor, ...]]]] = {
 }
 
 
+@pytest.mark.thin(2)
 @pytest.mark.parametrize("plan", ["zero2", "zero3", "cp2", "sp2", "zero2_cp2", "cp2_zero2", "zero2_sp2"])
 @pytest.mark.parametrize("name", MODELS)
 def test_a_plan_that_was_saved_is_the_same_program(name: str, plan: str) -> None:

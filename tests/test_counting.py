@@ -15,7 +15,7 @@ from fxshard.runtime.alone import Moved
 SIZES = Sizes(batch=8, sequence=16, hidden=64, intermediate=192, heads=16, key_heads=8, layers=2, vocabulary=256)
 
 
-@pytest.mark.thin(2)
+@pytest.mark.thin(4)
 @pytest.mark.parametrize("preset", PRESETS)
 def test_counts_are_the_closed_forms(preset: str) -> None:
     model = build(SIZES)

@@ -74,6 +74,7 @@ def check(
     return program
 
 
+@pytest.mark.thin(2)
 @pytest.mark.parametrize("name", ["llama", "gpt2"])
 @pytest.mark.parametrize("plan", ["tp2", "sp2", "dp2", "dp2_tp2"])
 def test_the_norm_is_one_devices(name: str, plan: str) -> None:

@@ -321,6 +321,7 @@ def _same_program(one: fxshard.ParallelModule, other: fxshard.ParallelModule) ->
         assert all(torch.equal(mine[name], theirs[name]) for name in mine)
 
 
+@pytest.mark.thin(2)
 @pytest.mark.parametrize("preset", [p for p in PRESETS if p != "tp_tp"])
 def test_the_explicit_plan_gives_the_same_program_through_json(preset: str) -> None:
     gpt2, inputs = _gpt2()

@@ -27,6 +27,7 @@ def test_penalties_on_gradients(name: str, plan: str) -> None:
         torch.testing.assert_close(got, value, msg=lambda t, each=each: f"{each}: {t}")
 
 
+@pytest.mark.slow
 def test_penalties_on_ranks() -> None:
     launch(2, twice.penalties, 2)
 

@@ -323,6 +323,7 @@ def _write(h: torch.Tensor, write: Callable[[torch.Tensor], Any]) -> torch.Tenso
     return copy * h
 
 
+@pytest.mark.thin(2)
 @pytest.mark.parametrize("name", WRITES)
 def test_writes_and_masks(name: str) -> None:
     does = WRITES[name]

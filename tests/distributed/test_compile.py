@@ -8,6 +8,7 @@ import pytest
 
 from tests.distributed import compiling
 from tests.distributed.launch import launch
+from tests.helpers import slow_but_for
 
 TRACED = "aot_eager"
 """Traces forward and backward pass as inductor does, and runs the graphs as they are."""
@@ -15,8 +16,9 @@ TRACED = "aot_eager"
 needs_compiler = pytest.mark.skipif(not (shutil.which("g++") or shutil.which("clang++")), reason="no C++ compiler")
 
 
-def test_a_compiled_program_equals_the_model() -> None:
-    launch(2, compiling.equal_the_original, [("block", plan) for plan in ("tp2", "sp2", "dp2", "zero2")], TRACED)
+@slow_but_for("plans", [("tp2", "zero2"), ("sp2", "dp2")], ("tp2", "zero2"))
+def test_a_compiled_program_equals_the_model(plans: tuple[str, ...]) -> None:
+    launch(2, compiling.equal_the_original, [("block", plan) for plan in plans], TRACED)
 
 
 @pytest.mark.slow
@@ -39,6 +41,7 @@ def test_programs_within_compiled_code() -> None:
     launch(2, compiling.inside_of_other_code, TRACED)
 
 
+@pytest.mark.slow
 def test_what_cannot_be_traced_runs_eagerly() -> None:
     launch(2, compiling.run_eagerly_where_it_must, TRACED)
 

@@ -16,6 +16,7 @@ def test_programs_with_products_beside_collectives_equal_the_model() -> None:
     launch(2, overlapping.programs, [("llama", "tp2"), ("llama", "sp2")])
 
 
+@pytest.mark.slow
 def test_checkpointed_calls_communicate_no_more_than_they_say() -> None:
     launch(2, overlapping.programs, [("llama", "tp2"), ("llama", "sp2")], "model.layers.*")
 

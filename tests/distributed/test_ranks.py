@@ -37,6 +37,7 @@ def test_verify_and_what_is_refused() -> None:
     launch(2, ranks.verify_and_refuse)
 
 
+@pytest.mark.slow
 def test_low_precision_rounds_as_in_simulation() -> None:
     launch(2, ranks.low_precision)
 

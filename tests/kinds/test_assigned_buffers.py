@@ -109,6 +109,7 @@ class Inside(nn.Module):
         return self.kind(x + self.down(torch.tanh(self.up(x))))
 
 
+@pytest.mark.thin(2)
 @slow_but_for("plan", PLANS, "tp2", "dp3")
 @pytest.mark.parametrize("inside", [True, False])
 @pytest.mark.parametrize("kind", KINDS)

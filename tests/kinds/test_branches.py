@@ -453,5 +453,6 @@ def test_an_input_that_a_way_writes(plan: str) -> None:
         torch.testing.assert_close(mine, theirs)
 
 
+@pytest.mark.slow
 def test_dropped_layers_on_ranks() -> None:
     launch(2, branches.dropping)

@@ -125,7 +125,7 @@ def test_a_rank_holds_and_computes_its_part(monkeypatch: pytest.MonkeyPatch) -> 
 TRANSFORMERS = ["mixtral", "qwen3_moe", "deepseek_v3", "gpt_oss", "llama4_text"]
 
 
-@pytest.mark.thin(2)
+@pytest.mark.thin(4)
 @pytest.mark.parametrize("plan", ["ep2", "same axis", "ep2 tp2"])
 @pytest.mark.parametrize("name", TRANSFORMERS)
 def test_transformers(name: str, plan: str) -> None:

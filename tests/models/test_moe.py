@@ -218,7 +218,7 @@ def test_a_loop_over_the_experts_that_were_hit_is_refused() -> None:
         fxshard.parallelize(model, tensor_parallel(2), (), {"input_ids": ids()})
 
 
-@pytest.mark.thin(2)
+@pytest.mark.thin(4)
 @pytest.mark.parametrize("name", [name for name in MODELS if name not in ("olmoe", "minimax_m2")])
 def test_most_of_attention_and_experts_is_split(name: str) -> None:
     """But for routers, and the projections to a latent space that all heads read. (The two left out have a norm

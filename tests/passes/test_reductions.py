@@ -96,7 +96,7 @@ def test_a_reduction_of_a_split_dim(name: str, ranks: int) -> None:
         assert fxshard.verify(program, make()).ok
 
 
-@pytest.mark.thin(3)
+@pytest.mark.thin(5)
 @pytest.mark.parametrize("name", REDUCTIONS)
 def test_two_axes(name: str) -> None:
     for first, second in ((0, 2), (2, 0), (2, 2), (1, 2)):

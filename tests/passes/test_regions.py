@@ -71,7 +71,7 @@ def test_taken_apart(name: str, plan: str) -> None:
     assert not program.fallbacks()
 
 
-@pytest.mark.thin(3)
+@pytest.mark.thin(6)
 @pytest.mark.parametrize("plan", PLANS)
 @pytest.mark.parametrize("name", GATHERED)
 def test_gathered(name: str, plan: str) -> None:
@@ -110,6 +110,7 @@ PRESETS = {
 }
 
 
+@pytest.mark.thin(2)
 @pytest.mark.parametrize("plan", PRESETS)
 @pytest.mark.parametrize("masked", [False, True])
 def test_loss_within_the_model_and_its_cache(plan: str, masked: bool) -> None:

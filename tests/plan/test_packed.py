@@ -88,6 +88,7 @@ class Layer(nn.Module):
         return out
 
 
+@pytest.mark.thin(2)
 @pytest.mark.parametrize("plan", ["tp2", "sp2", "tp4", "dp2_tp2"])
 @pytest.mark.parametrize("linear", [AlongInputs, AlongOutputs, Bytes])
 def test_packed_weights_are_columns_and_rows(linear: type[nn.Module], plan: str) -> None:

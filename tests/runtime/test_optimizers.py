@@ -120,6 +120,7 @@ def test_strangers_are_refused() -> None:
         program.whole_matrix(torch.optim.Muon, [nn.Parameter(torch.ones(2, 2))], lr=0.1)
 
 
+@pytest.mark.slow
 def test_on_ranks(tmp_path: Path) -> None:
     launch(2, whole.whole_matrices, ("tp2", "zero2", "dp2"))
     launch(2, whole.resumed, str(tmp_path))

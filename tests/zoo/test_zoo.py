@@ -57,6 +57,7 @@ def test_an_architecture_while_it_is_trained(name: str, plan: str) -> None:
     is_right(name, plan, training=True)
 
 
+@pytest.mark.thin(3)
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("name", FAST)
 def test_an_architecture_on_two_axes(name: str) -> None:
