@@ -608,8 +608,8 @@ MESHES = (
 
 
 @st.composite
-def examples(draw: Draw, max_steps: int = 8) -> Example:
-    """Draws a model, its inputs, and a plan."""
+def examples(draw: Draw, max_steps: int = 8, plans: int = 2) -> list[Example]:
+    """Draws a model, its inputs, and several plans."""
     torch.manual_seed(0)
     batch, length, size = (
         draw(st.sampled_from((4, 6, 12, 2, 5))),
@@ -627,10 +627,12 @@ def examples(draw: Draw, max_steps: int = 8) -> Example:
     unread = [i for i in range(2, len(builder.values)) if i not in read]  # all of them: so every step matters
     inner = [builder.pick() or 0] if builder.maybe() else []
     builder.model.returned = tuple(dict.fromkeys([*unread, *(i for i in inner if i > 1)]))
-    mesh = draw(st.sampled_from(MESHES))
     outputs = [builder.values[i] for i in builder.model.returned]
-    plan, asked, splits = _plan(builder, mesh, x, ids, outputs)
-    return Example(builder.model, x, ids, plan, asked, splits)
+    found = []
+    for _ in range(plans):
+        mesh = draw(st.sampled_from(MESHES))
+        found.append(Example(builder.model, x, ids, *_plan(builder, mesh, x, ids, outputs)))
+    return found
 
 
 def _plan(

@@ -5,15 +5,18 @@ Outputs, gradients of every parameter and of the input, in float64, in training 
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import math
 import re
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 from hypothesis import assume, given, reject, settings
+from hypothesis.errors import UnsatisfiedAssumption
 
 import fxshard
 from fxshard.errors import CaptureError, InputError, PlanError
@@ -164,40 +167,47 @@ def check_again(example: Example) -> None:
                 assert_close(outputs[k], part, f"output {k} of rank {rank}")
 
 
-@settings(max_examples=30)
+def each(check: Callable[[Example], None], family: list[Example]) -> None:
+    """Checks one model under its plans; those that do not fit are left out."""
+    for example in family:
+        with contextlib.suppress(UnsatisfiedAssumption):
+            check(example)
+
+
+@settings(max_examples=15)
 @given(examples(max_steps=6))
-def test_random_models_under_random_plans(example: Example) -> None:
-    check(example)
+def test_random_models_under_random_plans(family: list[Example]) -> None:
+    each(check, family)
 
 
 @pytest.mark.slow
-@settings(max_examples=80)
+@settings(max_examples=40)
 @given(examples(max_steps=10))
-def test_many_random_models_under_random_plans(example: Example) -> None:
-    check(example)
+def test_many_random_models_under_random_plans(family: list[Example]) -> None:
+    each(check, family)
 
 
-@settings(max_examples=12)
+@settings(max_examples=6)
 @given(examples(max_steps=5))
-def test_random_plans_are_read_back(example: Example) -> None:
-    check_again(example)
+def test_random_plans_are_read_back(family: list[Example]) -> None:
+    each(check_again, family)
 
 
 @pytest.mark.slow
-@settings(max_examples=50)
+@settings(max_examples=25)
 @given(examples(max_steps=8))
-def test_many_random_plans_are_read_back(example: Example) -> None:
-    check_again(example)
+def test_many_random_plans_are_read_back(family: list[Example]) -> None:
+    each(check_again, family)
 
 
-@settings(max_examples=10)
+@settings(max_examples=5)
 @given(examples(max_steps=5))
-def test_random_models_with_a_dynamic_batch(example: Example) -> None:
-    check_dynamic(example)
+def test_random_models_with_a_dynamic_batch(family: list[Example]) -> None:
+    each(check_dynamic, family)
 
 
 @pytest.mark.slow
-@settings(max_examples=30)
+@settings(max_examples=15)
 @given(examples(max_steps=6))
-def test_many_random_models_with_a_dynamic_batch(example: Example) -> None:
-    check_dynamic(example)
+def test_many_random_models_with_a_dynamic_batch(family: list[Example]) -> None:
+    each(check_dynamic, family)

@@ -55,6 +55,11 @@ MUTANTS = (
     Mutant("quotes in names end them", "codegen/text.py",
            "return f'\"{text}\"' if '\"' not in text and \"\\\\\" not in repr(text) else repr(text)",
            "return f'\"{text}\"'", "tests/kinds/test_names.py tests/codegen"),
+    Mutant("memory is what the schema says", "passes/effects.py",
+           "next((operand for operand in node.all_input_nodes if shares_memory(node, operand)), None)", "None",
+           "tests/kinds/test_memory.py"),
+    Mutant("a gradient goes to all memory that is shown", "passes/strided.py", "if bool(inside.all()):", "if True:",
+           "tests/kinds/test_memory.py"),
 )  # fmt: skip
 
 
