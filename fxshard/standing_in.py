@@ -24,6 +24,7 @@ from fxshard.runtime.mirror import (
     check_unmoved,
     refuse,
     refuse_replacing,
+    share_memory,
     wrapper_at_work,
 )
 from fxshard.runtime.original import Original
@@ -149,6 +150,12 @@ class StandIn(nn.Module):
     def _apply(self, function: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Self:
         """``to``, ``half``, ``cuda``: nothing that would change a tensor's dtype or device."""
         check_unmoved(self._original.get() if self._shown is None else self, function)
+        return self
+
+    def share_memory(self) -> Self:
+        """As ``nn.Module.share_memory``, for all ranks that this process holds."""
+        for module in self._ranks.values():
+            share_memory(module)
         return self
 
     def _replicate_for_data_parallel(self) -> NoReturn:

@@ -269,6 +269,11 @@ def test_inputs_that_do_not_fit(args: tuple[Any, ...], kwargs: dict[str, Any], p
         assert caught.value.fix
 
 
+@pytest.mark.parametrize("value", [{X}, iter([X]), X.numpy(), [b"x"]], ids=lambda value: type(value).__name__)
+def test_an_input_that_is_no_tensor_and_no_plain_value(value: Any) -> None:
+    says(refused(InputError, tensor_parallel(2), value), "x", "of which a graph knows nothing")
+
+
 def test_example_inputs_that_forward_does_not_take() -> None:
     says(refused(InputError, tensor_parallel(2), X, X, X), "do not fit the model's forward", r"forward\(")
     says(refused(InputError, tensor_parallel(2), X, kwargs={"scael": X}), "scael", r"forward\(")

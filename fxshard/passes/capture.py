@@ -21,7 +21,7 @@ from __future__ import annotations
 import copy
 import inspect
 import threading
-from collections.abc import Callable, Container, Hashable, Iterator, Mapping
+from collections.abc import Callable, Container, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -30,7 +30,7 @@ from torch import fx, nn
 from torch.export.graph_signature import InputKind, OutputKind
 from torch.fx.graph import CodeGen
 
-from fxshard.errors import CaptureError
+from fxshard.errors import CaptureError, InputError
 from fxshard.passes.branches import with_branches
 from fxshard.passes.calls import (
     bounds_of,
@@ -117,6 +117,8 @@ def _capture(
             exported = exporter.run()
         reads = noted.of(model)
     except CaptureError as error:
+        if "Unsupported input type" in error.what:
+            raise _unknown_input(tree, leaves, error) from None
         if "HigherOrderOp" not in error.what:
             raise
         exported = exporter.run()  # torch.cond and its like do not run where attributes are watched
@@ -159,6 +161,17 @@ def _capture(
         asks_needs=outputs.asks_needs or asks_needs,
         asks_layout=asked.layout,
         pattern=pattern_of(leaves) if reads.ran.compares_identity else None,
+    )
+
+
+def _unknown_input(tree: Any, leaves: Sequence[Any], error: CaptureError) -> InputError:
+    """The error for an argument that is neither a tensor, nor a plain value, nor a container of such."""
+    given = zip(paths(tree), leaves, strict=True)
+    path, leaf = next(((path, leaf) for path, leaf in given if str(type(leaf)) in error.what), ("an argument", None))
+    return InputError(
+        f"{path} is a {type(leaf).__qualname__}, of which a graph knows nothing",
+        fix="give tensors, numbers, strings, and lists, tuples, dicts or dataclasses of them (torch.from_numpy, list); "
+        "a class of your own is one after torch.utils._pytree.register_pytree_node, or as a dataclass",
     )
 
 

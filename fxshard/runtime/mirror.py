@@ -147,18 +147,25 @@ class Mirror:
 
     def _forward(self, *args: Any, **kwargs: Any) -> Any:
         """Runs the model's own code, unless weights are parts."""
+        self._check_whole(
+            "and cannot be called",
+            "call the program; for a module on its own, parallelize that module, or leave its weights "
+            'whole: tensor_parallel(2) | Plan(params={"name": {"tp": Replicate()}})',
+        )
+        return super().forward(*args, **kwargs)  # type: ignore[misc]
+
+    def _check_whole(self, what: str, fix: str) -> None:
+        """Raises where this rank holds parts of a module's weights."""
         assert isinstance(self, nn.Module)
         for name, tensor in (*self.named_parameters(), *self.named_buffers()):
             layout = layout_of(tensor)
             if layout is not None and layout.is_cut:
                 path, _ = self._place()
                 raise FxshardError(
-                    f"{path or 'the model'} is a part of a program, and cannot be called: of "
-                    f"{joined(path, name)} this rank holds a part ({layout})",
-                    fix="call the program; for a module on its own, parallelize that module, or leave its weights "
-                    'whole: tensor_parallel(2) | Plan(params={"name": {"tp": Replicate()}})',
+                    f"{path or 'the model'} is a part of a program, {what}: of {joined(path, name)} this rank holds a "
+                    f"part ({layout})",
+                    fix=fix,
                 )
-        return super().forward(*args, **kwargs)  # type: ignore[misc]
 
     def _refuse_hook(self, *args: Any, **kwargs: Any) -> NoReturn:
         path, _ = self._place()
@@ -183,6 +190,16 @@ class Mirror:
         check_unmoved(self, function)
         return self
 
+    def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        """As ``nn.Module.load_state_dict``, unless weights are parts."""
+        self._check_whole("and cannot be loaded by itself", "program.load_state_dict(...) takes whole tensors")
+        return super().load_state_dict(*args, **kwargs)  # type: ignore[misc]
+
+    def share_memory(self) -> Any:
+        """As ``nn.Module.share_memory``."""
+        share_memory(self)  # type: ignore[arg-type]
+        return self
+
     def __deepcopy__(self, memo: dict[int, Any]) -> NoReturn:
         """A part by itself is nothing."""
         path, _ = self._place()
@@ -192,6 +209,12 @@ class Mirror:
         """Nor can it be pickled."""
         path, _ = self._place()
         refuse(f"{path} is a part of a program, and cannot be pickled", "save full_state_dict(), or save_checkpoint")
+
+
+def share_memory(module: nn.Module) -> None:
+    """Moves what a rank holds to memory that processes share, in place."""
+    for tensor in (*module.parameters(), *module.buffers()):
+        tensor.data.share_memory_()
 
 
 def check_unmoved(module: nn.Module, function: Callable[[torch.Tensor], torch.Tensor]) -> None:

@@ -82,6 +82,10 @@ REFUSED: dict[str, tuple[Callable[[Any], object], str]] = {
     "a forward hook": (lambda p: p.layers[0].register_forward_hook(hook), "a hook on layers.0 would never run"),
     "a hook before": (lambda p: p.layers[0].norm.register_forward_pre_hook(hook), "a hook on layers.0.norm"),
     "a backward hook": (lambda p: p.layers[0].register_full_backward_hook(hook), "a hook on layers.0 would"),
+    "whole weights for a part": (
+        lambda p: p.layers[0].load_state_dict(Net().layers[0].state_dict()),
+        "layers.0 is a part of a program, and cannot",
+    ),
     "a call of a part": (lambda p: p.layers[0](X), "layers.0 is a part of a program"),
     "another dtype": (lambda p: p.half(), "cannot become one of torch.float16"),
     "another dtype of a part": (lambda p: p.layers[0].double(), "cannot become one of torch.float64"),
@@ -303,3 +307,9 @@ def test_an_optimizer_over_the_models_parameters_would_train_nothing() -> None:
         optimizer.step()
     model(X).sum().backward()  # the model is trained by itself
     optimizer.step()
+
+
+def test_memory_that_processes_share() -> None:
+    program = made().share_memory()
+    assert all(parameter.is_shared() for parameter in program.parameters())
+    torch.testing.assert_close(fxshard.simulate(program, X).outputs[0], program._original.get()(X))
