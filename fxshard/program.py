@@ -34,6 +34,7 @@ from fxshard.passes.captured import Captured
 from fxshard.passes.constants import check_constants, declared
 from fxshard.passes.fidelity import check_fidelity
 from fxshard.passes.pipeline import STAGES, Compiled, Options, compile_graph
+from fxshard.passes.questions import outside_inference_mode
 from fxshard.passes.reads import Guard, check_kept, check_unread
 from fxshard.passes.serves import Changes, Conditions
 from fxshard.passes.tensors import Kinds, check_own_memory, check_same, kinds_of
@@ -181,8 +182,7 @@ class ParallelModule(StandIn):
         model = self._original.get()
         found = self._captures.look_up(args, kwargs, model)
         if found is None:
-            grad = torch.set_grad_enabled(torch.is_grad_enabled())  # inference_mode(False) would enable them
-            with self._lock, LOCK, torch.inference_mode(False), grad, self._captures.changes.on(model):
+            with self._lock, LOCK, outside_inference_mode(), self._captures.changes.on(model):
                 make = partial(self._capture, model, args, kwargs)
                 found = self._captures.find(args, kwargs, model, make)
         if self._latest is not found[0].compiled:

@@ -47,6 +47,7 @@ from fxshard.passes.export import Outputs, export, fits_graph, has_meta, quiet
 from fxshard.passes.guards import guards_of
 from fxshard.passes.host import replaced_draws
 from fxshard.passes.origins import module_of, source_of
+from fxshard.passes.questions import in_inference_mode
 from fxshard.passes.reads import Reads, reading
 from fxshard.passes.root import Root
 from fxshard.passes.traces import Trace, check_drawn
@@ -110,7 +111,7 @@ def _capture(
     tree = canonical_call(signature, args, kwargs)
     leaves, in_spec = flatten(tree)
     shapes = named_dynamic_shapes(dynamic_shapes, signature, args, kwargs, tree)
-    place, with_grad = _seen_on(model, device), torch.is_grad_enabled() and not torch.is_inference_mode_enabled()
+    place, with_grad = _seen_on(model, device), torch.is_grad_enabled() and not in_inference_mode()
     exporter = _Exporter(model, tree, shapes, place)
     try:
         with reading() as noted:
@@ -127,6 +128,11 @@ def _capture(
     asked = exported.outputs.questions
     asks_needs = asked.needs or not words.isdisjoint(("requires_grad", "grad_fn", "is_leaf"))
     asks_grad = asks_needs or asked.grad
+    if "is_inference" in words and (in_inference_mode() or any(map(_is_inference, leaves))):
+        raise CaptureError(
+            "the model asks which tensors are of inference mode, in which none is traced",
+            fix="call the program under torch.no_grad()",
+        )
     asks_grad = asks_grad or not words.isdisjoint(("is_grad_enabled", "is_inference_mode_enabled", "is_inference"))
     if asks_grad and not with_grad:
         exported = exporter.run(grad=False)
@@ -162,6 +168,10 @@ def _capture(
         asks_layout=asked.layout,
         pattern=pattern_of(leaves) if reads.ran.compares_identity else None,
     )
+
+
+def _is_inference(leaf: Any) -> bool:
+    return isinstance(leaf, torch.Tensor) and leaf.is_inference()
 
 
 def _unknown_input(tree: Any, leaves: Sequence[Any], error: CaptureError) -> InputError:

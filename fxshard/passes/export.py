@@ -182,7 +182,7 @@ def export(
             _flat_regions(),
             unassigned_buffers(),  # what is assigned is written back by ``Outputs``
             outputs.questions.noted(),
-            _without_inference_mode(),
+            _without_inference_mode(outputs.questions),
             (decisions or Decisions()).answering(),
             without_keywords(),
             trusted_distributions(),  # which would decide by values whether to raise
@@ -201,7 +201,7 @@ def export(
 
 
 @contextlib.contextmanager
-def _without_inference_mode() -> Iterator[None]:
+def _without_inference_mode(questions: Questions) -> Iterator[None]:
     """Lets the model's own ``inference_mode`` be what it computes: ``no_grad``, which a graph can hold."""
     cls, here = torch.inference_mode, threading.get_ident()
     own_enter, own_exit = cls.__enter__, cls.__exit__
@@ -212,12 +212,14 @@ def _without_inference_mode() -> Iterator[None]:
             return
         self.__dict__["_fxshard"] = torch.no_grad()
         self.__dict__["_fxshard"].__enter__()
+        questions.inference += 1
 
     def leave(self: torch.inference_mode, *error: Any) -> None:
         mine = self.__dict__.pop("_fxshard", None)
         if mine is None:
             own_exit(self, *error)
         else:
+            questions.inference -= 1
             mine.__exit__(*error)
 
     with replaced(cls, __enter__=enter, __exit__=leave):

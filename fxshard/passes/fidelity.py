@@ -23,6 +23,7 @@ from fxshard.passes.captured import Captured
 from fxshard.passes.constants import handed_out
 from fxshard.passes.effects import base_of
 from fxshard.passes.host import host_state, put_back_host_state, seed_host
+from fxshard.passes.questions import told_of_inference_mode
 from fxshard.passes.typing import values_of
 from fxshard.passes.writes import unchanged
 from fxshard.ruler import TOLERANCE, compare
@@ -67,7 +68,8 @@ def check_fidelity(
     written = [find(root, name) for name in _overwritten(root.graph)]
 
     def both(backward: bool) -> tuple[dict[str, Any] | None, dict[str, Any] | None]:
-        with unchanged(model), handed_out(model, False, next((t.device for t in tensors), None)):
+        device = next((t.device for t in tensors), None)
+        with unchanged(model), handed_out(model, False, device), told_of_inference_mode():
             want = _run(model, model, lambda a, k: model(*a, **k), args, kwargs, written, backward, copied)
         try:
             return want, _run(model, root, replay, args, kwargs, written, backward, copied)

@@ -1,6 +1,6 @@
 """What a model's code asks while it is traced, beside values of its inputs: each answer is part of the capture.
 
-torch.is_grad_enabled()         whether gradients are enabled
+torch.is_grad_enabled()         whether gradients are enabled, or inference mode is
 x.requires_grad, x.grad_fn      what requires one
 x.stride(), x.is_contiguous()   how a tensor lies in memory
 self.step.item()                a number inside a tensor that is no input, parameter or buffer
@@ -12,6 +12,7 @@ import contextlib
 import sys
 import threading
 from collections.abc import Callable, Iterator
+from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -20,9 +21,9 @@ from torch.overrides import TorchFunctionMode
 from fxshard.passes.named import begin_running, end_running, is_settled
 from fxshard.torch_internals import FakeTensor, replaced
 
-__all__ = ["Questions"]
+__all__ = ["Questions", "in_inference_mode", "outside_inference_mode", "told_of_inference_mode"]
 
-_MODES = ("is_grad_enabled", "is_inference_mode_enabled")
+_CALLERS: ContextVar[bool] = ContextVar("fxshard_inference_mode", default=False)
 _NEEDS = frozenset(("requires_grad", "grad_fn", "is_leaf", "grad"))
 _LAYOUT = frozenset(("stride", "is_contiguous", "as_strided", "storage_offset", "dim_order"))
 _NUMBERS = ("__bool__", "__int__", "__float__", "__index__", "item", "tolist", "numpy")
@@ -41,11 +42,14 @@ class Questions:
         needs: whether somebody asked what requires one.
         layout: whether somebody asked how a tensor lies in memory.
         tensors: whose values were asked for.
+        inference: how many inference modes surround the code, of which the graph knows nothing: the caller's, and
+            those of the model's.
     """
 
     def __init__(self) -> None:
         self.grad = self.needs = self.layout = False
         self.tensors: dict[int, torch.Tensor] = {}
+        self.inference = int(in_inference_mode())
 
     @contextlib.contextmanager
     def noted(self) -> Iterator[None]:
@@ -68,7 +72,10 @@ class Questions:
 
             return ask
 
-        modes = {name: mode(getattr(torch, name)) for name in _MODES}
+        modes = {
+            "is_grad_enabled": mode(torch.is_grad_enabled),
+            "is_inference_mode_enabled": mode(lambda: self.inference > 0),
+        }
         numbers = {name: number(getattr(torch.Tensor, name)) for name in _NUMBERS}
         with replaced(torch, **modes), replaced(torch.Tensor, **numbers), _Getters(self):
             yield
@@ -96,6 +103,35 @@ class _Getters(TorchFunctionMode):
         finally:
             if running:
                 begin_running()
+
+
+def in_inference_mode() -> bool:
+    """Whether inference mode is on, here or where ``outside_inference_mode`` was entered."""
+    return torch.is_inference_mode_enabled() or _CALLERS.get()
+
+
+@contextlib.contextmanager
+def outside_inference_mode() -> Iterator[None]:
+    """Within it, tensors are such as autograd knows; gradients are enabled or not, as before."""
+    token = _CALLERS.set(in_inference_mode())
+    try:
+        grad = torch.set_grad_enabled(torch.is_grad_enabled())  # inference_mode(False) would enable them
+        with torch.inference_mode(False), grad:
+            yield
+    finally:
+        _CALLERS.reset(token)
+
+
+@contextlib.contextmanager
+def told_of_inference_mode() -> Iterator[None]:
+    """Within it, the model's code that asks for inference mode is told of the caller's."""
+    here, own = threading.get_ident(), torch.is_inference_mode_enabled
+
+    def ask() -> bool:
+        return own() or (threading.get_ident() == here and _CALLERS.get() and _by_the_model())
+
+    with replaced(torch, is_inference_mode_enabled=ask):
+        yield
 
 
 def _is_torchs(cls: type) -> bool:

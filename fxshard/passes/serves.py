@@ -25,6 +25,7 @@ from torch import fx, nn
 
 from fxshard.errors import CaptureError
 from fxshard.passes.captured import Captured
+from fxshard.passes.questions import in_inference_mode
 from fxshard.passes.reads import Guard
 from fxshard.passes.root import Root
 from fxshard.passes.values import same
@@ -45,26 +46,26 @@ class Surroundings(NamedTuple):
         autocast: the devices on which it is enabled.
         dtype: of tensors that are made without one.
         deterministic: whether only deterministic algorithms may run.
-        grad: whether gradients are enabled.
+        gradients: ``grad``, ``no_grad``, or ``inference``.
     """
 
     autocast: State
     dtype: torch.dtype
     deterministic: bool
-    grad: bool
+    gradients: str
 
 
 def surroundings() -> Surroundings:
     """What surrounds this place.
 
     >>> surroundings()
-    Surroundings(autocast=(), dtype=torch.float32, deterministic=False, grad=True)
+    Surroundings(autocast=(), dtype=torch.float32, deterministic=False, gradients='grad')
     """
     return Surroundings(
         ambient(),
         torch.get_default_dtype(),
         torch.are_deterministic_algorithms_enabled(),
-        torch.is_grad_enabled(),
+        "inference" if in_inference_mode() else "grad" if torch.is_grad_enabled() else "no_grad",
     )
 
 
@@ -191,9 +192,9 @@ class Conditions:
     def hold(self, model: nn.Module, changes: Changes) -> bool:
         """Whether all is as it was, but for what requires a gradient; the changes are on the model."""
         now = surroundings()
-        if now._replace(grad=True) != self.surroundings._replace(grad=True) or modes_of(model) != self.modes:
+        if now[:-1] != self.surroundings[:-1] or modes_of(model) != self.modes:
             return False
-        if self.asks_grad and now.grad != self.surroundings.grad:
+        if self.asks_grad and now.gradients != self.surroundings.gradients:
             return False
         looked_at = {key for guard in self.guards for key in guard.keys}
         changed = {k: v for k, v in changes.attributes.items() if k in looked_at or k in self.attributes}

@@ -300,6 +300,48 @@ def test_a_model_that_asks() -> None:
             agree(program, model, x)
 
 
+class AsksInference(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.up = nn.Linear(8, 8)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.up(x) * (2 if torch.is_inference_mode_enabled() else 3)
+        with torch.inference_mode():
+            factor = 5 if torch.is_inference_mode_enabled() else 7
+        return y * factor * (1 if torch.is_inference_mode_enabled() else 11)
+
+
+def test_a_model_that_asks_for_inference_mode() -> None:
+    model = model_of(AsksInference)
+    program = fxshard.parallelize(model, tensor_parallel(2), (X,))
+    for _ in range(2):
+        agree(program, model, X)
+        for mode in (torch.inference_mode, torch.no_grad):
+            with mode():
+                agree(program, model, X)
+    with torch.inference_mode():
+        lazy = fxshard.parallelize(model, tensor_parallel(2))
+        agree(lazy, model, X)
+    agree(lazy, model, X)
+
+
+def test_a_model_that_asks_which_tensors_are_of_inference_mode() -> None:
+    class Asks(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.up = nn.Linear(8, 8)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.up(x) * (2 if x.is_inference() else 3)
+
+    model = model_of(Asks)
+    program = fxshard.parallelize(model, tensor_parallel(2), (X,))
+    agree(program, model, X)
+    with torch.inference_mode(), pytest.raises(CaptureError, match="which tensors are of inference mode"):
+        fxshard.simulate(program, X)
+
+
 @pytest.mark.parametrize("asks", ["requires_grad", "is_leaf", "grad_fn"])
 def test_a_model_that_asks_a_result(asks: str) -> None:
     """Whether a result requires a gradient depends on what surrounds the call, too."""
