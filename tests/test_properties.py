@@ -194,7 +194,7 @@ def test_random_plans_are_read_back(family: list[Example]) -> None:
 
 
 @pytest.mark.slow
-@settings(max_examples=25)
+@settings(max_examples=12)
 @given(examples(max_steps=8))
 def test_many_random_plans_are_read_back(family: list[Example]) -> None:
     each(check_again, family)

@@ -14,12 +14,13 @@ from fxshard.codegen.anew import call_of
 from fxshard.codegen.classes import Class, Classes
 from fxshard.codegen.freeing import deaths
 from fxshard.codegen.members import Members
-from fxshard.codegen.naming import PASSED_ON, Scope, hint, identifier, operator_name, source_line, trace_of, user_names
+from fxshard.codegen.naming import Scope, hint, identifier, operator_name, source_line, trace_of, user_names
 from fxshard.codegen.regions import Region, is_empty
 from fxshard.codegen.spelling import literal, spell
 from fxshard.codegen.text import WIDTH, in_comment, in_docstring, is_index, statement, summarize
 from fxshard.codegen.types import describe_local
 from fxshard.mesh import Mesh
+from fxshard.passes.conversions import PASSED_ON
 from fxshard.passes.origins import module_of
 from fxshard.passes.typing import is_float
 

@@ -13,10 +13,8 @@ from typing import Any
 import torch
 from torch import fx
 
+from fxshard.passes.conversions import PASSED_ON
 from fxshard.passes.fold import PREFIX
-from fxshard.passes.insert_collectives import CONVERSIONS
-from fxshard.passes.under_way import BEGIN
-from fxshard.runtime import under_way
 from fxshard.torch_internals import OpOverload
 
 _TORCH_DIR = str(Path(torch.__file__).parent)
@@ -43,9 +41,6 @@ OPERATOR_NAMES = {
     "linear_reduce_scatter": "linear",
 }
 """What a result is called, where the operator's own name says little or is a name of Python's."""
-
-PASSED_ON = {*CONVERSIONS, *BEGIN.values(), under_way.wait}
-"""Calls whose result is called as what they are given: they communicate it."""
 
 RESERVED = frozenset(keyword.kwlist) | frozenset(keyword.softkwlist) | frozenset(dir(builtins))
 

@@ -14,8 +14,7 @@ import torch
 from torch import fx
 
 from fxshard.codegen.text import attribute, quoted
-from fxshard.passes.insert_collectives import CONVERSIONS
-from fxshard.passes.under_way import BEGIN
+from fxshard.passes.conversions import BEGIN, CONVERSIONS
 from fxshard.plan.graph import is_parameter
 from fxshard.rules.recipe import is_tensor
 from fxshard.runtime import collectives, groups, overlap, ring, under_way

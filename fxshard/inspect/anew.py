@@ -13,7 +13,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from fxshard.codegen.anew import nodes_of
 from fxshard.codegen.regions import Region, regions_of, walk
 from fxshard.mesh import Mesh
-from fxshard.passes.insert_collectives import CONVERSIONS
+from fxshard.passes.conversions import CONVERSIONS
 from fxshard.passes.origins import checkpoint_of, module_of
 from fxshard.passes.pipeline import Compiled
 from fxshard.passes.typing import has_info, info_of, is_float

@@ -15,7 +15,7 @@ from torch import fx, nn
 
 from fxshard.codegen.types import describe_value
 from fxshard.mesh import Mesh
-from fxshard.passes.insert_collectives import CONVERSIONS
+from fxshard.passes.conversions import CONVERSIONS
 from fxshard.passes.pipeline import Compiled
 from fxshard.runtime.meeting import Section
 from fxshard.runtime.position import type_text

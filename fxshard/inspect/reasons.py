@@ -7,7 +7,7 @@ import re
 import torch
 from torch import fx
 
-from fxshard.passes.insert_collectives import CONVERSIONS
+from fxshard.passes.conversions import CONVERSIONS, SUMMED
 from fxshard.passes.origins import module_of
 from fxshard.passes.typing import Choice, has_info, info_of
 from fxshard.placement import REPLICATE, Placement, is_partial, is_shard
@@ -23,10 +23,6 @@ def op_name(node: fx.Node) -> str:
     if isinstance(node.target, OpOverload):
         return str(node.target._schema.name.replace("::", "."))
     return str(getattr(node.target, "__name__", node.target))
-
-
-SUMMED = {run.vary, run.vary_weight, run.all_gather, run.gather_weight}
-"""Conversions whose backward pass sums what the ranks bring."""
 
 
 def reason(node: fx.Node, phase: str, axis: int, axis_name: str) -> str:

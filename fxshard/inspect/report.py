@@ -17,7 +17,7 @@ from fxshard.inspect.anew import computed_again, computes_anew, kept_by, notes_o
 from fxshard.inspect.fallbacks import fallbacks_of
 from fxshard.inspect.reasons import home_of, op_name, reason, source_of_value, without_layers
 from fxshard.mesh import Mesh
-from fxshard.passes.insert_collectives import CONVERSIONS
+from fxshard.passes.conversions import CONVERSIONS, FORWARD, backward_kind
 from fxshard.passes.origins import module_of, source_of
 from fxshard.passes.pipeline import Compiled
 from fxshard.passes.typing import has_info, info_of, is_float, local_bytes, values_of
@@ -60,33 +60,6 @@ class Collective:
     again: bool = False
 
 
-FORWARD = {
-    run.all_reduce: "all_reduce",
-    run.all_gather: "all_gather",
-    run.gather_weight: "all_gather",
-    run.reduce_scatter: "reduce_scatter",
-    run.all_to_all: "all_to_all",
-}
-
-
-BACKWARD = {
-    run.vary: "all_reduce",
-    run.vary_weight: "all_reduce",
-    run.reduce_scatter: "all_gather",
-    run.chunk: "all_gather",
-    run.all_to_all: "all_to_all",
-}
-
-
-def backward_kind(node: fx.Node) -> str | None:
-    """The collective in the gradient of a conversion; None where there is none."""
-    if node.target is run.all_gather:
-        return "reduce_scatter" if len(node.args) > 2 else None
-    if node.target is run.gather_weight:
-        return "reduce_scatter" if node.kwargs.get("summed") else None
-    return BACKWARD.get(node.target)  # type: ignore[arg-type]
-
-
 def needs_grad(compiled: Compiled) -> dict[fx.Node, bool]:
     """Through which nodes a gradient really flows: from the outputs to parameters that require one, and such inputs."""
     examples = dict(zip(compiled.captured.placeholders, compiled.captured.example_inputs, strict=True))
@@ -122,7 +95,7 @@ def _conversions(compiled: Compiled) -> Iterator[fx.Node]:
 
 def _communicates(node: fx.Node) -> bool:
     """Whether a node communicates, forward or backward."""
-    return node.target in CONVERSIONS - {run.concat} or node.target is ring_attention
+    return (node.target in CONVERSIONS and node.target is not run.concat) or node.target is ring_attention
 
 
 def collectives_of(compiled: Compiled) -> list[Collective]:
@@ -315,7 +288,7 @@ def table(compiled: Compiled) -> str:
         used |= {letter for p in info_of(node).placements for letter in short(p)} if _typed(node) else set()
         forward = back = ""
         if node.target in CONVERSIONS:
-            forward = FORWARD.get(node.target, "")
+            forward = CONVERSIONS[node.target].forward
             back = (backward_kind(node) or "") if flows[node] else ""
             together = back and node.target is run.vary_weight and compiled.options.bucket_bytes
             if node in packed:

@@ -24,10 +24,11 @@ from torch import fx
 
 from fxshard.errors import PlanError, SoundnessError
 from fxshard.mesh import Mesh
+from fxshard.passes.conversions import CONVERSIONS
 from fxshard.passes.effects import may_view
 from fxshard.passes.experts import names_groups
 from fxshard.passes.facts import recipe_on_parts
-from fxshard.passes.insert_collectives import CONVERSIONS, inside
+from fxshard.passes.insert_collectives import inside
 from fxshard.passes.origins import module_of, source_of
 from fxshard.passes.propagate import METADATA
 from fxshard.passes.typing import Info, info_of, values_of

@@ -11,6 +11,7 @@ from typing import TypeAlias
 import torch
 from torch import fx
 
+from fxshard.passes.conversions import CONVERSIONS
 from fxshard.passes.typing import Choice, has_info, info_of, is_float, values_of
 from fxshard.placement import (
     PARTIAL,
@@ -26,7 +27,6 @@ from fxshard.placement import (
 )
 from fxshard.rules.lookup import recipe_for
 from fxshard.rules.recipe import At, Factor, Recipe, Shape, is_list, operands_of, shape_of
-from fxshard.runtime import collectives as run
 
 
 @dataclass(eq=False)
@@ -139,12 +139,9 @@ def recipe_on_parts(
 
 def value_name(node: fx.Node) -> str:
     """The name of the value that a node holds in one form or another: conversions give it others."""
-    while node.target in _FORMS and isinstance(node.args[0], fx.Node):
+    while node.target in CONVERSIONS and isinstance(node.args[0], fx.Node):
         node = node.args[0]
     return node.name
-
-
-_FORMS = {run.all_gather, run.concat, run.all_reduce, run.reduce_scatter, run.all_to_all, run.chunk, run.vary}
 
 
 def _named(recipe: Recipe | None, node: fx.Node) -> Recipe | None:

@@ -21,6 +21,7 @@ import torch
 from torch import fx
 
 from fxshard.mesh import Mesh
+from fxshard.passes.conversions import CONVERSIONS, FORWARD
 from fxshard.passes.experts import groups_in, in_order, rows_node, write_rows
 from fxshard.passes.propagate import METADATA, constrain
 from fxshard.passes.typing import Info, info_of, set_info
@@ -41,22 +42,6 @@ from fxshard.placement import (
 from fxshard.rules.recipe import operands_of, with_operands
 from fxshard.runtime import collectives as run
 from fxshard.torch_internals import Graph
-
-COMMUNICATES = {run.all_gather, run.gather_weight, run.all_reduce, run.reduce_scatter, run.all_to_all}
-"""Conversions that communicate in the forward pass."""
-
-RESULT_NAMES = {
-    run.all_gather: "parts",
-    run.concat: "whole",
-    run.all_reduce: "sum",
-    run.reduce_scatter: "part",
-    run.all_to_all: "moved",
-    run.chunk: "part",
-    run.vary: "vary",
-}
-"""What a conversion's result is called: the value's own name, and this."""
-
-CONVERSIONS = COMMUNICATES | {run.vary, run.vary_weight, run.chunk, run.concat}
 
 
 @dataclass(frozen=True)
@@ -135,7 +120,7 @@ def inside(placements: Sequence[Placement], axis: int, sizes: Sequence[int]) -> 
 
 def weigh(path: list[Step]) -> int:
     """How dear a path is: communicating steps first, then their number."""
-    return sum(100 if s.function in COMMUNICATES else 1 for s in path)
+    return sum(100 if s.function in FORWARD else 1 for s in path)
 
 
 @dataclass
@@ -243,7 +228,7 @@ def emit(new: fx.Graph, node: fx.Node, step: Step, mesh: Mesh, reader: fx.Node) 
 
     def make(function: Any, *args: Any, **kwargs: Any) -> fx.Node:
         source = args[0].name.removesuffix("_parts")
-        made = new.create_node("call_function", function, args, kwargs, name=f"{source}_{RESULT_NAMES[function]}")
+        made = new.create_node("call_function", function, args, kwargs, name=f"{source}_{CONVERSIONS[function].result}")
         made.meta = {k: v for k, v in node.meta.items() if k not in ("fxshard", "split_bias")}
         if "nn_module_stack" not in made.meta:  # a weight's conversion belongs to the module that reads it
             made.meta |= {k: reader.meta[k] for k in ("nn_module_stack", "stack_trace") if k in reader.meta}

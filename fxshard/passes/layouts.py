@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from fxshard.passes.insert_collectives import CONVERSIONS
+from fxshard.passes.conversions import CONVERSIONS
 from fxshard.passes.typing import info_of, values_of
 from fxshard.passes.writer import call_like
 from fxshard.rules.lookup import draws

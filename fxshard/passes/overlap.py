@@ -29,17 +29,15 @@ import torch
 from torch import fx
 
 from fxshard.mesh import Mesh
+from fxshard.passes.conversions import BEFORE, BEHIND, TABLE
 from fxshard.passes.origins import checkpoint_of
 from fxshard.passes.typing import Info, copy_graph, has_info, info_of, set_info, sizes_of
 from fxshard.placement import local_shape
 from fxshard.runtime import collectives as run
-from fxshard.runtime import overlap as beside
 
 aten = torch.ops.aten
 
-BEFORE: dict[Any, Any] = {run.vary: beside.vary_linears, run.all_gather: beside.gather_linears}
-BEHIND: dict[Any, Any] = {run.all_reduce: beside.linear_all_reduce, run.reduce_scatter: beside.linear_reduce_scatter}
-OF_WEIGHTS = {run.vary, run.vary_weight, run.gather_weight, run.all_gather, run.concat, aten.to.dtype}
+OF_WEIGHTS = {row.function for row in TABLE if row.of_weights} | {aten.to.dtype}
 """What may be computed earlier, if it is computed of weights alone."""
 
 

@@ -20,11 +20,12 @@ from fxshard.mesh import Mesh
 from fxshard.passes.annotate import annotate
 from fxshard.passes.captured import Captured
 from fxshard.passes.check import check
+from fxshard.passes.conversions import FORWARD
 from fxshard.passes.effects import is_mutating
 from fxshard.passes.enclose import enclose, has_branches
 from fxshard.passes.fold import fold
 from fxshard.passes.functionalize import nested_graphs
-from fxshard.passes.insert_collectives import COMMUNICATES, insert_collectives
+from fxshard.passes.insert_collectives import insert_collectives
 from fxshard.passes.localize import localize
 from fxshard.passes.normalize import normalize, sparse_tables
 from fxshard.passes.optimize import optimize
@@ -363,7 +364,7 @@ def check_schedules(compiled: Compiled) -> None:
 
 def schedule_of(graph: fx.Graph) -> list[str]:
     """The collectives of a graph, in order: what they do, and along which axis."""
-    return [f"{n.target.__name__} over {n.args[1]}" for n in graph.nodes if n.target in COMMUNICATES]
+    return [f"{n.target.__name__} over {n.args[1]}" for n in graph.nodes if n.target in FORWARD]
 
 
 def has_uneven_parts(graph: fx.Graph) -> bool:

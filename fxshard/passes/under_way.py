@@ -24,23 +24,16 @@ from typing import Any
 import torch
 from torch import fx
 
-from fxshard.passes.insert_collectives import COMMUNICATES, CONVERSIONS
+from fxshard.passes.conversions import BEGIN, CONVERSIONS, FORWARD
 from fxshard.passes.origins import checkpoint_of, way_of
 from fxshard.passes.typing import copy_graph
-from fxshard.runtime import collectives as run
 from fxshard.runtime import overlap as beside
 from fxshard.runtime import under_way as runtime
 
 aten = torch.ops.aten
 
-BEGIN: dict[Any, Any] = {
-    run.all_reduce: runtime.begin_all_reduce,
-    run.all_gather: runtime.begin_all_gather,
-    run.reduce_scatter: runtime.begin_reduce_scatter,
-    run.all_to_all: runtime.begin_all_to_all,
-}
-
-WORK = COMMUNICATES | {
+WORK = {
+    *FORWARD,
     aten.linear.default,
     aten.mm.default,
     aten.bmm.default,

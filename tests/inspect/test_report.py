@@ -16,7 +16,8 @@ from torch.nn import functional as F
 
 import fxshard
 from fxshard import data_parallel, sequence_parallel, tensor_parallel
-from fxshard.inspect.report import FORWARD, format_graph
+from fxshard.inspect.report import format_graph
+from fxshard.passes.conversions import FORWARD
 from fxshard.runtime.lockstep import LockstepAxisGroup
 
 

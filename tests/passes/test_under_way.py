@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 import fxshard
 from fxshard import Plan, Shard
-from fxshard.passes.under_way import BEGIN
+from fxshard.passes.conversions import BEGIN
 from fxshard.runtime.under_way import wait
 
 X = torch.randn(2, 8, 16)
