@@ -274,6 +274,7 @@ class Custom(nn.Module):
         return self.inner(x)  # type: ignore[no-any-return]
 
 
+@pytest.mark.skipif(torch.__version__ >= "2.14", reason="there, what was taken before is not seen: README, Versions")
 def test_custom_autograd_function_keeps_its_backward() -> None:
     model, x = Custom(), torch.randn(2, 4)
     captured = capture(model, (x,))

@@ -36,6 +36,7 @@ for _name in SAMPLES:
     _rule = find_rule(overload(_name))
     ROWS[_rule.name if _rule else _name].append(_name)
 
+GONE = ("cholesky",)  # since 2.14
 # Rules whose factors are plain dims: 2 and 4 ranks say no more than 3, and three axes no more than two.
 PLAIN = re.compile(r"@(pointwise|elementwise|dim_whole|scan|reduces|sums|counts|fft|cast)")
 
@@ -43,6 +44,8 @@ PLAIN = re.compile(r"@(pointwise|elementwise|dim_whole|scan|reduces|sums|counts|
 @pytest.mark.parametrize("name", sorted(name for name, rule in all_rules().items() if not rule.whole))
 def test_every_rule_is_of_an_operator_and_has_samples(name: str) -> None:
     library, packet = name.split(".")[:2]
+    if packet in GONE and not hasattr(torch.ops.aten, packet):
+        pytest.skip("this torch has it no more")
     if library != "aten" and not ROWS[name]:
         pytest.skip(f"{library} is not installed")
     assert getattr(getattr(torch.ops, library), packet).overloads()
