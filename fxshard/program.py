@@ -63,7 +63,7 @@ from fxshard.runtime.watch import current
 from fxshard.runtime.weights import Weights
 from fxshard.runtime.whole import gather_whole
 from fxshard.standing_in import StandIn
-from fxshard.torch_internals import IncompatibleKeys
+from fxshard.torch_internals import SEES_EVERY_APPLY, IncompatibleKeys
 
 logger = logging.getLogger("fxshard")
 
@@ -206,7 +206,8 @@ class ParallelModule(StandIn):
             nonlocal guards
             guards = made.reads.guards(model, self._captures.changes.attributes.keys())
             check_kept(guards)
-            fits = has_values and check_fidelity(model, made, args, kwargs, backward=stored or with_grad)
+            backward = stored or with_grad or not SEES_EVERY_APPLY  # whose gradients would be others
+            fits = has_values and check_fidelity(model, made, args, kwargs, backward)
             check_unread(guards)
             return fits
 

@@ -49,6 +49,7 @@ __all__ = [
     "LEAVE_VMAP",
     "MODE_MARKS",
     "REGION_PASSES",
+    "SEES_EVERY_APPLY",
     "SET_GRAD",
     "FakeTensor",
     "FakeTensorMode",
@@ -104,6 +105,8 @@ APPLY_OWNER: Any = (
     else SingleLevelFunction
 )
 """The class at which the ``apply`` of all custom functions can be replaced."""
+SEES_EVERY_APPLY = APPLY_OWNER is SingleLevelFunction
+"""Whether the ``apply`` that somebody took before is replaced, too."""
 SET_GRAD = torch._C._set_grad_enabled
 EXIT_AUTOCAST = torch.amp.autocast_mode._exit_autocast
 MODE_MARKS = (SET_GRAD, torch.amp.autocast_mode._enter_autocast, EXIT_AUTOCAST)
