@@ -23,6 +23,7 @@ from fxshard.passes.known_calls import KnownCalls, describe
 from fxshard.passes.pipeline import Compiled
 from fxshard.passes.serves import Changes, Conditions, Surroundings, surroundings
 from fxshard.passes.trees import flatten
+from fxshard.runtime.draws import extent
 
 logger = logging.getLogger("fxshard")
 
@@ -183,8 +184,7 @@ def _span(tensor: torch.Tensor) -> tuple[int, int]:
     """From where to where in memory a tensor reaches."""
     if not tensor.numel() or tensor.is_meta or tensor.layout != torch.strided:
         return 0, 0
-    last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
-    return tensor.data_ptr(), tensor.data_ptr() + (last + 1) * tensor.element_size()
+    return tensor.data_ptr(), tensor.data_ptr() + extent(tensor.shape, tensor.stride()) * tensor.element_size()
 
 
 def _otherwise(then: Mapping[tuple[str, str], Any], now: Mapping[tuple[str, str], Any]) -> list[str]:

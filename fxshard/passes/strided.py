@@ -21,6 +21,7 @@ from fxshard.passes.functionalize import infer_value
 from fxshard.passes.layouts import note
 from fxshard.passes.origins import module_of, source_of
 from fxshard.rules.recipe import bind
+from fxshard.runtime.draws import extent
 
 _aten = torch.ops.aten
 _DETACH = (_aten.detach.default, _aten.detach_.default)
@@ -74,7 +75,7 @@ def over_memory(
         return shown(emit(_aten.detach.default, source))
     if _is_written_to(node):
         raise _error(node, "shows memory beside its operand, and is written to")
-    end = max(_end(*reached), _end(*own))
+    end = max(start + extent(shape, strides) for shape, strides, start in (reached, own))
     numbered = operand_value.new_empty((end,), dtype=torch.int64)
     positions = emit(_aten.arange.default, end, device=operand_value.device, val=numbered)
     mine, theirs = (emit(_aten.as_strided.default, positions, *map(_plain, lies)) for lies in (reached, own))
@@ -99,14 +100,7 @@ def _is_written_to(node: fx.Node) -> bool:
 
 def _positions(size: Any, stride: Any, start: int) -> torch.Tensor:
     """Where in memory the elements of a tensor lie."""
-    return torch.arange(_end(size, stride, start)).as_strided(tuple(size), tuple(stride), start)
-
-
-def _end(size: Any, stride: Any, start: int) -> int:
-    """The end of the memory that a tensor shows."""
-    if 0 in size:
-        return start
-    return int(start + sum((n - 1) * s for n, s in zip(size, stride, strict=True)) + 1)
+    return torch.arange(start + extent(size, stride)).as_strided(tuple(size), tuple(stride), start)
 
 
 def _plain(value: Any) -> Any:

@@ -44,6 +44,17 @@ def in_order(x: torch.Tensor, order: Sequence[int]) -> torch.Tensor:
     return x.permute(*order).contiguous().permute(*_inverse(order))
 
 
+def extent(shape: Sequence[int], strides: Sequence[int]) -> int:
+    """Over how many elements of memory a tensor reaches.
+
+    >>> extent((2, 2), (3, 1)), extent((2, 0), (3, 1))
+    (5, 0)
+    """
+    if 0 in shape:
+        return 0
+    return 1 + sum((size - 1) * stride for size, stride in zip(shape, strides, strict=True))
+
+
 def copy_as_it_lies(x: torch.Tensor) -> torch.Tensor:
     """A copy that lies in its memory as ``x`` does in its own, which is copied from where it begins.
 
@@ -54,8 +65,9 @@ def copy_as_it_lies(x: torch.Tensor) -> torch.Tensor:
     if x.layout != torch.strided or x.is_quantized or not x.numel():
         return x.detach().clone()
     start, strides = x.storage_offset(), x.stride()
-    end = start + 1 + sum((size - 1) * stride for size, stride in zip(x.shape, strides, strict=True))
-    return x.detach().as_strided((end,), (1,), 0).clone().as_strided(x.shape, strides, start)
+    return (
+        x.detach().as_strided((start + extent(x.shape, strides),), (1,), 0).clone().as_strided(x.shape, strides, start)
+    )
 
 
 def draw_in_place(
