@@ -46,7 +46,7 @@ from fxshard.passes.effects import is_mutating
 from fxshard.passes.export import Outputs, export, fits_graph, has_meta, quiet
 from fxshard.passes.guards import guards_of
 from fxshard.passes.host import replaced_draws
-from fxshard.passes.origins import module_of, source_of
+from fxshard.passes.origins import where
 from fxshard.passes.questions import in_inference_mode
 from fxshard.passes.reads import Reads, reading
 from fxshard.passes.root import Root
@@ -302,9 +302,7 @@ def _flat_graph(
         if is_vmapped(node.meta.get("val")):
             raise CaptureError(
                 "the model calls torch.vmap, and export records its values without the mapped dims",
-                op=str(node.target),
-                module=module_of(node),
-                source=source_of(node),
+                **where(node),
                 fix="write the mapped dims out with broadcasting",
             )
     for name in outputs.assigned:

@@ -29,7 +29,7 @@ from fxshard.passes.effects import may_view
 from fxshard.passes.experts import names_groups
 from fxshard.passes.facts import recipe_on_parts
 from fxshard.passes.insert_collectives import inside
-from fxshard.passes.origins import module_of, source_of
+from fxshard.passes.origins import where
 from fxshard.passes.propagate import METADATA
 from fxshard.passes.typing import Info, info_of, values_of
 from fxshard.placement import (
@@ -123,8 +123,9 @@ def _check_updates(node: fx.Node, mesh: Mesh) -> None:
         is_written_back = any(user.target is copy and user.args[1] is value for user in value.users)
         if _is_copy(value) and not is_written_back:
             what = f"%{node.name} would update a copy (%{value.name}) of its argument {name!r}, and lose the update"
-            where = {"op": str(node.target), "module": module_of(node), "source": source_of(node)}
-            raise PlanError(what, **where, fix="replicate what the model changes in place, in the plan: zero splits it")
+            raise PlanError(
+                what, **where(node), fix="replicate what the model changes in place, in the plan: zero splits it"
+            )
 
 
 def _is_copy(value: fx.Node) -> bool:
@@ -294,4 +295,4 @@ def _unsound(
 
 
 def _refused(node: fx.Node, what: str, fix: str) -> SoundnessError:
-    return SoundnessError(what, op=str(node.target), module=module_of(node), source=source_of(node), fix=fix)
+    return SoundnessError(what, **where(node), fix=fix)

@@ -31,7 +31,7 @@ from fxshard.errors import CaptureError
 from fxshard.passes.autocast import occurrences
 from fxshard.passes.effects import base_of, is_mutating, may_view, shares_memory, shown_operand
 from fxshard.passes.layouts import carry
-from fxshard.passes.origins import module_of, source_of
+from fxshard.passes.origins import where
 from fxshard.passes.root import Root
 from fxshard.runtime.hidden import HIDDEN, HIDDEN_WRITE
 from fxshard.runtime.module import find
@@ -536,9 +536,7 @@ class _Functionalizer:
     def _error(self, node: fx.Node, what: str) -> CaptureError:
         return CaptureError(
             f"{node.target} {what}",
-            op=str(node.target),
-            module=module_of(node),
-            source=source_of(node),
+            **where(node),
             fix="write that line with operators that return a new tensor",
         )
 

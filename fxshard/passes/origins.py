@@ -19,6 +19,7 @@ __all__ = [
     "module_of",
     "source_of",
     "way_of",
+    "where",
 ]
 
 TORCH_DIR = str(Path(torch.__file__).parent)
@@ -78,6 +79,11 @@ def source_of(node: fx.Node) -> str:
 
 
 @functools.lru_cache(maxsize=65536)
+def where(node: fx.Node) -> dict[str, str]:
+    """Where an error about a node happened, as ``FxshardError`` takes it."""
+    return {"op": str(node.target), "module": module_of(node), "source": source_of(node)}
+
+
 def clean_path(path: str) -> str:
     """Return the dotted path of a module as the user writes it.
 

@@ -19,7 +19,7 @@ from fxshard.errors import CaptureError
 from fxshard.passes.effects import is_mutating, shares_memory, shown_operand
 from fxshard.passes.functionalize import infer_value
 from fxshard.passes.layouts import note
-from fxshard.passes.origins import module_of, source_of
+from fxshard.passes.origins import where
 from fxshard.rules.recipe import bind
 from fxshard.runtime.draws import extent
 
@@ -110,8 +110,6 @@ def _plain(value: Any) -> Any:
 def _error(node: fx.Node, what: str) -> CaptureError:
     return CaptureError(
         f"{node.target} {what}",
-        op=str(node.target),
-        module=module_of(node),
-        source=source_of(node),
+        **where(node),
         fix="take as_strided of the tensor that has all of it, or write that line with slices",
     )
