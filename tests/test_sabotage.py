@@ -154,6 +154,18 @@ def summed(graph: fx.Graph, node: fx.Node) -> None:
     node.args = (*node.args[:2], True)
 
 
+def gathered_along_another(graph: fx.Graph, node: fx.Node) -> None:
+    node.kwargs = {**node.kwargs, "dim": 1}
+
+
+def gathered_in_blocks(graph: fx.Graph, node: fx.Node) -> None:
+    node.kwargs = {**node.kwargs, "blocks": (1, 1)}
+
+
+def gathered_of_lengths(graph: fx.Graph, node: fx.Node) -> None:
+    node.kwargs = {**node.kwargs, "lengths": (3, 1)}
+
+
 def other_dim(graph: fx.Graph, node: fx.Node) -> None:
     node.args = (*node.args[:2], (node.args[2] + 1) % 3, *node.args[3:])
 
@@ -182,8 +194,9 @@ SABOTAGES: dict[str, tuple[Callable[[], fxshard.ParallelModule], Any, Callable[[
     "a gather for an all_reduce": (column_row, run.all_reduce, become(run.all_gather)),
     "an axis that is not there": (column_row, run.all_reduce, other_axis),
     "a gather whose gradient is not summed": (sequence, run.all_gather, not_summed),
-    "no concat": (gathered, run.concat, remove),
-    "a concat along another dim": (gathered, run.concat, other_dim),
+    "a gather along another dim": (gathered, run.all_gather, gathered_along_another),
+    "a gather of other blocks": (gathered, run.all_gather, gathered_in_blocks),
+    "a gather of other parts": (gathered, run.all_gather, gathered_of_lengths),
     "no gather": (gathered, run.all_gather, remove),
     "a reduce_scatter along another dim": (sequence, run.reduce_scatter, other_dim),
     "no reduce_scatter": (sequence, run.reduce_scatter, remove),

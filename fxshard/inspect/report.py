@@ -95,7 +95,7 @@ def _conversions(compiled: Compiled) -> Iterator[fx.Node]:
 
 def _communicates(node: fx.Node) -> bool:
     """Whether a node communicates, forward or backward."""
-    return (node.target in CONVERSIONS and node.target is not run.concat) or node.target is ring_attention
+    return node.target in CONVERSIONS or node.target is ring_attention
 
 
 def collectives_of(compiled: Compiled) -> list[Collective]:

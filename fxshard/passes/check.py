@@ -197,9 +197,6 @@ def _fits(
 def _check_conversion(node: fx.Node, mesh: Mesh) -> None:
     source = node.args[0]
     assert isinstance(source, fx.Node)
-    if node.target is run.concat:
-        _check_concat(node, source, mesh)
-        return
     before, after = info_of(source).placements, info_of(node).placements
     changed = [a for a in range(mesh.ndim) if not same(before[a], after[a])]
     if len(changed) != 1 or mesh.names[changed[0]] != node.args[1]:
@@ -210,23 +207,6 @@ def _check_conversion(node: fx.Node, mesh: Mesh) -> None:
         raise _unsound(node, [source], before, after, mesh.names[changed[0]])
     if not ALLOWED[node.target](have, want, node.args, node.kwargs, within):
         raise _unsound(node, [source], [have], [want], mesh.names[changed[0]])
-    stacked = node.target is run.all_gather and not (
-        is_shard(have) and have.dim == 0 and _cuts_as(have, node.args, {}, within)
-    )
-    if stacked and any(user.target is not run.concat for user in node.users):
-        raise _unsound(node, [source], [have], [want], mesh.names[changed[0]])
-
-
-def _check_concat(node: fx.Node, source: fx.Node, mesh: Mesh) -> None:
-    """A concat puts together what an all_gather of the same axis stacked, along the dim that was split."""
-    axis = mesh.index(str(node.args[1]))
-    after = info_of(node).placements
-    if source.target is not run.all_gather or source.args[1] != node.args[1]:
-        raise _unsound(node, [source], info_of(source).placements[axis:], after[axis:], mesh.names[axis])
-    before = info_of(source.args[0]).placements  # type: ignore[arg-type]
-    have, within = before[axis], inside(before, axis, mesh.sizes)
-    if not is_shard(have) or have.dim != node.args[2] or not _cuts_as(have, node.args, node.kwargs, within):
-        raise _unsound(node, [source], [have], after[axis:], mesh.names[axis])
 
 
 Within: TypeAlias = Sequence[tuple[Placement, int]]
@@ -254,12 +234,8 @@ def _splits(want: Placement, args: Any, said: Mapping[str, Any], within: Within)
 
 
 def _gathers(have: Placement, want: Placement, args: Any, said: Mapping[str, Any], within: Within) -> bool:
-    if not is_shard(have):
-        return False
-    blocks, shares, groups = cut_of(have)
-    told = {**said, "blocks": blocks}
-    padded = not (shares or groups) or (said.get("dim") == have.dim and _cuts_as(have, args, told, within))
-    return padded and (isinstance(want, Varying) if _summed(args) else _replicated(want))
+    cut = is_shard(have) and said.get("dim", 0) == have.dim and _cuts_as(have, args, said, within)
+    return cut and (isinstance(want, Varying) if _summed(args) else _replicated(want))
 
 
 def _exchanges(have: Placement, want: Placement, args: Any, said: Mapping[str, Any], within: Within) -> bool:

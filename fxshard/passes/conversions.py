@@ -3,7 +3,6 @@
     all_reduce         Partial -> Replicate         its gradient: as it comes
     reduce_scatter     Partial -> Shard             all_gather
     all_gather         Shard -> Replicate           this rank's part; reduce_scatter where ranks read it differently
-    concat             what was gathered along dim 0, joined along the dim that was cut
     all_to_all         Shard -> Shard               all_to_all
     chunk              Replicate -> Shard           all_gather
     vary               Replicate -> Varying         all_reduce
@@ -60,10 +59,9 @@ TABLE = (
         behind=beside.linear_reduce_scatter,
     ),
     Conversion(
-        run.all_gather, "parts", "all_gather", summed="reduce_scatter", begin=under_way.begin_all_gather,
+        run.all_gather, "whole", "all_gather", summed="reduce_scatter", begin=under_way.begin_all_gather,
         before=beside.gather_linears, of_weights=True,
     ),
-    Conversion(run.concat, "whole", of_weights=True),
     Conversion(run.all_to_all, "moved", "all_to_all", "all_to_all", begin=under_way.begin_all_to_all),
     Conversion(run.chunk, "part", backward="all_gather"),
     Conversion(run.vary, "vary", backward="all_reduce", before=beside.vary_linears, of_weights=True),

@@ -227,8 +227,8 @@ def emit(new: fx.Graph, node: fx.Node, step: Step, mesh: Mesh, reader: fx.Node) 
     reason = {"reader": reader.name, "from": describe(step.source), "to": describe(after)}
 
     def make(function: Any, *args: Any, **kwargs: Any) -> fx.Node:
-        source = args[0].name.removesuffix("_parts")
-        made = new.create_node("call_function", function, args, kwargs, name=f"{source}_{CONVERSIONS[function].result}")
+        name = f"{args[0].name}_{CONVERSIONS[function].result}"
+        made = new.create_node("call_function", function, args, kwargs, name=name)
         made.meta = {k: v for k, v in node.meta.items() if k not in ("fxshard", "split_bias")}
         if "nn_module_stack" not in made.meta:  # a weight's conversion belongs to the module that reads it
             made.meta |= {k: reader.meta[k] for k in ("nn_module_stack", "stack_trace") if k in reader.meta}
@@ -239,12 +239,9 @@ def emit(new: fx.Graph, node: fx.Node, step: Step, mesh: Mesh, reader: fx.Node) 
 
     if step.function is run.all_gather:
         assert is_shard(step.source)
-        dim, said = step.source.dim, _told(new, axis, step.source, within)
+        said = {"dim": step.source.dim} if step.source.dim else {}
         args = (node, axis, True) if isinstance(after, Varying) else (node, axis)
-        gathered = make(
-            run.all_gather, *args, **({"dim": dim, "lengths": said["lengths"]} if "lengths" in said else {})
-        )
-        return gathered if dim == 0 and not said else make(run.concat, gathered, axis, dim, **said)
+        return make(run.all_gather, *args, **said, **_told(new, axis, step.source, within))
     if step.function is run.all_to_all:
         lengths = cut_of(step.source).shares, cut_of(after).shares
         dims = step.source.dim, after.dim  # type: ignore[attr-defined]

@@ -6,7 +6,6 @@ In: a local graph.   Out: an equal one.
   ``linear(x, w, b)`` again; likewise ``addmm``.
 - where a weight, or a value that several calls read, is cast to a lower precision first and made Varying then, it is
   made Varying first: one sum of its gradients, in its own precision, and not one for each cast in theirs.
-- an all_gather whose parts are joined along a dim, each in one piece, does that itself.
 - the conversions of parameters become those of ``weights.py``.
 - conversions and other pure nodes that nobody reads are gone.
 - sums over the ranks are made in place where nothing else reads the summands: ``reduce_in_place.py``.
@@ -24,17 +23,14 @@ from fxshard.passes.effects import is_dead
 from fxshard.passes.reduce_in_place import reduce_in_place, reduces_in_place
 from fxshard.passes.typing import copy_graph, info_of, set_info
 from fxshard.passes.weights import convert_weights, converts_weights
-from fxshard.runtime.collectives import concat, vary
+from fxshard.runtime.collectives import vary
 
 aten = torch.ops.aten
 
 
 def optimize(graph: fx.Graph) -> fx.Graph:
     """Applies the rewrites of the module's text to a copy; a graph with nothing to do comes back as it is."""
-    todo = (
-        n.meta.get("split_bias") or is_dead(n) or _varied_cast(n) or reduces_in_place(n) or _joins(n)
-        for n in graph.nodes
-    )
+    todo = (n.meta.get("split_bias") or is_dead(n) or _varied_cast(n) or reduces_in_place(n) for n in graph.nodes)
     idle = not any(todo)
     if idle and not converts_weights(graph):
         return graph
@@ -49,9 +45,6 @@ def optimize(graph: fx.Graph) -> fx.Graph:
         if is_dead(node):
             graph.erase_node(node)
     convert_weights(graph)
-    for node in graph.nodes:
-        if _joins(node):
-            _join(graph, node)
     reduce_in_place(graph)
     return graph
 
@@ -101,19 +94,3 @@ def _vary_before_casts(graph: fx.Graph, node: fx.Node) -> None:
         set_info(cast, info_of(item))
         item.replace_all_uses_with(cast)
         graph.erase_node(item)
-
-
-def _joins(node: fx.Node) -> bool:
-    """Whether a node does no more than to join the parts of an all_gather, which nothing else reads."""
-    if node.target is not concat or node.kwargs:
-        return False
-    (parts,) = node.all_input_nodes
-    return len(parts.users) == 1
-
-
-def _join(graph: fx.Graph, node: fx.Node) -> None:
-    (parts,) = node.all_input_nodes
-    parts.kwargs = {**parts.kwargs, "dim": node.args[2]}
-    parts.meta = dict(node.meta)
-    node.replace_all_uses_with(parts)
-    graph.erase_node(node)

@@ -12,7 +12,7 @@ a program is read off the graph that came in.
 
 Views of the result go with the wait. A collective begins and ends in the call of one module, the innermost that holds
 what it moves and all who read it. It stays as it is where nothing between the two takes long (``WORK``), where it cuts
-uneven parts or blocks, on a way of a branch, and in calls that are computed anew, which may end before the wait.
+uneven parts, on a way of a branch, and in calls that are computed anew, which may end before the wait.
 """
 
 from __future__ import annotations
@@ -76,7 +76,7 @@ def under_way(graph: fx.Graph) -> fx.Graph:
     """A copy, with the collectives of the module's text in two halves."""
     graph = copy_graph(graph)
     for node in list(graph.nodes):
-        if node.target in BEGIN and not {"lengths", "blocks"} & node.kwargs.keys():
+        if node.target in BEGIN and "lengths" not in node.kwargs:
             _spread(graph, node)
     return graph
 

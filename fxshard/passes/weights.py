@@ -9,8 +9,7 @@ In: a local graph.   Out: an equal one.
 
     %a = vary(%w, dp)                          %b = vary_weight(%w, dp, cp)
     %b = vary(%a, cp)                    ->
-    %p = all_gather(%w, dp, True)              %v = gather_weight(%w, dp, summed=True, dim=1)
-    %v = concat(%p, dp, 1)               ->
+    %v = all_gather(%w, dp, True, dim=1) ->    %v = gather_weight(%w, dp, dim=1, summed=True)
 """
 
 from __future__ import annotations
@@ -23,7 +22,7 @@ from torch import fx
 
 from fxshard.mesh import Mesh
 from fxshard.passes.origins import checkpoint_of
-from fxshard.passes.typing import info_of, local_bytes, set_info, values_of
+from fxshard.passes.typing import local_bytes, values_of
 from fxshard.runtime import collectives as run
 
 aten = torch.ops.aten
@@ -77,23 +76,12 @@ def _vary_at_once(graph: fx.Graph, weight: fx.Node) -> None:
 
 
 def _gather(graph: fx.Graph, node: fx.Node) -> None:
-    stacked = [user for user in node.users if user.target is run.concat]
-    if stacked and len(node.users) > 1:
-        return
-    last = stacked[0] if stacked else node
-    options = {name: value for name, value in last.kwargs.items() if name in ("blocks", "lengths")}
-    if stacked and last.args[2]:
-        options["dim"] = last.args[2]
-    if len(node.args) > 2 and node.args[2]:
-        options["summed"] = True
-    with graph.inserting_after(last):
-        made = graph.call_function(run.gather_weight, (node.args[0], node.args[1]), dict(sorted(options.items())))
-    made.meta = dict(last.meta)
-    set_info(made, info_of(last))
-    last.replace_all_uses_with(made)
-    graph.erase_node(last)
-    if stacked:
-        graph.erase_node(node)
+    options = {**node.kwargs, **({"summed": True} if node.args[2:] == (True,) else {})}
+    with graph.inserting_after(node):
+        made = graph.call_function(run.gather_weight, node.args[:2], dict(sorted(options.items())))
+    made.meta = dict(node.meta)
+    node.replace_all_uses_with(made)
+    graph.erase_node(node)
 
 
 @dataclass(frozen=True)

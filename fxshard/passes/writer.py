@@ -169,10 +169,7 @@ def give_lengths(node: fx.Node, mesh: RankMesh) -> None:
     assert isinstance(source, fx.Node)
     axis = mesh.index(str(node.args[1]))
     before, after = info_of(source).placements, info_of(node).placements
-    whole = shape_of(values_of(node if node.target is run.concat else source)[0])
-    if node.target is run.concat:
-        assert isinstance(source.args[0], fx.Node)
-        before = info_of(source.args[0]).placements
+    whole = shape_of(values_of(source)[0])
 
     def lengths(placements: Placements) -> tuple[int, ...]:
         cut = placements[axis]

@@ -21,8 +21,8 @@ Sums are made in the dtype of what is summed, each addition rounded to it, or, w
 reads the summands (``inplace``).
 
 Where the ranks hold different sizes (``lengths``), parts are padded before a collective and cut after it, so that all
-ranks bring the same shape; the padding is zeros, and nothing reads it. Such parts, and those of several blocks, are
-stacked along dim 0 by ``all_gather``, and ``concat`` turns them into the whole tensor.
+ranks bring the same shape; the padding is zeros, and nothing reads it. Such parts, and those of several blocks, travel
+stacked along dim 0, and are put in their places behind.
 
 An ``Axis`` is one mesh axis as one rank sees it. Its ``group`` does the work: a ``ProcessGroup`` of torch.distributed,
 or the lockstep group of ``fxshard.simulate``, whose ranks are threads of this process.
@@ -133,19 +133,29 @@ def all_reduce(x: torch.Tensor, axis: Axis, inplace: bool = False) -> torch.Tens
     return axis.group.run("all_reduce", "identity", x, inplace)
 
 
-def all_gather(x: torch.Tensor, axis: Axis, summed: bool = False, dim: int = 0, lengths: Lengths = ()) -> torch.Tensor:
-    """The parts of all ranks joined along ``dim``; those of different sizes stacked along dim 0, for ``concat``.
+def all_gather(
+    x: torch.Tensor,
+    axis: Axis,
+    summed: bool = False,
+    dim: int = 0,
+    blocks: Blocks = (1,),
+    lengths: Lengths = (),
+) -> torch.Tensor:
+    """The whole tensor from the parts of all ranks.
 
     Args:
         x: this rank's part.
         axis: the mesh axis.
         summed: the gradient differs by rank and must be summed (its backward is a reduce_scatter).
         dim: the dim along which the whole is cut.
-        lengths: the sizes of the parts along it; they are padded to the longest one, and ``concat`` drops that again.
+        blocks: the relative sizes of the blocks that are each cut alike.
+        lengths: what each rank holds, in rank order; empty where all hold the same.
     """
-    if lengths:
-        x, dim = _pad(x, dim, max(lengths)), 0
-    return axis.group.run("all_gather", "reduce_scatter" if summed else "own_part", x, dim=dim)
+    backward = "reduce_scatter" if summed else "own_part"
+    if blocks == (1,) and not lengths:
+        return axis.group.run("all_gather", backward, x, dim=dim)
+    padded = _pad(x, dim, max(lengths)) if lengths else x
+    return put_in_place(axis.group.run("all_gather", backward, padded), axis.size, dim, blocks, lengths)
 
 
 def by_rank(x: torch.Tensor, axis: Axis) -> torch.Tensor:
@@ -160,9 +170,9 @@ def _pad(x: torch.Tensor, dim: int, length: int) -> torch.Tensor:
     return torch.cat([x, x.new_zeros((*x.shape[:dim], missing, *x.shape[dim + 1 :]))], dim)
 
 
-def concat(x: torch.Tensor, axis: Axis, dim: int, blocks: Blocks = (1,), lengths: Lengths = ()) -> torch.Tensor:
-    """Parts stacked along dim 0 -> the whole tensor along ``dim``, block by block."""
-    parts = list(x.chunk(axis.size, 0))
+def put_in_place(x: torch.Tensor, size: int, dim: int, blocks: Blocks = (1,), lengths: Lengths = ()) -> torch.Tensor:
+    """``size`` parts stacked along dim 0 -> the whole tensor along ``dim``, block by block."""
+    parts = list(x.chunk(size, 0))
     if lengths:
         parts = [part.narrow(dim, 0, length) for part, length in zip(parts, lengths, strict=True)]
     if blocks == (1,):
@@ -179,7 +189,7 @@ def gather_weight(
     blocks: Blocks = (1,),
     lengths: Lengths = (),
 ) -> torch.Tensor:
-    """A whole weight from its parts, for use here: ``all_gather`` and ``concat``.
+    """A whole weight from its parts, for use here: ``all_gather``.
 
     Where the program runs with ``regather``, the whole is not kept for the backward pass, which gathers it once more.
     Small weights are gathered together: see ``runtime.packs``.
@@ -189,10 +199,7 @@ def gather_weight(
         return packed(weight)
 
     def gather() -> torch.Tensor:
-        if blocks == (1,) and not lengths:
-            return all_gather(weight, axis, summed, dim)
-        parts = all_gather(weight, axis, summed, dim if lengths else 0, lengths)
-        return concat(parts, axis, dim, blocks, lengths)
+        return all_gather(weight, axis, summed, dim, blocks, lengths)
 
     if axis.group.regather is None or not torch.is_grad_enabled():
         return gather()
@@ -225,8 +232,8 @@ def _is_even(x: torch.Tensor, axis: Axis, dim: int, blocks: Blocks, lengths: Len
     return blocks == (1,) and not lengths and x.shape[dim] % axis.size == 0
 
 
-def _stack_parts(x: torch.Tensor, axis: Axis, dim: int, blocks: Blocks, lengths: Lengths) -> torch.Tensor:
-    """The inverse of ``concat``: the whole tensor -> the parts of all ranks, padded, stacked along dim 0."""
+def stack_parts(x: torch.Tensor, axis: Axis, dim: int, blocks: Blocks, lengths: Lengths) -> torch.Tensor:
+    """The inverse of ``put_in_place``: the whole tensor -> the parts of all ranks, padded, stacked along dim 0."""
     if dim == 0 and _is_even(x, axis, dim, blocks, lengths):
         return x
     parts = _parts(x, axis, dim, blocks, lengths)
@@ -247,7 +254,7 @@ def chunk(x: torch.Tensor, axis: Axis, dim: int, blocks: Blocks = (1,), lengths:
     if x.requires_grad and torch.is_grad_enabled():
         if is_even:
             return axis.group.run("own_part", "all_gather", x, dim=dim)
-        part = axis.group.run("own_part", "all_gather", _stack_parts(x, axis, dim, blocks, lengths))
+        part = axis.group.run("own_part", "all_gather", stack_parts(x, axis, dim, blocks, lengths))
         return part.narrow(dim, 0, lengths[axis.index]) if lengths else part
     if not is_even:
         return _parts(x, axis, dim, blocks, lengths)[axis.index].contiguous()
@@ -259,7 +266,7 @@ def reduce_scatter(x: torch.Tensor, axis: Axis, dim: int, blocks: Blocks = (1,),
     """This rank's part, along ``dim``, of the sum of ``x`` over the axis; the arguments are those of ``chunk``."""
     if _is_even(x, axis, dim, blocks, lengths):
         return axis.group.run("reduce_scatter", "all_gather", x, dim=dim)
-    part = axis.group.run("reduce_scatter", "all_gather", _stack_parts(x, axis, dim, blocks, lengths))
+    part = axis.group.run("reduce_scatter", "all_gather", stack_parts(x, axis, dim, blocks, lengths))
     return part.narrow(dim, 0, lengths[axis.index]) if lengths else part
 
 
@@ -270,8 +277,8 @@ def all_to_all(
     before, after = lengths
     if before:
         x = _pad(x, source, max(before))
-    out = axis.group.run("all_to_all", "all_to_all", _stack_parts(x, axis, target, (1,), after))
-    whole = concat(out, axis, source, (1,), before)
+    out = axis.group.run("all_to_all", "all_to_all", stack_parts(x, axis, target, (1,), after))
+    whole = put_in_place(out, axis.size, source, (1,), before)
     return whole.narrow(target, 0, after[axis.index]) if after else whole
 
 

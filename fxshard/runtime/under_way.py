@@ -21,12 +21,15 @@ import torch
 
 from fxshard.runtime.collectives import (
     Axis,
+    Blocks,
     ProcessAxisGroup,
     all_gather,
     all_reduce,
     all_to_all,
     joined,
+    put_in_place,
     reduce_scatter,
+    stack_parts,
     stacked,
 )
 from fxshard.torch_internals import is_recorded, is_transformed, record
@@ -63,20 +66,27 @@ def begin_all_reduce(x: torch.Tensor, axis: Axis, inplace: bool = False) -> Begu
     return _begin(group, _Way("all_reduce", "identity"), x)
 
 
-def begin_all_gather(x: torch.Tensor, axis: Axis, summed: bool = False, dim: int = 0) -> Begun | torch.Tensor:
-    """Begins ``all_gather(x, axis, summed, dim)``."""
-    group = axis.group
+def begin_all_gather(
+    x: torch.Tensor, axis: Axis, summed: bool = False, dim: int = 0, blocks: Blocks = (1,)
+) -> Begun | torch.Tensor:
+    """Begins ``all_gather(x, axis, summed, dim, blocks)``."""
+    group, backward = axis.group, "reduce_scatter" if summed else "own_part"
     if not _runs_beside(group):
-        return all_gather(x, axis, summed, dim)
-    return _begin(group, _Way("all_gather", "reduce_scatter" if summed else "own_part", dim), x)
+        return all_gather(x, axis, summed, dim, blocks)
+    if blocks == (1,):
+        return _begin(group, _Way("all_gather", backward, dim), x)
+    begun = _begin(group, _Way("all_gather", backward), x)
+    return Begun(lambda: put_in_place(begun.arrive(), axis.size, dim, blocks))
 
 
-def begin_reduce_scatter(x: torch.Tensor, axis: Axis, dim: int) -> Begun | torch.Tensor:
-    """Begins ``reduce_scatter(x, axis, dim)``."""
+def begin_reduce_scatter(x: torch.Tensor, axis: Axis, dim: int, blocks: Blocks = (1,)) -> Begun | torch.Tensor:
+    """Begins ``reduce_scatter(x, axis, dim, blocks)``."""
     group = axis.group
     if not _runs_beside(group) or x.shape[dim] % axis.size:
-        return reduce_scatter(x, axis, dim)
-    return _begin(group, _Way("reduce_scatter", "all_gather", dim), x)
+        return reduce_scatter(x, axis, dim, blocks)
+    if blocks == (1,):
+        return _begin(group, _Way("reduce_scatter", "all_gather", dim), x)
+    return _begin(group, _Way("reduce_scatter", "all_gather"), stack_parts(x, axis, dim, blocks, ()))
 
 
 def begin_all_to_all(x: torch.Tensor, axis: Axis, source: int, target: int) -> Begun | torch.Tensor:

@@ -9,7 +9,7 @@ import torch.distributed as dist
 
 from fxshard.mesh import Mesh
 from fxshard.placement import Placements, cut_of, is_shard
-from fxshard.runtime.collectives import Axis, all_gather, concat
+from fxshard.runtime.collectives import Axis, all_gather
 from fxshard.runtime.faults import guarded
 from fxshard.runtime.layout import Layout
 
@@ -23,8 +23,7 @@ def gather_whole(part: torch.Tensor, placed: Placements, mesh: Mesh, axes: Mappi
             if cut_of(placement).shares:
                 length = torch.tensor([part.shape[dim]], device=part.device)
                 lengths = tuple(axis.group.run("all_gather", "own_part", length).tolist())
-            stacked = all_gather(part, axis, False, dim if lengths else 0, lengths)
-            part = concat(stacked, axis, dim, cut_of(placement).blocks, lengths)
+            part = all_gather(part, axis, False, dim, cut_of(placement).blocks, lengths)
     return part
 
 
