@@ -29,6 +29,7 @@ from torch import fx
 from fxshard.codegen.spelling import is_ours
 from fxshard.errors import RuleError
 from fxshard.mesh import Mesh
+from fxshard.passes.conversions import CONVERSIONS
 from fxshard.passes.facts import may_lower, recipe_on_parts, split_choice
 from fxshard.passes.localize import localize
 from fxshard.passes.propagate import may_be_empty
@@ -64,7 +65,7 @@ DOUBLE, SINGLE = 1e-12, 1e-5
 """How far a result may be off, where all types are double ones and otherwise: what rounds to zero has no scale."""
 BLOCKS = ((1,), (1, 1), (2, 1), (1, 1, 1))
 MESHES = ((2,), (3,), (4,), (2, 2), (2, 3))
-_MEET = {run.vary, run.all_reduce, run.all_gather, run.reduce_scatter, run.all_to_all, ring_attention}
+_MEET = {*CONVERSIONS, ring_attention}
 
 
 @dataclass(frozen=True)

@@ -10,13 +10,13 @@ Nothing is taken from ``propagate``'s choices. For every call and every axis the
 3. the Partial operands are one of the rule's linear sets, the others are replicated, and Varying where a gradient
    flows through them, and the result is Partial.
 
-Conversions are checked against the table of ``runtime.collectives``; a Varying value is only made by one.
+Conversions are checked against ``passes.conversions``; a Varying value is only made by one.
 """
 
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, TypeAlias
 
 import torch
@@ -24,7 +24,7 @@ from torch import fx
 
 from fxshard.errors import PlanError, SoundnessError
 from fxshard.mesh import Mesh
-from fxshard.passes.conversions import CONVERSIONS
+from fxshard.passes.conversions import CONVERSIONS, REPLICATE, Conversion, kind_of, options_of
 from fxshard.passes.effects import may_view
 from fxshard.passes.experts import names_groups
 from fxshard.passes.facts import recipe_on_parts
@@ -48,7 +48,6 @@ from fxshard.placement import (
 )
 from fxshard.rules.lookup import draws, likeness
 from fxshard.rules.recipe import At, Factor, is_list, operands_of, shape_of, written
-from fxshard.runtime import collectives as run
 from fxshard.runtime.groups import group_rows
 from fxshard.torch_internals import OpOverload
 
@@ -190,8 +189,12 @@ def _fits(
         elif _interesting(now[i]) != facts[i].differentiable or is_shard(now[i]):
             return False
     expected = (None if at is None else at.placement(cut) for at in factor.outputs)
-    lacks = _replicated if factor.reduced else is_partial
+    lacks = _is_replicated if factor.reduced else is_partial
     return all(lacks(p) if e is None else same(p, e) for p, e in zip(after, expected, strict=True))
+
+
+def _is_replicated(placement: Placement) -> bool:
+    return kind_of(placement) == REPLICATE
 
 
 def _check_conversion(node: fx.Node, mesh: Mesh) -> None:
@@ -205,7 +208,7 @@ def _check_conversion(node: fx.Node, mesh: Mesh) -> None:
     within = inside(before, changed[0], mesh.sizes)
     if any(is_shard(p) and cut_within(p, within) is None for p in (have, want)):
         raise _unsound(node, [source], before, after, mesh.names[changed[0]])
-    if not ALLOWED[node.target](have, want, node.args, node.kwargs, within):
+    if not _is_as_told(CONVERSIONS[node.target], have, want, node, within):
         raise _unsound(node, [source], [have], [want], mesh.names[changed[0]])
 
 
@@ -213,49 +216,37 @@ Within: TypeAlias = Sequence[tuple[Placement, int]]
 """The placements on the axes inside of the one at hand, with these axes' sizes."""
 
 
-def _cuts_as(placement: Shard, args: Any, said: Mapping[str, Any], within: Within) -> bool:
-    """Whether a conversion's arguments cut, of what the inner axes leave of a dim, what the placement says."""
-    cut, lengths = cut_within(placement, within), said.get("lengths", ())
-    if cut is None or cut.groups is None:
-        return cut == Cut(said.get("blocks", (1,)), lengths)
-    return isinstance(lengths, fx.Node) and names_groups(lengths, cut.groups.ends, args[1], cut.groups.rows, cut.shares)
-
-
-def _replicated(placement: Placement) -> bool:
-    return not _interesting(placement)
-
-
-def _summed(args: Any) -> bool:
-    return len(args) > 2 and bool(args[2])
-
-
-def _splits(want: Placement, args: Any, said: Mapping[str, Any], within: Within) -> bool:
-    return is_shard(want) and want.dim == args[2] and _cuts_as(want, args, said, within)
-
-
-def _gathers(have: Placement, want: Placement, args: Any, said: Mapping[str, Any], within: Within) -> bool:
-    cut = is_shard(have) and said.get("dim", 0) == have.dim and _cuts_as(have, args, said, within)
-    return cut and (isinstance(want, Varying) if _summed(args) else _replicated(want))
-
-
-def _exchanges(have: Placement, want: Placement, args: Any, said: Mapping[str, Any], within: Within) -> bool:
-    if not is_shard(have) or not is_shard(want) or is_grouped(have) or is_grouped(want):
+def _is_as_told(row: Conversion, have: Placement, want: Placement, node: fx.Node, within: Within) -> bool:
+    """Whether a conversion leads from the one placement to the other, along one axis, by what it is told."""
+    if kind_of(have) != row.source or kind_of(want) not in row.targets or not node.kwargs.keys() <= TOLD:
         return False
-    found = cut_within(have, within), cut_within(want, within)
-    lengths = cut_of(have).shares, cut_of(want).shares
-    whole = all(cut is not None and cut.blocks == (1,) for cut in found)
-    return whole and (have.dim, want.dim) == (args[2], args[3]) and said.get("lengths", ((), ())) == lengths
+    told = options_of(node)
+    if told.get("summed", False) != isinstance(want, Varying) and len(row.targets) > 1:
+        return False
+    ends = [(p, told[dim]) for p, dim in ((have, row.source_dim), (want, row.target_dim)) if is_shard(p)]
+    if any(p.dim != dim for p, dim in ends):
+        return False
+    if len(ends) == 2:
+        return _exchanges([p for p, _ in ends], told["lengths"], within)
+    return all(_cuts_as(p, str(node.args[1]), told, within) for p, _ in ends)
 
 
-ALLOWED: dict[Any, Callable[[Placement, Placement, Any, Mapping[str, Any], Within], bool]] = {
-    run.vary: lambda have, want, args, said, within: _replicated(have) and isinstance(want, Varying),
-    run.all_reduce: lambda have, want, args, said, within: is_partial(have) and _replicated(want),
-    run.reduce_scatter: lambda have, want, args, said, within: is_partial(have) and _splits(want, args, said, within),
-    run.chunk: lambda have, want, args, said, within: _replicated(have) and _splits(want, args, said, within),
-    run.all_gather: lambda have, want, args, said, within: _gathers(have, want, args, said, within),
-    run.all_to_all: _exchanges,
-}
-"""For each conversion, what it may be given and what it gives: the table of ``runtime.collectives``."""
+TOLD = {"summed", "dim", "source", "target", "blocks", "lengths"}
+"""What a conversion may be told before the graph is one rank's."""
+
+
+def _cuts_as(placement: Shard, axis: str, told: Mapping[str, Any], within: Within) -> bool:
+    """Whether a conversion's arguments cut, of what the inner axes leave of a dim, what the placement says."""
+    cut, lengths = cut_within(placement, within), told["lengths"]
+    if cut is None or cut.groups is None:
+        return cut == Cut(told["blocks"], lengths)
+    return isinstance(lengths, fx.Node) and names_groups(lengths, cut.groups.ends, axis, cut.groups.rows, cut.shares)
+
+
+def _exchanges(ends: Sequence[Shard], lengths: Any, within: Within) -> bool:
+    found = [cut_within(p, within) for p in ends]
+    whole = all(cut is not None and cut.blocks == (1,) and cut.groups is None for cut in found)
+    return whole and lengths == tuple(cut_of(p).shares for p in ends)
 
 
 def _unsound(

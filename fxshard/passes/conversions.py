@@ -7,20 +7,31 @@
     chunk              Replicate -> Shard           all_gather
     vary               Replicate -> Varying         all_reduce
 
-``gather_weight`` and ``vary_weight`` are ``all_gather`` and ``vary`` of stored weights. What a conversion may be given,
-``passes.check`` says for itself: it checks these.
+``gather_weight`` and ``vary_weight`` are ``all_gather`` and ``vary`` of stored weights.
 """
 
 from __future__ import annotations
 
+import inspect
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 from torch import fx
 
+from fxshard.placement import Placement, Varying, is_partial, is_shard
 from fxshard.runtime import collectives as run
 from fxshard.runtime import overlap as beside
 from fxshard.runtime import under_way
+
+PARTIAL, SHARD, REPLICATE, VARYING = "Partial", "Shard", "Replicate", "Varying"
+
+
+def kind_of(placement: Placement) -> str:
+    """The kind of a placement, as the table names it."""
+    if is_shard(placement):
+        return SHARD
+    return PARTIAL if is_partial(placement) else VARYING if isinstance(placement, Varying) else REPLICATE
 
 
 @dataclass(frozen=True)
@@ -29,6 +40,10 @@ class Conversion:
 
     Attributes:
         function: what runs it, of ``runtime.collectives``.
+        source: the kind of placement that it is given.
+        targets: the kinds of placement that it may give.
+        source_dim: its argument that says which dim was cut; empty where none was.
+        target_dim: its argument that says which dim it cuts; empty where it cuts none.
         result: what its result is called behind the name of the value; empty where it keeps that.
         forward: the collective of the forward pass; empty where there is none.
         backward: that of its gradient.
@@ -40,6 +55,10 @@ class Conversion:
     """
 
     function: Any
+    source: str
+    targets: tuple[str, ...]
+    source_dim: str = ""
+    target_dim: str = ""
     result: str = ""
     forward: str = ""
     backward: str = ""
@@ -52,24 +71,36 @@ class Conversion:
 
 TABLE = (
     Conversion(
-        run.all_reduce, "sum", "all_reduce", begin=under_way.begin_all_reduce, behind=beside.linear_all_reduce,
+        run.all_reduce, PARTIAL, (REPLICATE,), result="sum", forward="all_reduce",
+        begin=under_way.begin_all_reduce, behind=beside.linear_all_reduce,
     ),
     Conversion(
-        run.reduce_scatter, "part", "reduce_scatter", "all_gather", begin=under_way.begin_reduce_scatter,
-        behind=beside.linear_reduce_scatter,
+        run.reduce_scatter, PARTIAL, (SHARD,), target_dim="dim", result="part", forward="reduce_scatter",
+        backward="all_gather", begin=under_way.begin_reduce_scatter, behind=beside.linear_reduce_scatter,
     ),
     Conversion(
-        run.all_gather, "whole", "all_gather", summed="reduce_scatter", begin=under_way.begin_all_gather,
-        before=beside.gather_linears, of_weights=True,
+        run.all_gather, SHARD, (REPLICATE, VARYING), source_dim="dim", result="whole", forward="all_gather",
+        summed="reduce_scatter", begin=under_way.begin_all_gather, before=beside.gather_linears, of_weights=True,
     ),
-    Conversion(run.all_to_all, "moved", "all_to_all", "all_to_all", begin=under_way.begin_all_to_all),
-    Conversion(run.chunk, "part", backward="all_gather"),
-    Conversion(run.vary, "vary", backward="all_reduce", before=beside.vary_linears, of_weights=True),
-    Conversion(run.gather_weight, forward="all_gather", summed="reduce_scatter", of_weights=True),
-    Conversion(run.vary_weight, backward="all_reduce", of_weights=True),
+    Conversion(
+        run.all_to_all, SHARD, (SHARD,), source_dim="source", target_dim="target", result="moved", forward="all_to_all",
+        backward="all_to_all", begin=under_way.begin_all_to_all,
+    ),
+    Conversion(run.chunk, REPLICATE, (SHARD,), target_dim="dim", result="part", backward="all_gather"),
+    Conversion(
+        run.vary, REPLICATE, (VARYING,), result="vary", backward="all_reduce", before=beside.vary_linears,
+        of_weights=True,
+    ),
+    Conversion(
+        run.gather_weight, SHARD, (REPLICATE, VARYING), source_dim="dim", forward="all_gather",
+        summed="reduce_scatter", of_weights=True,
+    ),
+    Conversion(run.vary_weight, REPLICATE, (VARYING,), backward="all_reduce", of_weights=True),
 )  # fmt: skip
 
 CONVERSIONS = {row.function: row for row in TABLE}
+BETWEEN = {(row.source, target): row.function for row in TABLE if row.result for target in row.targets}
+"""The conversion from one kind of placement to another."""
 SUMMED = frozenset(row.function for row in TABLE if row.summed or row.backward == "all_reduce")
 """Those whose gradient sums what the ranks bring."""
 BEGIN = {row.function: row.begin for row in TABLE if row.begin is not None}
@@ -89,5 +120,16 @@ def backward_kind(node: fx.Node) -> str | None:
     row = CONVERSIONS.get(node.target)
     if row is None:
         return None
-    summed = node.kwargs.get("summed", len(node.args) > 2 and node.target is run.all_gather)
-    return (row.summed if summed and row.summed else row.backward) or None
+    return (row.summed if row.summed and options_of(node)["summed"] else row.backward) or None
+
+
+@cache
+def _signature(function: Any) -> inspect.Signature:
+    return inspect.signature(function)
+
+
+def options_of(node: fx.Node) -> dict[str, Any]:
+    """What a conversion is told beside the value and the axes, by name."""
+    bound = _signature(node.target).bind(*node.args, **node.kwargs)
+    bound.apply_defaults()
+    return {name: value for name, value in bound.arguments.items() if name not in ("x", "weight", "axis", "axes")}

@@ -21,7 +21,7 @@ import torch
 from torch import fx
 
 from fxshard.mesh import Mesh
-from fxshard.passes.conversions import CONVERSIONS, FORWARD
+from fxshard.passes.conversions import BETWEEN, CONVERSIONS, FORWARD, kind_of
 from fxshard.passes.experts import groups_in, in_order, rows_node, write_rows
 from fxshard.passes.propagate import METADATA, constrain
 from fxshard.passes.typing import Info, info_of, set_info
@@ -65,29 +65,25 @@ def steps(source: Placements, target: Placements, sizes: Sequence[int]) -> list[
     redo = _to_redo(source, target, sizes)
     out: list[Step] = []
 
-    def step(function: Any, axis: int, after: Placement) -> None:
+    def step(axis: int, after: Placement) -> None:
         before, now[axis] = now[axis], after
-        out.append(Step(function, axis, before, tuple(now)))
+        out.append(Step(BETWEEN[kind_of(before), kind_of(after)], axis, before, tuple(now)))
 
     for axis in reversed(range(len(now))):
         have, want = now[axis], target[axis]
         if same(have, want) and axis not in redo:
             continue
         free = axis not in redo
-        if is_partial(have):
-            if free and is_shard(want):
-                step(run.reduce_scatter, axis, want)
-            else:
-                step(run.all_reduce, axis, REPLICATE)
-        elif is_shard(have):
-            if free and is_shard(want) and have.dim != want.dim and _exchanges(have, want, now, axis, sizes):
-                step(run.all_to_all, axis, want)
-            else:
-                step(run.all_gather, axis, want if isinstance(want, Varying) else REPLICATE)
+        if is_shard(have):
+            free = free and (not is_shard(want) or _exchanges(have, want, now, axis, sizes))
+        elif not is_partial(have):
+            continue
+        after = want if (kind_of(have), kind_of(want)) in BETWEEN and (free or not is_shard(want)) else REPLICATE
+        step(axis, after)
     for axis, want in enumerate(target):
         if not same(now[axis], want):
             assert same(now[axis], REPLICATE), (source, target)
-            step(run.chunk if is_shard(want) else run.vary, axis, want)
+            step(axis, want)
     return out
 
 
@@ -108,7 +104,11 @@ def _to_redo(source: Placements, target: Placements, sizes: Sequence[int]) -> se
 
 
 def _exchanges(have: Shard, want: Shard, now: Sequence[Placement], axis: int, sizes: Sequence[int]) -> bool:
-    """Whether one exchange leads from the one cut to the other: neither has blocks, as the inner axes leave them."""
+    """Whether one exchange leads from the one cut to the other: of two dims, neither with blocks, as the inner axes
+    leave them.
+    """
+    if have.dim == want.dim:
+        return False
     cuts = [cut_within(p, inside(now, axis, sizes)) for p in (have, want)]
     return all(cut is not None and cut.blocks == (1,) and cut.groups is None for cut in cuts)
 

@@ -17,19 +17,17 @@ sum would add on every rank.
 
 from __future__ import annotations
 
-import inspect
 import math
 import operator
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
-from functools import cache
 from typing import Any
 
 import torch
 from torch import fx
 
 from fxshard.mesh import Mesh
-from fxshard.passes.conversions import BEFORE, BEHIND, TABLE
+from fxshard.passes.conversions import BEFORE, BEHIND, TABLE, options_of
 from fxshard.passes.origins import checkpoint_of
 from fxshard.passes.typing import Info, copy_graph, has_info, info_of, set_info, sizes_of
 from fxshard.placement import local_shape
@@ -108,7 +106,7 @@ def _readers(node: fx.Node) -> list[fx.Node]:
     """The linears that read a conversion, if nothing else does."""
     if node.target not in BEFORE or not _is_plain(node):
         return []
-    if node.target is run.all_gather and not _options(node).get("summed"):
+    if node.target is run.all_gather and not options_of(node).get("summed"):
         return []
     readers = list(node.users)
     return readers if all(_is_product(user, node) for user in readers) else []
@@ -135,20 +133,9 @@ def _is_linear(node: fx.Node) -> bool:
     return node.target is aten.linear.default and not node.kwargs and "val" in node.meta and has_info(node)
 
 
-@cache
-def _signature(function: Any) -> inspect.Signature:
-    return inspect.signature(function)
-
-
-def _options(node: fx.Node) -> dict[str, Any]:
-    """What a conversion was given beside the value and the axis."""
-    given = _signature(node.target).bind(*node.args, **node.kwargs).arguments
-    return {name: value for name, value in given.items() if name not in ("x", "axis")}
-
-
 def _is_plain(node: fx.Node) -> bool:
     """Whether a conversion takes equal parts, each in one piece, along another dim than that of the features."""
-    options, value = _options(node), node.meta.get("val")
+    options, value = options_of(node), node.meta.get("val")
     if options.get("lengths") or options.get("blocks", (1,)) != (1,) or not has_info(node):
         return False
     return isinstance(value, torch.Tensor) and bool(options.get("dim", 0) < value.dim() - 1)
@@ -196,7 +183,7 @@ def length_of(edge: Edge, mesh: Mesh) -> int:
     value = node.all_input_nodes[0] if node.target is run.all_gather else node
     sizes = local_shape(sizes_of(value.meta["val"]), info_of(value).placements, mesh.sizes)
     if node.target in (run.all_gather, run.reduce_scatter):
-        return int(sizes[_options(node).get("dim", 0)])
+        return int(sizes[options_of(node).get("dim", 0)])
     return math.prod(sizes[:-1])
 
 
@@ -214,7 +201,7 @@ def overlap(graph: fx.Graph, pieces: int) -> fx.Graph:
 def _multiply_behind(graph: fx.Graph, edge: Edge, pieces: int) -> None:
     node, products = edge.conversion, sorted(edge.products)
     weights, biases = ([p.args[i] if len(p.args) > i else None for p in products] for i in (1, 2))
-    options = _options(node)
+    options = options_of(node)
     given = {name: options[name] for name in ("dim",) if name in options}
     if node.target is run.all_gather:
         given.setdefault("dim", 0)
@@ -240,7 +227,7 @@ def _multiply_behind(graph: fx.Graph, edge: Edge, pieces: int) -> None:
 
 def _multiply_before(graph: fx.Graph, edge: Edge, pieces: int) -> None:
     node, (product,) = edge.conversion, edge.products
-    options = {"dim": _options(node)["dim"]} if node.target is run.reduce_scatter else {}
+    options = {"dim": options_of(node)["dim"]} if node.target is run.reduce_scatter else {}
     with graph.inserting_after(node):
         made = graph.call_function(BEHIND[node.target], (*product.args, node.args[1]), {**options, "pieces": pieces})
     made.meta = {**product.meta, "val": node.meta["val"]}
