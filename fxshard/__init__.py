@@ -6,7 +6,6 @@ from fxshard.api import parallelize
 from fxshard.checkpoint.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from fxshard.checkpoint.folders import latest_checkpoint
 from fxshard.checkpoint.pretrained import load_pretrained, save_pretrained
-from fxshard.counting import Counts, count
 from fxshard.errors import FxshardError
 from fxshard.gradients import clip_grad_norm_, grad_norm
 from fxshard.inspect.prove import check_rule
@@ -21,11 +20,12 @@ from fxshard.plan.plan import (
     zero,
 )
 from fxshard.program import ParallelModule
+from fxshard.proof.counting import Counts, count
+from fxshard.proof.simulate import Simulation, simulate
+from fxshard.proof.verify import VerifyReport, verify
 from fxshard.rules.table import register_rule
-from fxshard.runtime.layout import layout_of
-from fxshard.runtime.scaler import GradScaler
-from fxshard.simulate import Simulation, simulate
-from fxshard.verify import VerifyReport, verify
+from fxshard.training.scaler import GradScaler
+from fxshard.weights.layout import layout_of
 
 __all__ = [
     "Checkpoint",

@@ -19,9 +19,9 @@ from fxshard.passes.pipeline import Options
 from fxshard.plan.formats import axis_for, is_style, read_styles
 from fxshard.plan.plan import MEASURE, Plan
 from fxshard.program import ParallelModule
-from fxshard.runtime.buckets import BUCKET_BYTES
-from fxshard.runtime.process import check_world
-from fxshard.runtime.watch import current
+from fxshard.ranks.watch import current
+from fxshard.runtime.process_groups import check_world
+from fxshard.training.buckets import BUCKET_BYTES
 
 
 def parallelize(

@@ -1,8 +1,8 @@
 """The captures of a program, and which of them serves a call.
 
 A call is first looked up as a whole: one like an earlier one is served by what served that. Else every capture is held
-against the state of the model and what surrounds the call (``passes.serves``), and then against the inputs
-(``passes.calls``). Where none fits, another one is made, unless the program was given example inputs, and other ones
+against the state of the model and what surrounds the call (``capture.serves``), and then against the inputs
+(``capture.calls``). Where none fits, another one is made, unless the program was given example inputs, and other ones
 than those fit the same state: they are an error.
 """
 
@@ -16,13 +16,13 @@ from typing import Any
 import torch
 from torch import nn
 
+from fxshard.capture.calls import canonical_call
+from fxshard.capture.captured import Excluded
+from fxshard.capture.known_calls import KnownCalls, describe
+from fxshard.capture.serves import Changes, Conditions, Surroundings, surroundings
+from fxshard.capture.trees import flatten
 from fxshard.errors import CaptureError, InputError
-from fxshard.passes.calls import canonical_call
-from fxshard.passes.captured import Excluded
-from fxshard.passes.known_calls import KnownCalls, describe
 from fxshard.passes.pipeline import Compiled
-from fxshard.passes.serves import Changes, Conditions, Surroundings, surroundings
-from fxshard.passes.trees import flatten
 from fxshard.runtime.draws import extent
 
 logger = logging.getLogger("fxshard")

@@ -4,7 +4,7 @@ On the eager way through a program stands much that no graph holds: the ranks co
 for, gradients go to buckets as a side effect of the backward pass. None of that is on this way. For each capture there
 is an ``Entry``, made when a call is traced first, which knows in plain numbers which calls it serves. What is traced is
 the generated code, over axes that issue functional collectives (``runtime.traced``), and with the weights whose
-gradients are summed as inputs (``passes.lift``).
+gradients are summed as inputs (``codegen.lift``).
 
 What cannot be traced runs eagerly, behind a break of the graph. With ``fullgraph=True`` torch raises the reason.
 """
@@ -17,14 +17,14 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from fxshard.capture.binding import Binding
+from fxshard.capture.writes import LOST
 from fxshard.codegen.emit import emit
+from fxshard.codegen.lift import Lifted, lift
 from fxshard.errors import CaptureError
-from fxshard.passes.binding import Binding
-from fxshard.passes.lift import Lifted, lift
 from fxshard.passes.pipeline import Compiled
-from fxshard.passes.writes import LOST
+from fxshard.ranks.faults import calling, compared
 from fxshard.runtime.autocast import ambient
-from fxshard.runtime.faults import calling, compared
 from fxshard.runtime.module import find, load_builder
 from fxshard.runtime.ring import ring_attention
 from fxshard.runtime.traced import TracedGroup, VaryTogether

@@ -26,7 +26,7 @@ from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from fxshard.errors import GradientError, InputError
 from fxshard.placement import is_shard
 from fxshard.program import ParallelModule
-from fxshard.runtime.faults import guarded
+from fxshard.ranks.faults import guarded
 from fxshard.torch_internals import foreach_norm, replace_clipping
 
 LOW = (torch.float16, torch.bfloat16)

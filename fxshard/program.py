@@ -19,6 +19,15 @@ import torch.distributed as dist
 from torch import fx, nn
 
 from fxshard.cache import cached
+from fxshard.capture.capture import LOCK, capture, number_constants
+from fxshard.capture.captured import Captured
+from fxshard.capture.constants import check_constants, declared
+from fxshard.capture.fidelity import check_fidelity
+from fxshard.capture.queries import outside_inference_mode
+from fxshard.capture.reads import Guard, check_kept, check_unread
+from fxshard.capture.serves import Changes, Conditions
+from fxshard.capture.tensors import Kinds, check_own_memory, check_same, kinds_of
+from fxshard.capture.writes import LOST, check_lost
 from fxshard.captures import Captures, Held, check_apart
 from fxshard.codegen.emit import emit
 from fxshard.compiling import Entry, traced_call
@@ -29,41 +38,32 @@ from fxshard.inspect.fingerprint import fingerprint
 from fxshard.inspect.report import Collective, collectives_of, explain, notes_of, table
 from fxshard.mesh import Mesh
 from fxshard.passes.annotate import placements
-from fxshard.passes.capture import LOCK, capture, number_constants
-from fxshard.passes.captured import Captured
-from fxshard.passes.constants import check_constants, declared
-from fxshard.passes.fidelity import check_fidelity
 from fxshard.passes.pipeline import STAGES, Compiled, Options, compile_graph
-from fxshard.passes.questions import outside_inference_mode
-from fxshard.passes.reads import Guard, check_kept, check_unread
-from fxshard.passes.serves import Changes, Conditions
-from fxshard.passes.tensors import Kinds, check_own_memory, check_same, kinds_of
-from fxshard.passes.weights import dim_of
-from fxshard.passes.writes import LOST, check_lost
 from fxshard.placement import Placements, is_shard, join_all
 from fxshard.plan.plan import Plan
+from fxshard.ranks.agreement import is_spread
+from fxshard.ranks.devices import target_device
+from fxshard.ranks.faults import calling, compared, told_to_others
+from fxshard.ranks.meeting import meet
+from fxshard.ranks.watch import current
 from fxshard.runtime.autocast import ambient, using
-from fxshard.runtime.buckets import Buckets, Synchronization, defer
 from fxshard.runtime.collectives import Axis, ProcessAxisGroup
-from fxshard.runtime.devices import target_device
-from fxshard.runtime.faults import calling, compared, told_to_others
-from fxshard.runtime.layout import Layout, mark_part
-from fxshard.runtime.loading import KEY, describe_parts, load_state_dict
-from fxshard.runtime.meeting import meet
-from fxshard.runtime.mirror import mirror
 from fxshard.runtime.module import RankModule, find, joined, load, local_part, place, share, state_of
-from fxshard.runtime.optimizer_state import load_optimizer_state_dict, sharded_optimizer_state_dict
-from fxshard.runtime.optimizers import WholeMatrix, note_parted, watch_optimizers
-from fxshard.runtime.original import Original
 from fxshard.runtime.packs import Ahead, Pack
-from fxshard.runtime.process import check_world, checksum, joint_group, process_axes, share_random_state
+from fxshard.runtime.process_groups import check_world, checksum, joint_group, process_axes, share_random_state
 from fxshard.runtime.regather import Regather
-from fxshard.runtime.together import is_spread
-from fxshard.runtime.watch import current
-from fxshard.runtime.weights import Weights
-from fxshard.runtime.whole import gather_whole
+from fxshard.schedule.stored_weights import dim_of
 from fxshard.standing_in import StandIn
 from fxshard.torch_internals import SEES_EVERY_APPLY, IncompatibleKeys
+from fxshard.training.buckets import Buckets, Synchronization, defer
+from fxshard.training.optimizer_state import load_optimizer_state_dict, sharded_optimizer_state_dict
+from fxshard.training.optimizers import WholeMatrix, note_parted, watch_optimizers
+from fxshard.weights.gathering import gather_whole
+from fxshard.weights.layout import Layout, mark_part
+from fxshard.weights.loading import KEY, describe_parts, load_state_dict
+from fxshard.weights.mirror import mirror
+from fxshard.weights.original_model import Original
+from fxshard.weights.weights import Weights
 
 logger = logging.getLogger("fxshard")
 

@@ -2,7 +2,7 @@
 
 program.config, program.dtype                   the model's own attributes and methods, over this rank's weights
 program.alpha = 2.0, program.eval()             another capture
-program.weight = nn.Parameter(...)              refused, as ``runtime.mirror`` does for its parts
+program.weight = nn.Parameter(...)              refused, as ``weights.mirror`` does for its parts
 program.half(), pickle.dumps(program)           refused
 """
 
@@ -16,10 +16,10 @@ from typing import Any, NoReturn, Self
 import torch
 from torch import nn
 
+from fxshard.capture.capture import LOCK
 from fxshard.captures import Captures
 from fxshard.errors import FxshardError
-from fxshard.passes.capture import LOCK
-from fxshard.runtime.mirror import (
+from fxshard.weights.mirror import (
     WHOLE_WRAP,
     check_unmoved,
     refuse,
@@ -27,7 +27,7 @@ from fxshard.runtime.mirror import (
     share_memory,
     wrapper_at_work,
 )
-from fxshard.runtime.original import Original
+from fxshard.weights.original_model import Original
 
 
 class StandIn(nn.Module):

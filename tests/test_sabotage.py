@@ -15,8 +15,8 @@ from torch import fx, nn
 import fxshard
 from fxshard import Mesh, Plan, Replicate, Shard, sequence_parallel, tensor_parallel
 from fxshard.errors import SoundnessError
+from fxshard.ir.info import copy_graph
 from fxshard.passes.check import check
-from fxshard.passes.typing import copy_graph
 from fxshard.rules.table import all_rules, temporary_rule
 from fxshard.runtime import collectives as run
 from fxshard.runtime import lockstep
@@ -232,7 +232,7 @@ def test_a_wrong_placement_is_refused(layers: int) -> None:
     """A node that claims to be another than its operands make it; also where a node like it was right, just before."""
     from dataclasses import replace
 
-    from fxshard.passes.typing import info_of, set_info
+    from fxshard.ir.info import info_of, set_info
 
     model = nn.Sequential(*(MLP(F.gelu) for _ in range(layers))).double()
     program = fxshard.parallelize(model, tensor_parallel(2), (X,))

@@ -22,9 +22,9 @@ from torch import nn
 
 from fxshard.cache.key import digest_of, files_as_they_were, files_loaded, key_of
 from fxshard.cache.stored import NotStorable, dump, restore
+from fxshard.capture.captured import Captured
 from fxshard.errors import CaptureError
-from fxshard.passes.captured import Captured
-from fxshard.runtime.files import keep_from_others, written_by_others
+from fxshard.weights.files import keep_from_others, written_by_others
 
 __all__ = ["cached"]
 

@@ -23,11 +23,11 @@ import torch
 from torch import nn
 
 from fxshard.cache.stored import NotStorable
-from fxshard.passes.calls import pattern_of
-from fxshard.passes.capture import signature_key
-from fxshard.passes.named import Place
-from fxshard.passes.serves import surroundings
-from fxshard.passes.trees import flatten
+from fxshard.capture.calls import pattern_of
+from fxshard.capture.capture import signature_key
+from fxshard.capture.code_names import Place
+from fxshard.capture.serves import surroundings
+from fxshard.capture.trees import flatten
 
 PACKAGE = Path(__file__).parent.parent
 SETTLED = sys.stdlib_module_names

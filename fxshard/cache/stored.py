@@ -16,10 +16,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import fx, nn
 
-from fxshard.passes.capture import root_over, tensors_of
-from fxshard.passes.captured import Captured
-from fxshard.passes.root import Root
-from fxshard.passes.trees import teach
+from fxshard.capture.capture import root_over, tensors_of
+from fxshard.capture.captured import Captured
+from fxshard.capture.trees import teach
+from fxshard.ir.root import Root
 from fxshard.runtime.module import find
 from fxshard.torch_internals import FakeTensor, FakeTensorMode, Graph, HigherOrderOperator, OpOverload
 

@@ -31,21 +31,21 @@ from fxshard.checkpoint.folders import begin, finish, latest_checkpoint
 from fxshard.checkpoint.reading import CHECKSUMS, FOREIGN, METADATA, REPLACED, Planner, Reader, stored
 from fxshard.errors import CheckpointError, DistributedError
 from fxshard.program import ParallelModule
-from fxshard.runtime.faults import guarded, told_to_others
-from fxshard.runtime.files import checksums_of, keep_from_others
-from fxshard.runtime.loading import load_state_dict
-from fxshard.runtime.optimizer_state import (
+from fxshard.ranks.agreement import is_spread, on_every_rank, on_first_rank, refuse
+from fxshard.ranks.faults import guarded, told_to_others
+from fxshard.ranks.session import said
+from fxshard.training.optimizer_state import (
     load_optimizer_state_dict,
     matching_groups,
     refuse_simulation,
     sharded_optimizer_state_dict,
     template,
 )
-from fxshard.runtime.parts import local_of, same
-from fxshard.runtime.session import said
-from fxshard.runtime.staging import Staging
-from fxshard.runtime.together import is_spread, on_every_rank, on_first_rank, refuse
-from fxshard.runtime.weights import Weights
+from fxshard.weights.checkpoint_parts import local_of, same
+from fxshard.weights.files import checksums_of, keep_from_others
+from fxshard.weights.loading import load_state_dict
+from fxshard.weights.staging import Staging
+from fxshard.weights.weights import Weights
 
 OWN = "fxshard"
 

@@ -16,7 +16,7 @@ import re
 import shutil
 from pathlib import Path
 
-from fxshard.runtime.files import keep_from_others
+from fxshard.weights.files import keep_from_others
 
 COMPLETE = re.compile(r"(\d{6,})-step-(-?\d+)")
 PARTIAL = ".partial"

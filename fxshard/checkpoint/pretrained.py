@@ -26,18 +26,18 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
 
+from fxshard.capture.writes import unchanged
 from fxshard.checkpoint.checkpoint import WRITABLE, weights_of
 from fxshard.checkpoint.reading import CHECKSUMS, REPLACED
 from fxshard.errors import CheckpointError
-from fxshard.passes.writes import unchanged
 from fxshard.program import ParallelModule
-from fxshard.runtime.faults import told_to_others
-from fxshard.runtime.files import CHUNK_BYTES, checksums_of
-from fxshard.runtime.layout import Box, fill
-from fxshard.runtime.parts import same
-from fxshard.runtime.staging import Staging
-from fxshard.runtime.together import is_spread, on_every_rank, on_first_rank, refuse
-from fxshard.runtime.weights import Weights
+from fxshard.ranks.agreement import is_spread, on_every_rank, on_first_rank, refuse
+from fxshard.ranks.faults import told_to_others
+from fxshard.weights.checkpoint_parts import same
+from fxshard.weights.files import CHUNK_BYTES, checksums_of
+from fxshard.weights.layout import Box, fill
+from fxshard.weights.staging import Staging
+from fxshard.weights.weights import Weights
 
 logger = logging.getLogger("fxshard")
 

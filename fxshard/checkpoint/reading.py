@@ -28,8 +28,8 @@ from torch.distributed.checkpoint.metadata import Metadata
 from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner, ReadItem
 
 from fxshard.errors import CheckpointError
-from fxshard.runtime.files import CHUNK_BYTES, checksums_of, written_by_others
 from fxshard.torch_internals import StorageInfo, StoragePrefix, set_element
+from fxshard.weights.files import CHUNK_BYTES, checksums_of, written_by_others
 
 CHECKSUMS = "checksums.json"
 METADATA = ".metadata"

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from fxshard.codegen.anew import call_of
+from fxshard.codegen.checkpointed import call_of
 from fxshard.codegen.classes import Class, Classes
 from fxshard.codegen.freeing import deaths
 from fxshard.codegen.members import Members
@@ -19,10 +19,10 @@ from fxshard.codegen.regions import Region, is_empty
 from fxshard.codegen.spelling import literal, spell
 from fxshard.codegen.text import WIDTH, in_comment, in_docstring, is_index, statement, summarize
 from fxshard.codegen.types import describe_local
+from fxshard.ir.conversions import PASSED_ON
+from fxshard.ir.info import is_float
+from fxshard.ir.origins import module_of
 from fxshard.mesh import Mesh
-from fxshard.passes.conversions import PASSED_ON
-from fxshard.passes.origins import module_of
-from fxshard.passes.typing import is_float
 
 
 @dataclass(frozen=True)

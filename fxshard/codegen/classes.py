@@ -17,8 +17,8 @@ from torch import fx
 
 from fxshard.codegen.regions import Region, is_empty, walk
 from fxshard.codegen.types import describe_local
+from fxshard.ir.info import has_info, info_of
 from fxshard.mesh import Mesh
-from fxshard.passes.typing import has_info, info_of
 
 
 @dataclass(eq=False)

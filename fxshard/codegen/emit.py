@@ -37,7 +37,7 @@ _WORD = re.compile(r"(?<![\w.\"'])[A-Za-z_]\w*")
 HELPERS = {
     "checkpoint": "fxshard.runtime.recompute",
     "find": "fxshard.runtime.module",
-    "overwrite": "fxshard.runtime.hidden",
+    "overwrite": "fxshard.runtime.hidden_writes",
 }
 """Functions that generated code calls, beside those of its nodes, and where they are."""
 WORDS = {"self", "m", "aten", "torch", "F", "operator", "math", "device", "axes", "build", *HELPERS}

@@ -12,8 +12,8 @@ from collections.abc import Mapping
 from torch import fx
 
 from fxshard.codegen.regions import Region
+from fxshard.ir.info import local_bytes
 from fxshard.mesh import Mesh
-from fxshard.passes.typing import local_bytes
 from fxshard.rules.recipe import is_tensor
 from fxshard.runtime import collectives
 from fxshard.torch_internals import OpOverload

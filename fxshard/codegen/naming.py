@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from fxshard.passes.conversions import PASSED_ON
+from fxshard.ir.conversions import PASSED_ON
 from fxshard.passes.fold import PREFIX
 from fxshard.torch_internals import OpOverload
 

@@ -9,8 +9,8 @@ regions never moves a node: what the regions hold, read in order, is the graph.
     linear_sum  model.layers.0.mlp.up               pow, linear, linear_sum
     linear      lm_head                           linear
 
-A checkpointed call (``passes/recompute.py``) is a region too: that of its module where it computes nothing but this
-module's call, else one of its own, which belongs to the module that makes the call.
+A checkpointed call (``passes/mark_recomputed.py``) is a region too: that of its module where it computes nothing but
+this module's call, else one of its own, which belongs to the module that makes the call.
 
 Conversions have no module of their own. One that leads from a module to its sibling stands in their parent, where a
 reader looks for communication; in any case it never cuts in two the call that surrounds it.
@@ -25,9 +25,9 @@ from typing import Any, TypeAlias
 import torch
 from torch import fx
 
+from fxshard.ir.origins import checkpoint_of, clean_path, way_of
 from fxshard.passes.fold import PREFIX
-from fxshard.passes.origins import checkpoint_of, clean_path, way_of
-from fxshard.runtime.branches import TAKEN
+from fxshard.runtime.conditional import TAKEN
 from fxshard.runtime.module import is_word
 
 Path: TypeAlias = tuple[str, ...]

@@ -14,12 +14,12 @@ import torch
 from torch import fx
 
 from fxshard.codegen.text import attribute, quoted
-from fxshard.passes.conversions import BEGIN, CONVERSIONS
+from fxshard.ir.conversions import BEGIN, CONVERSIONS
 from fxshard.plan.graph import is_parameter
 from fxshard.rules.recipe import is_tensor
-from fxshard.runtime import collectives, groups, overlap, ring, under_way
-from fxshard.runtime.branches import TAKEN
-from fxshard.runtime.hidden import HIDDEN
+from fxshard.runtime import async_collectives, collective_matmul, collectives, ring, row_groups
+from fxshard.runtime.conditional import TAKEN
+from fxshard.runtime.hidden_writes import HIDDEN
 from fxshard.torch_internals import HigherOrderOperator, OpOverload
 
 aten = torch.ops.aten
@@ -84,10 +84,10 @@ LIMITS = {aten.to.dtype: 2, aten.softmax.int: 2, aten.contiguous.default: 1}
 
 REDUCTIONS = {aten.mean.dim: "mean", aten.sum.dim_IntList: "sum", aten.amax.default: "amax", aten.amin.default: "amin"}
 
-OURS = {module.__name__: module for module in (collectives, groups, overlap, ring, under_way)}
+OURS = {module.__name__: module for module in (async_collectives, collective_matmul, collectives, ring, row_groups)}
 """The modules whose functions generated code imports by name."""
 
-NAMED = {*CONVERSIONS, *BEGIN.values()} - {collectives.all_to_all, under_way.begin_all_to_all}
+NAMED = {*CONVERSIONS, *BEGIN.values()} - {collectives.all_to_all, async_collectives.begin_all_to_all}
 """Calls whose arguments behind the value and the axis are named."""
 
 _USELESS = {"pin_memory": False, "layout": None, "dtype": None, "device": None, "memory_format": None}

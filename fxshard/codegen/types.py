@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import fx
 
+from fxshard.ir.info import has_info, info_of, placed_beside
 from fxshard.mesh import Mesh, RankMesh
-from fxshard.passes.typing import has_info, info_of, placed_beside
 from fxshard.placement import describe_all, is_grouped, is_shard, local_shape
 
 DTYPES = {

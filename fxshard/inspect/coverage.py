@@ -10,7 +10,7 @@ import torch
 from tabulate import tabulate
 from torch import fx
 
-from fxshard.passes.origins import source_of
+from fxshard.ir.origins import source_of
 from fxshard.passes.pipeline import Compiled
 from fxshard.placement import Placements, describe_all, is_shard
 from fxshard.plan.detect import ALONE

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from torch import fx
 
 from fxshard.inspect.suggest import suggest
-from fxshard.passes.origins import module_of, source_of
+from fxshard.ir.info import info_of, num_bytes, values_of
+from fxshard.ir.origins import module_of, source_of
 from fxshard.passes.pipeline import Compiled
 from fxshard.passes.propagate import constrain
-from fxshard.passes.typing import info_of, num_bytes, values_of
 from fxshard.placement import is_partial, is_shard
 from fxshard.rules.recipe import operands_of
 from fxshard.rules.table import find_rule, name_of

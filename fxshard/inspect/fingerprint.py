@@ -1,4 +1,4 @@
-"""What all ranks must agree on before they run a capture, as text to compare: see ``fxshard.runtime.meeting``."""
+"""What all ranks must agree on before they run a capture, as text to compare: see ``fxshard.ranks.meeting``."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ import torch
 from torch import fx, nn
 
 from fxshard.codegen.types import describe_value
+from fxshard.ir.conversions import CONVERSIONS
 from fxshard.mesh import Mesh
-from fxshard.passes.conversions import CONVERSIONS
 from fxshard.passes.pipeline import Compiled
-from fxshard.runtime.meeting import Section
-from fxshard.runtime.position import type_text
-from fxshard.runtime.process import checksum
+from fxshard.ranks.meeting import Section
+from fxshard.ranks.position import type_text
+from fxshard.runtime.process_groups import checksum
 
 SAME_INPUTS = (
     "give every rank the same whole inputs: no DistributedSampler, one seed for what is shuffled or drawn; the program "

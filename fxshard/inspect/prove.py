@@ -28,12 +28,12 @@ from torch import fx
 
 from fxshard.codegen.spelling import is_ours
 from fxshard.errors import RuleError
+from fxshard.ir.conversions import CONVERSIONS
+from fxshard.ir.facts import may_lower, recipe_on_parts, split_choice
+from fxshard.ir.info import Choice, Info, set_info, values_of
 from fxshard.mesh import Mesh
-from fxshard.passes.conversions import CONVERSIONS
-from fxshard.passes.facts import may_lower, recipe_on_parts, split_choice
 from fxshard.passes.localize import localize
 from fxshard.passes.propagate import may_be_empty
-from fxshard.passes.typing import Choice, Info, set_info, values_of
 from fxshard.placement import (
     PARTIAL,
     REPLICATE,
@@ -56,9 +56,9 @@ from fxshard.ruler import compare
 from fxshard.rules.recipe import At, Recipe, RuleFunction, operands_of, shape_of, units
 from fxshard.rules.table import find_rule, temporary_rule
 from fxshard.runtime import collectives as run
-from fxshard.runtime.groups import group_rows
 from fxshard.runtime.lockstep import Turns, lockstep_axes, run_ranks
 from fxshard.runtime.ring import ring_attention
+from fxshard.runtime.row_groups import group_rows
 from fxshard.torch_internals import OpOverload
 
 DOUBLE, SINGLE = 1e-12, 1e-5

@@ -7,9 +7,9 @@ import re
 import torch
 from torch import fx
 
-from fxshard.passes.conversions import CONVERSIONS, SUMMED
-from fxshard.passes.origins import module_of
-from fxshard.passes.typing import Choice, has_info, info_of
+from fxshard.ir.conversions import CONVERSIONS, SUMMED
+from fxshard.ir.info import Choice, has_info, info_of
+from fxshard.ir.origins import module_of
 from fxshard.placement import REPLICATE, Placement, is_partial, is_shard
 from fxshard.runtime import collectives as run
 from fxshard.torch_internals import OpOverload

@@ -13,22 +13,22 @@ from torch import fx
 
 from fxshard.codegen.text import span
 from fxshard.codegen.types import describe_local, describe_type, describe_value
-from fxshard.inspect.anew import computed_again, computes_anew, kept_by, notes_on
 from fxshard.inspect.fallbacks import fallbacks_of
 from fxshard.inspect.reasons import home_of, op_name, reason, source_of_value, without_layers
+from fxshard.inspect.repeats import computed_again, computes_anew, kept_by, notes_on
+from fxshard.ir.conversions import CONVERSIONS, FORWARD, backward_kind
+from fxshard.ir.info import has_info, info_of, is_float, local_bytes, values_of
+from fxshard.ir.origins import module_of, source_of
 from fxshard.mesh import Mesh
-from fxshard.passes.conversions import CONVERSIONS, FORWARD, backward_kind
-from fxshard.passes.origins import module_of, source_of
 from fxshard.passes.pipeline import Compiled
-from fxshard.passes.typing import has_info, info_of, is_float, local_bytes, values_of
-from fxshard.passes.weights import Packed
 from fxshard.placement import Placement, Varying, cut_of, is_partial, is_shard
 from fxshard.rules.lookup import is_constant
 from fxshard.runtime import collectives as run
-from fxshard.runtime.buckets import cut_in_buckets, elements
+from fxshard.runtime.collective_matmul import cuts
 from fxshard.runtime.draws import draw_in_place
-from fxshard.runtime.overlap import cuts
 from fxshard.runtime.ring import ring_attention
+from fxshard.schedule.stored_weights import Packed
+from fxshard.training.buckets import cut_in_buckets, elements
 
 
 @dataclass(frozen=True)

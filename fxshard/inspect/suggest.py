@@ -21,7 +21,7 @@ import torch
 from torch import fx
 
 from fxshard.inspect.prove import Sample, check_rule
-from fxshard.passes.typing import values_of
+from fxshard.ir.info import values_of
 from fxshard.rules.recipe import Shape, shape_of
 from fxshard.torch_internals import OpOverload
 

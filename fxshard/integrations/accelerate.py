@@ -29,7 +29,7 @@ from fxshard.checkpoint.checkpoint import load_checkpoint, save_checkpoint
 from fxshard.errors import DistributedError, FxshardError
 from fxshard.gradients import clip_grad_norm_
 from fxshard.program import ParallelModule
-from fxshard.runtime.scaler import GradScaler
+from fxshard.training.scaler import GradScaler
 
 FOLDER = "fxshard"
 """Where, in a folder of another library's, fxshard keeps a checkpoint of its own."""

@@ -36,7 +36,7 @@ from fxshard.errors import CheckpointError, FxshardError
 from fxshard.integrations.accelerate import FOLDER, OF_PLANS, Accelerator, check_ranks, refuse, unwrapped
 from fxshard.placement import is_shard
 from fxshard.program import ParallelModule
-from fxshard.runtime.process import share_random_state
+from fxshard.runtime.process_groups import share_random_state
 
 ELEMENTWISE = ("adamw_torch", "adamw_torch_fused", "sgd", "adagrad", "rmsprop")
 """Optimizers that treat each number of a weight by itself, so that a part is stepped as the whole would be."""

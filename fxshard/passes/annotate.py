@@ -17,9 +17,9 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import fx
 
+from fxshard.ir.info import Info, info_of, set_info
 from fxshard.mesh import Mesh
 from fxshard.passes.propagate import constrain
-from fxshard.passes.typing import Info, info_of, set_info
 from fxshard.placement import REPLICATE, Placement, Placements, Replicate, Shard
 from fxshard.plan.resolve import Resolved
 from fxshard.torch_internals import Graph

@@ -10,7 +10,7 @@ Nothing is taken from ``propagate``'s choices. For every call and every axis the
 3. the Partial operands are one of the rule's linear sets, the others are replicated, and Varying where a gradient
    flows through them, and the result is Partial.
 
-Conversions are checked against ``passes.conversions``; a Varying value is only made by one.
+Conversions are checked against ``ir.conversions``; a Varying value is only made by one.
 """
 
 from __future__ import annotations
@@ -23,15 +23,14 @@ import torch
 from torch import fx
 
 from fxshard.errors import PlanError, SoundnessError
+from fxshard.ir.conversions import CONVERSIONS, REPLICATE, Conversion, kind_of, options_of
+from fxshard.ir.facts import recipe_on_parts
+from fxshard.ir.info import Info, info_of, values_of
+from fxshard.ir.origins import where
+from fxshard.ir.paths import inside
+from fxshard.lowerings.split_experts import names_groups
 from fxshard.mesh import Mesh
-from fxshard.passes.conversions import CONVERSIONS, REPLICATE, Conversion, kind_of, options_of
-from fxshard.passes.effects import may_view
-from fxshard.passes.experts import names_groups
-from fxshard.passes.facts import recipe_on_parts
-from fxshard.passes.insert_collectives import inside
-from fxshard.passes.origins import where
 from fxshard.passes.propagate import METADATA
-from fxshard.passes.typing import Info, info_of, values_of
 from fxshard.placement import (
     Cut,
     Placement,
@@ -46,9 +45,10 @@ from fxshard.placement import (
     placement_key,
     same,
 )
+from fxshard.rules.effects import may_view
 from fxshard.rules.lookup import draws, likeness
 from fxshard.rules.recipe import At, Factor, is_list, operands_of, shape_of, written
-from fxshard.runtime.groups import group_rows
+from fxshard.runtime.row_groups import group_rows
 from fxshard.torch_internals import OpOverload
 
 REPORT = "this is a bug of fxshard, or of a rule registered for this operator: please report the model and the plan"

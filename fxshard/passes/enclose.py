@@ -20,10 +20,10 @@ from typing import Any
 from torch import fx
 
 from fxshard.errors import SoundnessError
-from fxshard.passes.effects import has_effect
-from fxshard.passes.origins import branch_of, module_of, source_of, way_of
-from fxshard.passes.typing import copy_graph
-from fxshard.runtime.branches import TAKEN
+from fxshard.ir.info import copy_graph
+from fxshard.ir.origins import branch_of, module_of, source_of, way_of
+from fxshard.rules.effects import has_effect
+from fxshard.runtime.conditional import TAKEN
 
 __all__ = ["enclose", "has_branches"]
 

@@ -20,8 +20,8 @@ from typing import Any
 import torch
 from torch import fx
 
-from fxshard.passes.effects import is_dead, is_mutating, is_pure
-from fxshard.passes.typing import copy_graph, is_float
+from fxshard.ir.info import copy_graph, is_float
+from fxshard.rules.effects import is_dead, is_mutating, is_pure
 from fxshard.runtime.collectives import chunk
 from fxshard.runtime.module import place
 from fxshard.torch_internals import OpOverload, has_kernel

@@ -23,9 +23,9 @@ from collections.abc import Mapping, Sequence
 
 from torch import fx
 
-from fxshard.passes.experts import before
-from fxshard.passes.facts import Facts, recipe_of, split_choice
-from fxshard.passes.typing import Choice
+from fxshard.ir.facts import Facts, recipe_of, split_choice
+from fxshard.ir.info import Choice
+from fxshard.lowerings.split_experts import before
 from fxshard.placement import REPLICATE, VARYING, Placement, Varying, cut_of, is_shard, same
 from fxshard.rules.lookup import draws
 from fxshard.rules.recipe import At, written

@@ -21,13 +21,13 @@ import sympy
 import torch
 from torch import fx
 
+from fxshard.ir.info import Info, info_of, parts_along, set_info, values_of
+from fxshard.lowerings import split_attention, split_experts, split_losses, split_norms, split_reductions
+from fxshard.lowerings.memory_order import as_drawn, as_on_one_device
+from fxshard.lowerings.statistics import Lowered
+from fxshard.lowerings.writer import Writer, call_like, give_lengths
 from fxshard.mesh import Mesh, RankMesh
-from fxshard.passes import attention, experts, losses, norms, reductions
-from fxshard.passes.layouts import as_drawn, as_on_one_device
 from fxshard.passes.propagate import METADATA
-from fxshard.passes.statistics import Lowered
-from fxshard.passes.typing import Info, info_of, parts_along, set_info, values_of
-from fxshard.passes.writer import Writer, call_like, give_lengths
 from fxshard.placement import (
     REPLICATE,
     Placements,
@@ -302,7 +302,7 @@ def _lower(new: fx.Graph, node: fx.Node, info: Info, mesh: RankMesh, independent
     (name,) = names
     axes = [a for a, c in enumerate(info.choices) if c is not None and c.lowering]
     if independent and name in ("dropout", "attention"):
-        return attention.draw_apart(new, node, info, mesh)
+        return split_attention.draw_apart(new, node, info, mesh)
     return LOWERINGS[name](new, node, info, mesh, axes)
 
 
@@ -375,21 +375,21 @@ def _embedding(new: fx.Graph, node: fx.Node, info: Info, mesh: RankMesh, axes: l
 LOWERINGS: dict[str, Callable[[fx.Graph, fx.Node, Info, RankMesh, list[int]], Lowered]] = {
     "mean": _mean,
     "embedding": _embedding,
-    "dropout": attention.dropout,
+    "dropout": split_attention.dropout,
     "groups": _groups,
     "share": _share,
-    "softmax": losses.softmax,
-    "loss": losses.loss,
-    "attention": attention.with_dropout,
-    "causal": attention.causal,
-    "heads": attention.heads,
-    "ring": attention.ring,
-    "norm": norms.norm,
-    "reduction": reductions.reduction,
-    "position": reductions.reduction,
-    "extreme": reductions.reduction,
-    "cumsum": reductions.cumsum,
-    "experts": experts.experts,
-    "picked": experts.pick,
-    "added": experts.added,
+    "softmax": split_losses.softmax,
+    "loss": split_losses.loss,
+    "attention": split_attention.with_dropout,
+    "causal": split_attention.causal,
+    "heads": split_attention.heads,
+    "ring": split_attention.ring,
+    "norm": split_norms.norm,
+    "reduction": split_reductions.reduction,
+    "position": split_reductions.reduction,
+    "extreme": split_reductions.reduction,
+    "cumsum": split_reductions.cumsum,
+    "experts": split_experts.experts,
+    "picked": split_experts.pick,
+    "added": split_experts.added,
 }

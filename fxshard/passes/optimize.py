@@ -19,11 +19,11 @@ from __future__ import annotations
 import torch
 from torch import fx
 
-from fxshard.passes.effects import is_dead
-from fxshard.passes.reduce_in_place import reduce_in_place, reduces_in_place
-from fxshard.passes.typing import copy_graph, info_of, set_info
-from fxshard.passes.weights import convert_weights, converts_weights
+from fxshard.ir.info import copy_graph, info_of, set_info
+from fxshard.rules.effects import is_dead
 from fxshard.runtime.collectives import vary
+from fxshard.schedule.reduce_in_place import reduce_in_place, reduces_in_place
+from fxshard.schedule.stored_weights import convert_weights, converts_weights
 
 aten = torch.ops.aten
 

@@ -15,38 +15,38 @@ from typing import Any
 import torch
 from torch import fx
 
+from fxshard.capture.captured import Captured
 from fxshard.errors import SoundnessError
+from fxshard.ir.conversions import FORWARD
+from fxshard.ir.info import has_info, info_of, values_of
+from fxshard.ir.origins import module_of
+from fxshard.ir.root import Root
 from fxshard.mesh import Mesh
+from fxshard.normal.functionalize import nested_graphs
+from fxshard.normal.normalize import normalize, sparse_tables
 from fxshard.passes.annotate import annotate
-from fxshard.passes.captured import Captured
 from fxshard.passes.check import check
-from fxshard.passes.conversions import FORWARD
-from fxshard.passes.effects import is_mutating
 from fxshard.passes.enclose import enclose, has_branches
 from fxshard.passes.fold import fold
-from fxshard.passes.functionalize import nested_graphs
 from fxshard.passes.insert_collectives import insert_collectives
 from fxshard.passes.localize import localize
-from fxshard.passes.normalize import normalize, sparse_tables
+from fxshard.passes.mark_recomputed import recompute
 from fxshard.passes.optimize import optimize
-from fxshard.passes.origins import module_of
-from fxshard.passes.overlap import bring_together, edges, length_of, overlap
 from fxshard.passes.propagate import propagate
-from fxshard.passes.recompute import recompute
-from fxshard.passes.root import Root
-from fxshard.passes.typing import has_info, info_of, values_of
-from fxshard.passes.under_way import under_way
-from fxshard.passes.weights import Packed, packs_of
 from fxshard.placement import Placements, cut_of, is_uneven
 from fxshard.plan.plan import Plan
 from fxshard.plan.resolve import Resolved, resolve
 from fxshard.plan.work import Names
+from fxshard.rules.effects import is_mutating
 from fxshard.rules.lookup import draws
 from fxshard.rules.recipe import shape_of
-from fxshard.runtime.buckets import BUCKET_BYTES
 from fxshard.runtime.collectives import gather_weight, vary_weight
 from fxshard.runtime.module import find
 from fxshard.runtime.packs import PACK_BYTES
+from fxshard.schedule.latency_hiding import hide_latency
+from fxshard.schedule.overlap import bring_together, edges, length_of, overlap
+from fxshard.schedule.stored_weights import Packed, packs_of
+from fxshard.training.buckets import BUCKET_BYTES
 
 STAGES = ("capture", "normalize", "annotate", "propagate", "insert_collectives", "localize", "optimize")
 
@@ -122,7 +122,7 @@ class Compiled:
         """The program of ``rank`` as its code is written: with what runs beside collectives."""
         if self.is_uneven:  # one rank may have nothing to compute where another has
             return self.graph_for(rank)
-        return under_way(overlap(self.graph, self.options.overlap) if self.edges else self.graph)
+        return hide_latency(overlap(self.graph, self.options.overlap) if self.edges else self.graph)
 
     @cached_property
     def edges(self) -> Mapping[fx.Node, int]:

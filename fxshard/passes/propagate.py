@@ -23,11 +23,11 @@ from typing import Any, TypeAlias
 import torch
 from torch import fx
 
+from fxshard.ir.facts import Facts, may_lower, recipe_of, split_choice
+from fxshard.ir.info import Choice, Info, copy_graph, set_info
 from fxshard.mesh import Mesh
-from fxshard.passes.ahead import LOOK_AHEAD, read_whole
-from fxshard.passes.facts import Facts, may_lower, recipe_of, split_choice
 from fxshard.passes.hoist import hoist_cuts, hoist_varies
-from fxshard.passes.typing import Choice, Info, copy_graph, set_info
+from fxshard.passes.lookahead import LOOK_AHEAD, read_whole
 from fxshard.placement import (
     PARTIAL,
     REPLICATE,

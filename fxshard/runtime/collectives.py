@@ -4,7 +4,7 @@ The forward type decides the backward one (``g`` is a gradient):
 
     function                    forward                       backward of g
     vary(x, axis)               x                             all_reduce(g)        Megatron's f
-    vary_weight(w, axis, ..)    w                             all_reduce(g)        in buckets: see ``runtime.buckets``
+    vary_weight(w, axis, ..)    w                             all_reduce(g)        in buckets: see ``training.buckets``
     all_reduce(x, axis)         sum over the ranks            g                    Megatron's g
     all_gather(x, axis, dim=d)  parts joined along d          this rank's part of g
     all_gather(.., summed=True) parts joined along d          reduce_scatter(g)
@@ -41,8 +41,8 @@ import torch
 import torch.distributed as dist
 
 from fxshard.errors import DistributedError, DivisibilityError
+from fxshard.ranks.faults import guarded
 from fxshard.runtime.autocast import operator_named
-from fxshard.runtime.faults import guarded
 from fxshard.runtime.regather import Gathering
 from fxshard.runtime.rounds import Arrival, Joint, OnRank, Rotation, turn
 from fxshard.torch_internals import is_recorded, record

@@ -16,8 +16,8 @@ import torch
 
 from fxshard.errors import FxshardError
 from fxshard.mesh import Mesh
+from fxshard.ranks.devices import random_state, set_random_state
 from fxshard.runtime.collectives import Axis, joined, stacked, sum_dtype
-from fxshard.runtime.devices import random_state, set_random_state
 from fxshard.runtime.recompute import keeping_all
 from fxshard.runtime.regather import Gathering
 from fxshard.runtime.rounds import InLockstep, Joint

@@ -20,10 +20,10 @@ from torch import nn
 import fxshard
 from fxshard.cache import key
 from fxshard.cache.stored import NotStorable, dump, restore
-from fxshard.passes.capture import capture
-from fxshard.passes.captured import Captured
-from fxshard.passes.fidelity import check_fidelity
-from fxshard.passes.normalize import normalize
+from fxshard.capture.capture import capture
+from fxshard.capture.captured import Captured
+from fxshard.capture.fidelity import check_fidelity
+from fxshard.normal.normalize import normalize
 from tests.models.zoo import MODELS, build
 
 CPU = torch.device("cpu")

@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 
 import fxshard
-from fxshard.runtime import under_way
+from fxshard.runtime import async_collectives
 from fxshard.runtime.collectives import Axis, ProcessAxisGroup, all_gather, all_reduce, all_to_all, reduce_scatter
 from tests.distributed.gradients import counted, run_step
 from tests.distributed.ranks import run_rank
@@ -19,13 +19,13 @@ from tests.models.zoo import build
 from tests.presets import preset
 
 CASES: list[tuple[Any, Any, dict[str, Any]]] = [
-    (under_way.begin_all_reduce, all_reduce, {}),
-    (under_way.begin_all_reduce, all_reduce, {"inplace": True}),
-    *((under_way.begin_all_gather, all_gather, {"dim": dim}) for dim in (0, 1, 2)),
-    *((under_way.begin_all_gather, all_gather, {"dim": dim, "summed": True}) for dim in (0, 1, 2)),
-    *((under_way.begin_reduce_scatter, reduce_scatter, {"dim": dim}) for dim in (0, 1, 2)),
+    (async_collectives.begin_all_reduce, all_reduce, {}),
+    (async_collectives.begin_all_reduce, all_reduce, {"inplace": True}),
+    *((async_collectives.begin_all_gather, all_gather, {"dim": dim}) for dim in (0, 1, 2)),
+    *((async_collectives.begin_all_gather, all_gather, {"dim": dim, "summed": True}) for dim in (0, 1, 2)),
+    *((async_collectives.begin_reduce_scatter, reduce_scatter, {"dim": dim}) for dim in (0, 1, 2)),
     *(
-        (under_way.begin_all_to_all, all_to_all, {"source": i, "target": j})
+        (async_collectives.begin_all_to_all, all_to_all, {"source": i, "target": j})
         for i, j in ((0, 1), (1, 0), (2, 1), (0, 2))
     ),
 ]
@@ -82,7 +82,7 @@ def functions(dtypes: Sequence[torch.dtype]) -> None:
                     else:
                         begun = begin(source, axis, **options)
                         beside = Mark.apply(other)
-                        y = under_way.wait(begun)
+                        y = async_collectives.wait(begun)
                     forward = list(Mark.events)
                     Mark.events.clear()
                     loss = (y.sin() * (1 + rank)).sum() + beside.cos().sum()
@@ -92,7 +92,7 @@ def functions(dtypes: Sequence[torch.dtype]) -> None:
                     results.append((y.detach(), leaf.grad, other.grad))
                     with torch.no_grad():
                         quiet = plain(x.clone(), axis, **options)
-                        again = under_way.wait(begin(x.clone(), axis, **options))
+                        again = async_collectives.wait(begin(x.clone(), axis, **options))
                     assert torch.equal(quiet, again), f"{begin.__name__}, {options}: without a gradient"
                 for got, want in zip(results[1], results[0], strict=True):
                     assert got is not None
@@ -107,7 +107,7 @@ def second_derivatives() -> None:
     """Of a collective that is under way: its gradient is the sum over the ranks."""
     axis = Axis("tp", dist.get_world_size(), dist.get_rank(), ProcessAxisGroup(dist.group.WORLD, axis="tp"))
     x = torch.randn(4, 4, requires_grad=True)
-    y = under_way.wait(under_way.begin_all_gather(x, axis, True, 0))
+    y = async_collectives.wait(async_collectives.begin_all_gather(x, axis, True, 0))
     assert isinstance(y, torch.Tensor)
     (grad,) = torch.autograd.grad(y.pow(3).sum(), x, create_graph=True)
     torch.testing.assert_close(grad, 3 * axis.size * x**2)

@@ -25,7 +25,7 @@ from torch import nn
 import fxshard
 from fxshard import Plan, Shard, data_parallel, tensor_parallel
 from fxshard.errors import DistributedError
-from fxshard.runtime.weights import Weights
+from fxshard.weights.weights import Weights
 from tests.distributed.launch import forked
 
 TIMEOUT_S = 12

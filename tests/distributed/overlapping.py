@@ -12,7 +12,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import fxshard
-from fxshard.runtime import overlap
+from fxshard.runtime import collective_matmul
 from fxshard.runtime.collectives import Axis, ProcessAxisGroup, all_gather, all_reduce, reduce_scatter, vary
 from tests.distributed.gradients import counted, loss, run_step
 from tests.distributed.ranks import run_rank
@@ -37,10 +37,10 @@ def plain_scatter(x: torch.Tensor, weight: torch.Tensor, axis: Axis, dim: int, *
 
 
 PAIRS: list[tuple[Callable[..., Any], Callable[..., Any]]] = [
-    (overlap.vary_linears, plain_vary),
-    (overlap.gather_linears, plain_gather),
-    (overlap.linear_all_reduce, plain_reduce),
-    (overlap.linear_reduce_scatter, plain_scatter),
+    (collective_matmul.vary_linears, plain_vary),
+    (collective_matmul.gather_linears, plain_gather),
+    (collective_matmul.linear_all_reduce, plain_reduce),
+    (collective_matmul.linear_reduce_scatter, plain_scatter),
 ]
 
 

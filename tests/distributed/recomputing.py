@@ -16,8 +16,8 @@ from torch.autograd.graph import saved_tensors_hooks
 
 import fxshard
 from fxshard import Plan, Shard
-from fxshard.runtime.buckets import Buckets
 from fxshard.runtime.collectives import ProcessAxisGroup
+from fxshard.training.buckets import Buckets
 from tests.helpers import run_original, weighted_loss
 from tests.models.uneven import build_case
 from tests.models.zoo import build

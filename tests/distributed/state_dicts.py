@@ -21,7 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import fxshard
 from fxshard.errors import CheckpointError, DistributedError, InputError
 from fxshard.placement import BlockShard
-from fxshard.runtime.parts import BlockTensor
+from fxshard.weights.checkpoint_parts import BlockTensor
 from tests.models.zoo import build, ids
 
 PLAN = {

@@ -14,9 +14,9 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from fxshard.runtime.faults import guarded
-from fxshard.runtime.process import checksum
-from fxshard.runtime.session import Session
+from fxshard.ranks.faults import guarded
+from fxshard.ranks.session import Session
+from fxshard.runtime.process_groups import checksum
 from tests.distributed import faulty
 from tests.distributed.faulty import TIMEOUT_S, Outcome, outcomes
 from tests.helpers import slow_but_for

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from fxshard.passes.typing import has_info, info_of
+from fxshard.ir.info import has_info, info_of
 from fxshard.torch_internals import OpOverload
 
 

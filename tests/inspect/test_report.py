@@ -17,7 +17,7 @@ from torch.nn import functional as F
 import fxshard
 from fxshard import data_parallel, sequence_parallel, tensor_parallel
 from fxshard.inspect.report import format_graph
-from fxshard.passes.conversions import FORWARD
+from fxshard.ir.conversions import FORWARD
 from fxshard.runtime.lockstep import LockstepAxisGroup
 
 

@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 import fxshard
 from fxshard.errors import CaptureError
-from fxshard.runtime.branches import TAKEN
+from fxshard.runtime.conditional import TAKEN
 from tests.distributed import branches
 from tests.distributed.branches import Dropping
 from tests.distributed.launch import launch

@@ -12,8 +12,8 @@ from torch import nn
 import fxshard
 from fxshard import Plan, Replicate, Shard
 from fxshard.errors import SoundnessError
+from fxshard.ir.info import copy_graph, info_of, set_info
 from fxshard.passes.check import check
-from fxshard.passes.typing import copy_graph, info_of, set_info
 from tests.helpers import assert_equivalent
 from tests.presets import preset
 

@@ -11,7 +11,7 @@ from torch import nn
 
 import fxshard
 from fxshard import Plan, Shard, data_parallel, expert_parallel, tensor_parallel
-from fxshard.runtime import groups
+from fxshard.runtime import row_groups
 from tests.distributed.launch import launch
 from tests.helpers import assert_equivalent
 from tests.models import test_moe
@@ -108,8 +108,8 @@ def test_a_rank_holds_and_computes_its_part(monkeypatch: pytest.MonkeyPatch) -> 
     mine = sum(p.numel() for n, p in program.rank_module(3).named_parameters() if n.endswith(("up", "down")))
     assert mine * 4 == sum(p.numel() for n, p in model.named_parameters() if n.endswith(("up", "down")))
     rows: list[tuple[int, ...]] = []
-    count = groups.group_rows
-    monkeypatch.setattr(groups, "group_rows", lambda *a, **k: rows.append(count(*a, **k)) or rows[-1])
+    count = row_groups.group_rows
+    monkeypatch.setattr(row_groups, "group_rows", lambda *a, **k: rows.append(count(*a, **k)) or rows[-1])
     seen: list[int] = []
     product = torch.ops.transformers.grouped_mm_fallback.default
     monkeypatch.setattr(
@@ -219,7 +219,7 @@ def equal_on_ranks(cases: list[tuple[str, str]], experts: int) -> None:
 
 # --- sabotage ---------------------------------------------------------------------------------------------------------
 
-own_ends = groups.own_ends
+own_ends = row_groups.own_ends
 
 
 def shifted(ends: torch.Tensor, axis: Any, lengths: Any = ()) -> torch.Tensor:
@@ -238,7 +238,7 @@ def swapped(ends: torch.Tensor, axis: Any, rows: int, lengths: Any = ()) -> tupl
     return group_rows(ends, axis, rows, lengths)[::-1]
 
 
-group_rows = groups.group_rows
+group_rows = row_groups.group_rows
 
 
 @pytest.mark.parametrize("broken", [shifted, unmasked, swapped])
@@ -247,6 +247,6 @@ def test_a_broken_function_is_caught(broken: Any, monkeypatch: pytest.MonkeyPatc
     program = fxshard.parallelize(model, expert_parallel(2), (x,))
     assert fxshard.verify(program, x).ok
     name = {shifted: "own_ends", unmasked: "pick", swapped: "group_rows"}[broken]
-    monkeypatch.setattr(groups, name, broken)
+    monkeypatch.setattr(row_groups, name, broken)
     with contextlib.suppress(RuntimeError, IndexError):  # rows that a rank does not have
         assert not fxshard.verify(program, x).ok

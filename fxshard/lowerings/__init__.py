@@ -1,0 +1,1 @@
+"""What a rank runs where an operator cannot run on its part alone."""

@@ -1,0 +1,1 @@
+"""The graph in the form that one rule an operator can describe."""

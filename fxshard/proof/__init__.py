@@ -1,0 +1,1 @@
+"""Is the program the model? Simulation, comparison, proofs of rules, counting."""

@@ -1,0 +1,1 @@
+"""Who lives, where, and what the ranks agree on."""

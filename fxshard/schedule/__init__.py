@@ -1,0 +1,1 @@
+"""What begins when, and what goes together."""
