@@ -106,6 +106,7 @@ class ParallelModule(StandIn):
         self._latest: Compiled | None = None
         self._kinds: Kinds = {}
         self._ranks: dict[int, RankModule] = {}
+        self._then: dict[str, torch.Tensor] = {}
         self._seen: dict[int, dict[str, Hashable]] = {}
         self._sources: dict[tuple[int, int], str] = {}
         self._functions: dict[int, Any] = {}
@@ -148,8 +149,9 @@ class ParallelModule(StandIn):
         for held in self._captures.all:
             made._captures.add(held)
         made.plan, made._latest, made._placements = self.plan, self._latest, dict(self._placements)
-        made._kinds = self._kinds
+        made._kinds, made._then = self._kinds, self._then
         made._ranks = {rank: copy.deepcopy(module, memo) for rank, module in self._ranks.items()}
+        made._seen = {rank: made._states(rank) for rank in made._ranks}
         made._device = self._device
         made._show(made.rank_module(made.rank))
         for (_, own), (_, mine) in zip(made.named_modules(), self.named_modules(), strict=True):
@@ -258,9 +260,8 @@ class ParallelModule(StandIn):
         """After the first capture: the plan is explicit, and this rank's weights exist."""
         self.plan = compiled.resolved.plan
         if not (dist.is_available() and dist.is_initialized()) and "RANK" not in os.environ:
-            for rank in range(self.mesh.world_size):  # all ranks hold the weights of this moment
-                self.rank_module(rank)
-            self.check_alike()
+            kept = {id(t): t.detach().clone().requires_grad_(t.requires_grad) for _, t in self._tensors()}
+            self._then = {name: kept[id(tensor)] for name, tensor in self._tensors()}
         elif dist.is_initialized() and self.mesh.world_size > 1:
             self._checksums = {name: checksum(tensor) for name, tensor in self._tensors()}
         self._show(self.rank_module(self.rank))
@@ -322,30 +323,44 @@ class ParallelModule(StandIn):
         """
         self.mesh.coordinate(rank)
         if rank not in self._ranks:
-            if not self._original.has_values:
-                raise FxshardError(
-                    f"the weights of rank {rank} cannot be made here: the model is gone",
-                    fix="keep a reference to the model for as long as you simulate other ranks within a real one",
-                )
-            compiled = self.compiled
-            module = RankModule(rank, self.mesh)
-            made: dict[int, Any] = {}
-            persistent = compiled.captured.non_persistent
-            for name, tensor in self._tensors():
-                if id(tensor) not in made:
-                    part = local_part(tensor, self._placements[name], self.mesh, rank).to(self._device)
-                    if isinstance(tensor, nn.Parameter):
-                        part = nn.Parameter(part, tensor.requires_grad)
-                        note_parted(tensor, name)
-                    made[id(tensor)] = part
-                    if self.mesh.world_size > 1:
-                        layout = Layout(tuple(tensor.shape), self._placements[name], self.mesh, rank)
-                        mark_part(made[id(tensor)], layout)
-                place(module, name, made[id(tensor)], name not in persistent)
-            module.train(self.training)
-            self._ranks[rank] = module
-            watch_optimizers()
+            with outside_inference_mode():
+                self._make_rank(rank)
         return self._ranks[rank]
+
+    def _make_rank(self, rank: int) -> None:
+        if not self._original.has_values:
+            raise FxshardError(
+                f"the weights of rank {rank} cannot be made here: the model is gone",
+                fix="keep a reference to the model for as long as you simulate other ranks within a real one",
+            )
+        compiled = self.compiled
+        module = RankModule(rank, self.mesh)
+        made: dict[int, Any] = {}
+        persistent = compiled.captured.non_persistent
+        for name, tensor in self._tensors():
+            if id(tensor) not in made:
+                whole = self._then.get(name, tensor)
+                part = local_part(whole, self._placements[name], self.mesh, rank).to(self._device)
+                if isinstance(tensor, nn.Parameter):
+                    part = nn.Parameter(part, whole.requires_grad)
+                    note_parted(tensor, name)
+                made[id(tensor)] = part
+                if self.mesh.world_size > 1:
+                    layout = Layout(tuple(tensor.shape), self._placements[name], self.mesh, rank)
+                    mark_part(made[id(tensor)], layout)
+            place(module, name, made[id(tensor)], name not in persistent)
+        module.train(self.training)
+        self._ranks[rank] = module
+        if not is_spread():
+            self._seen[rank] = self._states(rank)
+        if len(self._ranks) == self.mesh.world_size:
+            self._then = {}
+        watch_optimizers()
+
+    def modules_here(self) -> list[RankModule]:
+        """The modules of the ranks that are this process's: its own, or in simulation all of them."""
+        is_one = is_spread() or "RANK" in os.environ
+        return [self.rank_module(rank) for rank in ((self.rank,) if is_one else range(self.mesh.world_size))]
 
     @cached_property
     def _device(self) -> torch.device:
@@ -432,16 +447,11 @@ class ParallelModule(StandIn):
 
         In simulation ``parameters()`` are those of one rank, and an optimizer over them trains no other.
         """
-        if len(self._ranks) < 2:
+        if self.mesh.world_size == 1:
             return
-        now = {
-            rank: {n: state_of(p) for n, p in (*m.named_parameters(), *m.named_buffers())}
-            for rank, m in self._ranks.items()
-        }
+        now = {rank: self._states(rank) for rank in range(self.mesh.world_size)}
         before, self._seen = self._seen, now
-        if before.keys() != now.keys():
-            return
-        changed = {rank: {n for n, a in now[rank].items() if a != before[rank].get(n, a)} for rank in now}
+        changed = {rank: {n for n, a in now[rank].items() if a != before.get(rank, {}).get(n, a)} for rank in now}
         others = set.union(*(names for rank, names in changed.items() if rank != self.rank))
         for name in sorted(changed[self.rank] - others):
             parts = [find(module, name) for module in self._ranks.values()]
@@ -453,6 +463,10 @@ class ParallelModule(StandIn):
                     fix="program.parameters() and buffers() are this rank's: in simulation do the same to those of "
                     "program.rank_module(r) for every rank r, and make an optimizer for each",
                 )
+
+    def _states(self, rank: int) -> dict[str, Hashable]:
+        module = self.rank_module(rank)
+        return {n: state_of(p) for n, p in (*module.named_parameters(), *module.named_buffers())}
 
     def finish(self, compiled: Compiled, leaves: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         """What a call returns, after what the model does beside: to its attributes, to what it is given."""

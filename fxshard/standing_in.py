@@ -41,6 +41,10 @@ class StandIn(nn.Module):
         super().__init__()
         self.__dict__["_shown"] = None  # the model's modules over this rank's weights, once it was captured
 
+    def modules_here(self) -> list[Any]:
+        """The modules of the ranks that are this process's."""
+        raise NotImplementedError
+
     def _take_signature(self, model: nn.Module) -> None:
         """Gives ``forward`` the signature of the model's, which trainers look at."""
         cls = type(self)
@@ -138,7 +142,7 @@ class StandIn(nn.Module):
                 "the program has no weights before the model was captured",
                 "say so of the model, pass example inputs to parallelize, or call the program once",
             )
-        for module in self._ranks.values():
+        for module in self.modules_here():
             module.requires_grad_(requires_grad)
         return self
 
@@ -154,7 +158,7 @@ class StandIn(nn.Module):
 
     def share_memory(self) -> Self:
         """As ``nn.Module.share_memory``, for all ranks that this process holds."""
-        for module in self._ranks.values():
+        for module in self.modules_here() if self._shown is not None else ():
             share_memory(module)
         return self
 

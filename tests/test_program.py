@@ -14,6 +14,7 @@ from torch import nn
 
 import fxshard
 from fxshard import Plan, Shard, data_parallel, sequence_parallel, tensor_parallel
+from fxshard.errors import InputError
 from fxshard.passes.pipeline import STAGES
 from tests.helpers import assert_equivalent, run_original
 
@@ -315,3 +316,41 @@ def test_each_capture_has_constants_of_its_own() -> None:
     program = fxshard.parallelize(model, fxshard.data_parallel(1))
     for size in (3, 5, 3, 4, 5):
         assert torch.equal(program(torch.ones(size, 2)), model(torch.ones(size, 2)))
+
+
+def test_ranks_are_made_when_they_are_asked_for_with_the_weights_of_the_first_capture() -> None:
+    """A mesh of many ranks costs what one of few does; what the model becomes later, no rank sees."""
+    model = net().eval()
+    before = copy.deepcopy(model)
+    program = fxshard.parallelize(model, data_parallel(512) | tensor_parallel(8), (X.repeat(128, 1, 1),))
+    assert program.mesh.world_size == 4096
+    assert list(program._ranks) == [0]
+
+    small = fxshard.parallelize(model, data_parallel(2) | tensor_parallel(2), (X,))
+    with torch.no_grad():
+        for tensor in (*model.parameters(), *model.buffers()):
+            tensor.zero_()
+    model.up.weight.requires_grad_(False)
+    assert list(small._ranks) == [0]
+    run = fxshard.simulate(small, X)
+    assert torch.equal(run.outputs[3]["y"], run.outputs[0]["y"])
+    torch.testing.assert_close(run.outputs[0]["y"], before(X)["y"])
+    assert all(small.rank_module(rank).get_parameter("up.weight").requires_grad for rank in range(4))
+
+
+@pytest.mark.parametrize("simulated_before", [False, True])
+def test_what_is_done_to_one_ranks_weights_is_noticed(simulated_before: bool) -> None:
+    model = nn.Sequential(nn.Linear(8, 8, bias=False)).double()
+    program = fxshard.parallelize(model, tensor_parallel(2), (X,))
+    if simulated_before:
+        fxshard.simulate(program, X)
+    with torch.no_grad():
+        program.get_parameter("0.weight").mul_(2)
+    with pytest.raises(InputError, match=r"the ranks differ: 0\.weight"):
+        fxshard.simulate(program, X)
+
+
+def test_freezing_a_program_freezes_ranks_that_are_not_made_yet() -> None:
+    program = fxshard.parallelize(net().eval(), tensor_parallel(2), (X,))
+    program.requires_grad_(False)
+    assert not any(p.requires_grad for rank in range(2) for p in program.rank_module(rank).parameters())
