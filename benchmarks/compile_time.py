@@ -18,7 +18,17 @@ from tabulate import tabulate
 
 import fxshard
 
-STAGES = ("normalize", "resolve", "annotate", "propagate", "insert_collectives", "check", "localize", "optimize")
+STAGES = (
+    "normalize",
+    "resolve",
+    "annotate",
+    "propagate",
+    "insert_collectives",
+    "check",
+    "localize",
+    "optimize",
+    "schedule",
+)
 LAYERS = (2, 8, 32, 80)
 
 

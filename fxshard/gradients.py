@@ -54,9 +54,10 @@ def _of_other_ranks(given: list[torch.Tensor]) -> list[torch.Tensor]:
 
 
 def _parameters_here(program: ParallelModule) -> Iterator[tuple[str, nn.Parameter]]:
-    """The parameters of each rank that this process holds."""
+    """The parameters of each rank that this process holds, as far as there are any."""
     for rank in _ranks_here(program):
-        yield from program.rank_module(rank).named_parameters()
+        if rank in program.ranks_made:
+            yield from program.rank_module(rank).named_parameters()
 
 
 @torch.no_grad()

@@ -7,7 +7,7 @@ import inspect
 import logging
 import os
 import threading
-from collections.abc import Callable, Hashable, Iterable, Mapping
+from collections.abc import Callable, Collection, Hashable, Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from functools import cached_property, partial
@@ -327,6 +327,11 @@ class ParallelModule(StandIn):
                 self._make_rank(rank)
         return self._ranks[rank]
 
+    @property
+    def ranks_made(self) -> Collection[int]:
+        """The ranks whose modules were asked for."""
+        return self._ranks.keys()
+
     def _make_rank(self, rank: int) -> None:
         if not self._original.has_values:
             raise FxshardError(
@@ -374,13 +379,13 @@ class ParallelModule(StandIn):
         """The Python source that rank ``rank`` runs."""
         where = ", ".join(f"{n}={i}" for n, i in zip(self.mesh.names, self.mesh.coordinate(rank), strict=True))
         title = f"{type(self._original.get()).__name__}, rank {rank} of {self.mesh.world_size} ({where})."
-        return emit(self.compiled.written_for(rank), self.mesh.seen_by(rank), title, self.compiled.is_uneven)
+        return emit(self.compiled.graph_for(rank, "schedule"), self.mesh.seen_by(rank), title, self.compiled.is_uneven)
 
     def source(self, compiled: Compiled, rank: int) -> str:
         """The Python source that a rank runs, titled for all that run the same."""
         key = id(compiled), rank if compiled.is_uneven else 0
         if key not in self._sources:
-            graph, title = compiled.written_for(rank), type(self._original.get()).__name__
+            graph, title = compiled.graph_for(rank, "schedule"), type(self._original.get()).__name__
             self._sources[key] = emit(graph, self.mesh.seen_by(rank), title, compiled.is_uneven)
         return self._sources[key]
 
@@ -393,7 +398,7 @@ class ParallelModule(StandIn):
     def place_constants(self, compiled: Compiled, rank: int) -> None:
         """Puts the tensors and subgraphs that export lifted out of the code into a rank's module."""
         module = self.rank_module(rank)
-        for name in compiled.attributes:
+        for name in compiled.attributes_of(rank):
             if find(module, name) is None:
                 value = find(compiled.root, name)
                 local = value.detach().to(self._device) if isinstance(value, torch.Tensor) else value
@@ -685,8 +690,8 @@ class ParallelModule(StandIn):
             self._functions.clear()
             self._entries.clear()
             for compiled in [held.compiled for held in self._captures.all]:
-                for module in self._ranks.values():
-                    for name in compiled.attributes:
+                for rank, module in self._ranks.items():
+                    for name in compiled.attributes_of(rank):
                         if isinstance(found := find(module, name), torch.Tensor) and found.is_meta:
                             place(module, name, find(compiled.root, name).detach().to(self._device), persistent=False)
 

@@ -223,3 +223,14 @@ def test_what_cannot_be_measured_is_refused() -> None:
         parameter.grad = torch.zeros_like(parameter)
     with pytest.raises(GradientError, match="on the meta device"):
         fxshard.grad_norm(meta)
+
+
+def test_programs_without_weights_are_no_part_of_it() -> None:
+    """One that was never called, and one of 4,096 ranks of which one was made: torch's clipping looks at neither."""
+    waiting = fxshard.parallelize(Small(), tensor_parallel(2))
+    large = fxshard.parallelize(Small(), fxshard.data_parallel(512) | tensor_parallel(8), (X.repeat(512, 1),))
+    model = Small()
+    model(X).sum().backward()
+    want = torch.stack([p.grad.norm() for p in model.parameters() if p.grad is not None]).norm()
+    torch.testing.assert_close(clip_grad_norm_(model.parameters(), 1.0), want)
+    assert (list(waiting.ranks_made), list(large.ranks_made)) == ([], [0])

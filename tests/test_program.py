@@ -324,14 +324,14 @@ def test_ranks_are_made_when_they_are_asked_for_with_the_weights_of_the_first_ca
     before = copy.deepcopy(model)
     program = fxshard.parallelize(model, data_parallel(512) | tensor_parallel(8), (X.repeat(128, 1, 1),))
     assert program.mesh.world_size == 4096
-    assert list(program._ranks) == [0]
+    assert list(program.ranks_made) == [0]
 
     small = fxshard.parallelize(model, data_parallel(2) | tensor_parallel(2), (X,))
     with torch.no_grad():
         for tensor in (*model.parameters(), *model.buffers()):
             tensor.zero_()
     model.up.weight.requires_grad_(False)
-    assert list(small._ranks) == [0]
+    assert list(small.ranks_made) == [0]
     run = fxshard.simulate(small, X)
     assert torch.equal(run.outputs[3]["y"], run.outputs[0]["y"])
     torch.testing.assert_close(run.outputs[0]["y"], before(X)["y"])

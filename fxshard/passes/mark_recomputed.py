@@ -1,4 +1,4 @@
-"""recompute: says which calls are computed anew in the backward pass, instead of keeping what they computed.
+"""mark_recomputed: says which calls are computed anew in the backward pass, instead of keeping what they computed.
 
 In: a normal graph, whose nodes may carry the marks of ``checkpoints.py``; the modules that the user asked for.
 Out: the same graph. A node of a checkpointed call has one more entry on its stack of modules, where the call was made:
@@ -33,14 +33,14 @@ from fxshard.ir.info import copy_graph
 from fxshard.ir.origins import CHECKPOINT, clean_path
 from fxshard.rules.recipe import written
 
-__all__ = ["recompute"]
+__all__ = ["mark_recomputed"]
 
 _aten = torch.ops.aten
 
 Stack = Mapping[str, tuple[str, Any]]
 
 
-def recompute(graph: fx.Graph, asked: Sequence[str], modules: Iterable[str]) -> tuple[fx.Graph, tuple[str, ...]]:
+def mark_recomputed(graph: fx.Graph, asked: Sequence[str], modules: Iterable[str]) -> tuple[fx.Graph, tuple[str, ...]]:
     """Marks the calls that are computed anew.
 
     Args:

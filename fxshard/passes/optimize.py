@@ -9,6 +9,8 @@ In: a local graph.   Out: an equal one.
 - the conversions of parameters become those of ``weights.py``.
 - conversions and other pure nodes that nobody reads are gone.
 - sums over the ranks are made in place where nothing else reads the summands: ``reduce_in_place.py``.
+- what depends on no input and no weight is computed here (``fold.py``), and the ways of a branch stand together
+  (``enclose.py``).
 
     %h = linear(%x, %w)             %y = linear(%x, %w, %b)
     %y = add(%h, %b)           ->
@@ -20,16 +22,30 @@ import torch
 from torch import fx
 
 from fxshard.ir.info import copy_graph, info_of, set_info
+from fxshard.passes.enclose import enclose
+from fxshard.passes.fold import fold
 from fxshard.rules.effects import is_dead
 from fxshard.runtime.collectives import vary
+from fxshard.schedule.overlap import bring_together
 from fxshard.schedule.reduce_in_place import reduce_in_place, reduces_in_place
 from fxshard.schedule.stored_weights import convert_weights, converts_weights
 
 aten = torch.ops.aten
 
 
-def optimize(graph: fx.Graph) -> fx.Graph:
-    """Applies the rewrites of the module's text to a copy; a graph with nothing to do comes back as it is."""
+def optimize(graph: fx.Graph, root: torch.nn.Module, pieces: int = 0) -> fx.Graph:
+    """Applies the rewrites of the module's text; a graph with nothing to do comes back as it is.
+
+    Args:
+        graph: a rank's program.
+        root: gets the constants that are computed here.
+        pieces: in how many pieces products will be computed beside their collective: those are brought together.
+    """
+    graph = fold(_rewritten(graph), root)
+    return enclose(bring_together(graph) if pieces else graph)
+
+
+def _rewritten(graph: fx.Graph) -> fx.Graph:
     todo = (n.meta.get("split_bias") or is_dead(n) or _varied_cast(n) or reduces_in_place(n) for n in graph.nodes)
     idle = not any(todo)
     if idle and not converts_weights(graph):

@@ -26,11 +26,10 @@ from fxshard.normal.functionalize import nested_graphs
 from fxshard.normal.normalize import normalize, sparse_tables
 from fxshard.passes.annotate import annotate
 from fxshard.passes.check import check
-from fxshard.passes.enclose import enclose, has_branches
-from fxshard.passes.fold import fold
+from fxshard.passes.enclose import has_branches
 from fxshard.passes.insert_collectives import insert_collectives
 from fxshard.passes.localize import localize
-from fxshard.passes.mark_recomputed import recompute
+from fxshard.passes.mark_recomputed import mark_recomputed
 from fxshard.passes.optimize import optimize
 from fxshard.passes.propagate import propagate
 from fxshard.placement import Placements, cut_of, is_uneven
@@ -43,12 +42,14 @@ from fxshard.rules.recipe import shape_of
 from fxshard.runtime.collectives import gather_weight, vary_weight
 from fxshard.runtime.module import find
 from fxshard.runtime.packs import PACK_BYTES
-from fxshard.schedule.latency_hiding import hide_latency
-from fxshard.schedule.overlap import bring_together, edges, length_of, overlap
+from fxshard.schedule.overlap import edges, length_of
+from fxshard.schedule.schedule import schedule
 from fxshard.schedule.stored_weights import Packed, packs_of
 from fxshard.training.buckets import BUCKET_BYTES
 
-STAGES = ("capture", "normalize", "annotate", "propagate", "insert_collectives", "localize", "optimize")
+STAGES = ("capture", "normalize", "annotate", "propagate", "insert_collectives", "localize", "optimize", "schedule")
+LOCAL = STAGES[-3:]
+"""The stages of one rank's graph."""
 
 
 @dataclass(frozen=True)
@@ -108,21 +109,16 @@ class Compiled:
         """Whether ranks hold parts of different sizes: then their programs differ in the sizes that they name."""
         return has_uneven_parts(self.stages["insert_collectives"])
 
-    def graph_for(self, rank: int) -> fx.Graph:
-        """The program that ``rank`` runs."""
-        if rank == 0 or not self.is_uneven:
-            return self.graph
+    def graph_for(self, rank: int, stage: str = "optimize") -> fx.Graph:
+        """The program of ``rank`` after a stage; what it runs is that after ``schedule``."""
+        if rank == 0 or not self.is_uneven or stage not in LOCAL:
+            return self.stages[stage]
         if rank not in self._graphs:
+            run = Runner()
             with _collector_paused():
-                local = localize(self.stages["insert_collectives"], self.mesh, rank, self.options.independent)
-                self._graphs[rank] = enclose(optimize(local))
-        return self._graphs[rank]
-
-    def written_for(self, rank: int) -> fx.Graph:
-        """The program of ``rank`` as its code is written: with what runs beside collectives."""
-        if self.is_uneven:  # one rank may have nothing to compute where another has
-            return self.graph_for(rank)
-        return hide_latency(overlap(self.graph, self.options.overlap) if self.edges else self.graph)
+                lower(run, self.stages["insert_collectives"], self.root, self.mesh, rank, self.options, is_even=False)
+            self._graphs[rank] = run.stages
+        return self._graphs[rank][stage]
 
     @cached_property
     def edges(self) -> Mapping[fx.Node, int]:
@@ -140,7 +136,7 @@ class Compiled:
         return has_branches(self.graph)
 
     @cached_property
-    def _graphs(self) -> dict[int, fx.Graph]:
+    def _graphs(self) -> dict[int, Mapping[str, fx.Graph]]:
         return {}
 
     def output_placements(self, index: int) -> Placements:
@@ -150,8 +146,12 @@ class Compiled:
 
     @cached_property
     def attributes(self) -> tuple[str, ...]:
-        """The names of the weights and constants that the program reads."""
-        return tuple(str(n.target) for n in self.graph.find_nodes(op="get_attr"))
+        """The names of the weights and constants that the first rank reads."""
+        return self.attributes_of(0)
+
+    def attributes_of(self, rank: int) -> tuple[str, ...]:
+        """The names of the weights and constants that a rank reads."""
+        return tuple(str(n.target) for n in self.graph_for(rank).find_nodes(op="get_attr"))
 
     @cached_property
     def multiples(self) -> dict[Any, int]:
@@ -300,40 +300,72 @@ def _collector_paused() -> Iterator[None]:
             gc.enable()
 
 
+class Runner:
+    """Runs the stages one after the other, and keeps the graph after each, and how long it took.
+
+    Attributes:
+        stages: the graph after every stage.
+        times_s: seconds that every stage took.
+    """
+
+    def __init__(self) -> None:
+        self.stages: dict[str, fx.Graph] = {}
+        self.times_s: dict[str, float] = {}
+
+    def __call__(self, stage: Callable[..., Any], *args: Any) -> Any:
+        """Runs a stage, which goes by the name of its function."""
+        start, name = time.perf_counter(), stage.__name__
+        out = stage(*args)
+        self.times_s[name] = time.perf_counter() - start
+        if isinstance(out, fx.Graph):
+            self.stages[name] = out
+        return out
+
+
 def _compile(
     captured: Captured, plan: Plan, model: torch.nn.Module, capture_s: float, options: Options, settled: bool
 ) -> Compiled:
     mesh: Mesh = plan.mesh
-    stages: dict[str, fx.Graph] = {"capture": captured.root.graph}
-    times: dict[str, float] = {"capture": capture_s}
-
-    def stage(name: str, run: Callable[..., Any], *args: Any) -> Any:
-        start = time.perf_counter()
-        out = run(*args)
-        times[name] = time.perf_counter() - start
-        if isinstance(out, fx.Graph):
-            stages[name] = out
-        return out
-
-    root: Root = stage("normalize", normalize, captured.root, captured.autocast)
-    graph = stages["normalize"] = root.graph
-    graph, notes = stage("recompute", recompute, graph, options.checkpoint, dict(model.named_modules()))
+    run = Runner()
+    run.stages["capture"], run.times_s["capture"] = captured.root.graph, capture_s
+    root: Root = run(normalize, captured.root, captured.autocast)  # no wrappers, writes, casts: what one rule can say
+    graph = run.stages["normalize"] = root.graph
+    graph, notes = run(mark_recomputed, graph, options.checkpoint, dict(model.named_modules()))
     mark_parameters(graph, root)
-    resolved = stage("resolve", resolve, plan, graph, names_of(graph, captured, model), settled)
-    tables = sparse_tables(captured.root.graph)
-    sparse = [f"{name}: the gradient of its table is sparse on one device, and dense here" for name in tables]
-    resolved = replace(resolved, notes=(*resolved.notes, *notes, *sparse))
-    graph = stage("annotate", annotate, graph, resolved, mesh)
-    graph = stage("propagate", propagate, graph, mesh, [mesh.index(name) for name in resolved.plan.ring])
-    graph = stage("insert_collectives", insert_collectives, graph, mesh)
-    stage("check", check, graph, mesh)
-    graph = stage("localize", localize, graph, mesh, 0, options.independent)
-    together = options.overlap and not has_uneven_parts(stages["insert_collectives"])
-    tidied = bring_together if together else _as_it_is
-    stage("optimize", lambda local: enclose(tidied(fold(optimize(local), root))), graph)
-    compiled = Compiled(captured, resolved, mesh, root, stages, times, options)
-    stage("check_schedules", check_schedules, compiled)
+    resolved = run(resolve, plan, graph, names_of(graph, captured, model), settled)  # globs -> names and placements
+    resolved = replace(resolved, notes=(*resolved.notes, *notes, *_sparse(captured)))
+    graph = run(annotate, graph, resolved, mesh)
+    graph = run(propagate, graph, mesh, [mesh.index(name) for name in resolved.plan.ring])  # every value's placement
+    graph = run(insert_collectives, graph, mesh)  # what a value is -> what its reader needs
+    run(check, graph, mesh)  # derived again from the rules alone
+    lower(run, graph, root, mesh, 0, options, is_even=not has_uneven_parts(graph))
+    compiled = Compiled(captured, resolved, mesh, root, run.stages, run.times_s, options)
+    run(check_schedules, compiled)
     return compiled
+
+
+def lower(run: Runner, graph: fx.Graph, root: Root, mesh: Mesh, rank: int, options: Options, is_even: bool) -> fx.Graph:
+    """A rank's program: the same road for every rank.
+
+    Args:
+        run: runs the stages.
+        graph: the program of all ranks.
+        root: gets the constants that are computed at compile time.
+        mesh: the mesh.
+        rank: the rank.
+        options: how the program computes.
+        is_even: all ranks hold parts of one size; else one may have nothing to compute where another has.
+    """
+    pieces = options.overlap if is_even and not has_branches(graph) else 0
+    graph = run(localize, graph, mesh, rank, options.independent)  # the sizes and lowerings of this rank
+    graph = run(optimize, graph, root, pieces)
+    out: fx.Graph = run(schedule, graph, pieces, is_even)  # what begins when, and what goes together
+    return out
+
+
+def _sparse(captured: Captured) -> list[str]:
+    tables = sparse_tables(captured.root.graph)
+    return [f"{name}: the gradient of its table is sparse on one device, and dense here" for name in tables]
 
 
 def check_schedules(compiled: Compiled) -> None:
@@ -370,10 +402,6 @@ def schedule_of(graph: fx.Graph) -> list[str]:
 def has_uneven_parts(graph: fx.Graph) -> bool:
     """Whether ranks hold parts of different sizes of some value."""
     return any(is_uneven(placed) for node in graph.nodes if has_info(node) for placed in info_of(node).outputs)
-
-
-def _as_it_is(graph: fx.Graph) -> fx.Graph:
-    return graph
 
 
 def mark_parameters(graph: fx.Graph, root: torch.nn.Module) -> None:

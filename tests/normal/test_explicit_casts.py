@@ -153,7 +153,7 @@ def test_region_is_inlined_exactly(name: str) -> None:
     targets = [node.target for node in gm.graph.nodes]
     assert torch.ops.higher_order.wrap_with_autocast not in targets
     assert under_autocast not in targets
-    gm = gm.over(optimize(gm.graph))
+    gm = gm.over(optimize(gm.graph, gm))
     got = results(model, gm)
     assert_equal(got[0], want[0])
     assert_equal(got[1], want[1])
@@ -179,7 +179,7 @@ def test_capture_under_autocast_runs_without(name: str) -> None:
         captured = capture(model, (torch.randn(2, 4, 8, requires_grad=True),))
     assert captured.autocast == (("cpu", LOW),)
     gm = normalize(captured.root, captured.autocast)
-    gm = gm.over(optimize(gm.graph))
+    gm = gm.over(optimize(gm.graph, gm))
     got = results(model, gm)
     assert_equal(got[0], want[0])
     assert_equal(got[1], want[1])

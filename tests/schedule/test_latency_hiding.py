@@ -43,7 +43,7 @@ class Straight(Beside):
 def written(model: nn.Module, plan: Any = GATHERED, **options: Any) -> list[str]:
     program = fxshard.parallelize(model, plan, (X,), **options)
     assert fxshard.verify(program, X), "the program differs from the model"
-    return [_name(node) for node in program.compiled.written_for(0).nodes if node.op == "call_function"]
+    return [_name(node) for node in program.compiled.graph_for(0, "schedule").nodes if node.op == "call_function"]
 
 
 def _name(node: fx.Node) -> str:
@@ -99,7 +99,7 @@ def test_every_layer_alike() -> None:
 def test_the_graph_that_came_in_is_as_it_was() -> None:
     compiled = fxshard.parallelize(Beside(), GATHERED, (X,)).compiled
     before = str(compiled.graph)
-    compiled.written_for(0).lint()
+    compiled.graph_for(0, "schedule").lint()
     assert str(compiled.graph) == before
     assert not any(node.target in {*BEGIN.values(), wait} for node in compiled.graph.nodes)
 

@@ -53,7 +53,7 @@ class Beside(Pair):
 def calls(model: nn.Module, plan: Plan, **options: object) -> list[str]:
     program = fxshard.parallelize(model, plan, (X,), overlap=options.pop("overlap", 2), **options)  # type: ignore[arg-type]
     assert fxshard.verify(program, X), "the program differs from the model"
-    edges = program.compiled.written_for(0).nodes
+    edges = program.compiled.graph_for(0, "schedule").nodes
     return [
         n.target.__name__ for n in edges if getattr(n.target, "__module__", "") == "fxshard.runtime.collective_matmul"
     ]
@@ -109,7 +109,8 @@ def test_the_ranks_gather_in_one_order_where_parts_differ() -> None:
         program = fxshard.parallelize(nn.Sequential(ParallelBlock(), nn.Linear(8, 7)), plan, (x,), overlap=2)
         assert fxshard.verify(program, x)
         gathers = [
-            [str(n.target) for n in program.compiled.written_for(r).nodes if "gather" in n.name] for r in range(4)
+            [str(n.target) for n in program.compiled.graph_for(r, "schedule").nodes if "gather" in n.name]
+            for r in range(4)
         ]
         assert all(each == gathers[0] for each in gathers)
 
