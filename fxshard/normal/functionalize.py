@@ -269,6 +269,9 @@ class _Functionalizer:
         several, index = node.args
         if not isinstance(several, fx.Node) or not isinstance(index, int):
             return
+        if several.target is operator.getitem:
+            self._copy_of_inner_list(node, several)
+            return
         known = _name(several.target) in _SPLITS
         whole = several.args[0] if known else next((x for x in several.all_input_nodes if shares_memory(node, x)), None)
         if not isinstance(whole, fx.Node):
@@ -279,6 +282,17 @@ class _Functionalizer:
         # The parts are as old as the split: a write in between makes them out of date.
         ref.version = ref.cell.version if shown is self._read(whole) else -1
         self.refs[node] = ref
+
+    def _copy_of_inner_list(self, node: fx.Node, several: fx.Node) -> None:
+        """Remember the memory of a tensor in a list among the results: ``histogramdd`` gives back its operands."""
+        while several.target is operator.getitem:
+            several = several.args[0]  # type: ignore[assignment]
+        sharing = [x for x in several.all_input_nodes if shares_memory(node, x)]
+        same = next((x for x in sharing if _lies_as(node.meta["val"], x.meta["val"])), None)
+        if same is not None:
+            self.refs[node] = self.refs[same]
+        elif sharing:
+            raise self._error(several, "returns a view of an operand within a list of its results")
 
     def _step(self, ref: _Ref, view: _View, node: fx.Node) -> _Ref:
         return _Ref(ref.cell, (*ref.views, view), node, ref.cell.version)
@@ -539,6 +553,11 @@ class _Functionalizer:
             **where(node),
             fix="write that line with operators that return a new tensor",
         )
+
+
+def _lies_as(one: torch.Tensor, two: torch.Tensor) -> bool:
+    """Whether two tensors in one memory are the same part of it."""
+    return (one.shape, one.stride(), one.storage_offset()) == (two.shape, two.stride(), two.storage_offset())
 
 
 def _is_view(source: fx.Node, node: fx.Node) -> bool:
