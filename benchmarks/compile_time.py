@@ -19,16 +19,9 @@ from tabulate import tabulate
 import fxshard
 
 STAGES = (
-    "normalize",
-    "resolve",
-    "annotate",
-    "propagate",
-    "insert_collectives",
-    "check",
-    "localize",
-    "optimize",
-    "schedule",
-)
+    "normalize", "resolve", "annotate", "propagate", "insert_collectives", "check", "localize", "optimize", "schedule",
+    "check_local",
+)  # fmt: skip
 LAYERS = (2, 8, 32, 80)
 
 

@@ -26,6 +26,7 @@ from fxshard.normal.functionalize import nested_graphs
 from fxshard.normal.normalize import normalize, sparse_tables
 from fxshard.passes.annotate import annotate
 from fxshard.passes.check import check
+from fxshard.passes.check_local import check_local
 from fxshard.passes.enclose import has_branches
 from fxshard.passes.insert_collectives import insert_collectives
 from fxshard.passes.localize import localize
@@ -359,8 +360,9 @@ def lower(run: Runner, graph: fx.Graph, root: Root, mesh: Mesh, rank: int, optio
     pieces = options.overlap if is_even and not has_branches(graph) else 0
     graph = run(localize, graph, mesh, rank, options.independent)  # the sizes and lowerings of this rank
     graph = run(optimize, graph, root, pieces)
-    out: fx.Graph = run(schedule, graph, pieces, is_even)  # what begins when, and what goes together
-    return out
+    graph = run(schedule, graph, pieces, is_even)  # what begins when, and what goes together
+    run(check_local, graph, mesh.seen_by(rank))  # run without values: every shape is what its node claims
+    return graph
 
 
 def _sparse(captured: Captured) -> list[str]:
