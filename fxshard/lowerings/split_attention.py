@@ -19,7 +19,7 @@ from fxshard.ir.paths import how
 from fxshard.lowerings.memory_order import order_drawn
 from fxshard.lowerings.writer import Writer, call_like, give_lengths
 from fxshard.mesh import RankMesh
-from fxshard.placement import REPLICATE, Placement, is_shard, lengths_of
+from fxshard.placement import REPLICATE, Placement, cut_of, is_shard, lengths_of, shard
 from fxshard.rules.recipe import bind
 from fxshard.runtime import collectives as run
 from fxshard.runtime.ring import ring_attention
@@ -35,22 +35,25 @@ def dropout(new: fx.Graph, node: fx.Node, info: Info, mesh: RankMesh, axes: list
     value = values_of(node)[0]
     with new.inserting_before(node):
         shape = _global_shape(Writer(new, node, mesh), source, value)
-        mask = _mask_part(new, node, (source, shape, order_drawn(node), p), info, mesh, value.dim())
+        mask = _mask_part(new, node, (source, shape, order_drawn(node), p), value, info, mesh, value.dim())
     result = call_like(new, aten.mul.Tensor, (source, mask), node)
     new.erase_node(node)  # it would draw once more
     return result
 
 
-def _mask_part(new: fx.Graph, node: fx.Node, args: tuple[Any, ...], info: Info, mesh: RankMesh, dims: int) -> fx.Node:
-    """This rank's part of a whole dropout mask, along the first ``dims`` dims."""
+def _mask_part(
+    new: fx.Graph, node: fx.Node, args: tuple[Any, ...], value: torch.Tensor, info: Info, mesh: RankMesh, dims: int
+) -> fx.Node:
+    """This rank's part of a whole dropout mask, which is like ``value``, along the first ``dims`` dims."""
     mask = call_like(new, run.dropout_mask, args, node)
+    mask.meta["val"] = value
     set_info(mask, Info(((REPLICATE,) * mesh.ndim,)))
     now: list[Placement] = [REPLICATE] * mesh.ndim
     for axis, placement in enumerate(info.placements):
         if is_shard(placement) and placement.dim < dims:
             args = (mask, mesh.names[axis], placement.dim)
             now[axis] = placement
-            mask = call_like(new, run.chunk, args, node, **how(placement))
+            mask = call_like(new, run.chunk, args, mask, **how(placement))
             set_info(mask, Info((tuple(now),)))
             give_lengths(mask, mesh)
     return mask
@@ -98,7 +101,9 @@ def with_dropout(new: fx.Graph, node: fx.Node, info: Info, mesh: RankMesh, axes:
         shape = _global_shape(Writer(new, node, mesh), query, values_of(node)[0])
         shape[-1] = keys[-2] if isinstance(keys[-2], int) else write(aten.sym_size.int, key, -2)
         lead = values_of(node)[0].dim() - 1
-        mask = _mask_part(new, node, (query, shape, None, arguments["dropout_p"]), info, mesh, lead)
+        told = query, shape, None, arguments["dropout_p"]
+        drawn = values_of(query)[0].new_empty((*values_of(node)[0].shape[:-1], keys[-2]))
+        mask = _mask_part(new, node, told, drawn, info, mesh, lead)
         kept = write(aten.mul.Tensor, weights, mask)
     result = call_like(new, aten.matmul.default, (kept, value), node)
     new.erase_node(node)
@@ -113,10 +118,11 @@ def causal(new: fx.Graph, node: fx.Node, info: Info, mesh: RankMesh, axes: list[
     with new.inserting_before(node):
         write = Writer(new, node, mesh)
         start, count = write.range_of(axes[0], length, info.placements[axes[0]])
-        device = keys.device
-        rows = call_like(new, aten.arange.start, (start, _plus(new, start, count)), node, device=device)
-        columns = call_like(new, aten.arange.default, (keys.shape[QUERIES],), node, device=device)
-        mask = call_like(new, aten.le.Tensor, (columns, call_like(new, aten.unsqueeze.default, (rows, -1), node)), node)
+        cut = shard(0, *cut_of(info.placements[axes[0]]))
+        placed = tuple(cut if axis == axes[0] else REPLICATE for axis in range(mesh.ndim))
+        rows = write.positions(length, placed, start, _plus(new, start, count))
+        columns = write.positions(keys.shape[QUERIES], (REPLICATE,) * mesh.ndim, keys.shape[QUERIES])
+        mask = write(aten.le.Tensor, columns, write(aten.unsqueeze.default, rows, -1))
     arguments |= {"attn_mask": mask, "is_causal": False}
     return _with(node, arguments)
 

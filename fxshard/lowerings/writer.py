@@ -112,6 +112,15 @@ class Writer:
             return sum(lengths[:position]), lengths[position]
         return self.number(run.offset, self.mesh.names[axis], size), size // self.mesh.sizes[axis]
 
+    def positions(self, length: Any, placed: Placements, *bounds: Any) -> fx.Node:
+        """The positions ``0 .. length``, of which ``placed`` says what a rank has: from ``bounds`` to ``bounds``."""
+        value = values_of(self.node)[0]
+        function = aten.arange.start if len(bounds) > 1 else aten.arange.default
+        made = call_like(self.new, function, bounds, self.node, device=value.device)
+        made.meta["val"] = value.new_empty((length,), dtype=torch.int64)
+        set_info(made, Info((placed,)))
+        return made
+
     def held_elsewhere(self, local: fx.Node, axis: int, size: int, placement: Placement) -> fx.Node:
         """Which indices, counted within this rank's part, another rank holds.
 
@@ -158,6 +167,13 @@ def call_like(new: fx.Graph, function: Any, args: tuple[Any, ...], like: fx.Node
     """Writes a call that stands for ``like``: with its value, placements and source."""
     made = new.call_function(function, args, kwargs)
     made.meta = dict(like.meta)
+    return made
+
+
+def call_number(new: fx.Graph, function: Any, args: tuple[Any, ...], beside: fx.Node) -> fx.Node:
+    """Writes a call that gives a number, which every rank has, for a call beside it."""
+    made = new.call_function(function, args)
+    made.meta = {k: v for k, v in beside.meta.items() if k in ("nn_module_stack", "stack_trace")} | {"val": 0}
     return made
 
 

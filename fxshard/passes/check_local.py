@@ -9,6 +9,7 @@ In: a rank's graph, as it will run.   Out: nothing; ``SoundnessError`` where a n
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Hashable
 from typing import Any
 
@@ -24,6 +25,7 @@ from fxshard.rules.recipe import is_list
 from fxshard.runtime.collectives import Axis
 from fxshard.runtime.conditional import TAKEN
 from fxshard.runtime.lone_rank import alone_axes
+from fxshard.torch_internals import FakeTensor, FakeTensorMode
 
 META = torch.device("meta")
 REPORT = "this is a bug of fxshard, or of a rule registered for this operator: please report the model and the plan"
@@ -72,10 +74,14 @@ class _Run:
             return
         claimed = self._claimed(node)
         given = self._given(node) if node.op == "call_function" else claimed
+        if isinstance(given, Exception):
+            raise self._wrong(node, given, claimed)
         if given is UNKNOWN:
             given = claimed
         elif given is not claimed and claimed is not UNKNOWN and _types(given) != _types(claimed):
-            raise self._wrong(node, f"gives {_text(given)}, and claims {_text(claimed)}")
+            if _types(self._run(node, on_device=True)) != _types(claimed):
+                raise self._wrong(node, given, claimed)
+            given = claimed  # on its own device it gives other sizes than on meta, as embedding_bag does
         self.env[node] = given
 
     # What a call gives.
@@ -109,25 +115,32 @@ class _Run:
             return slice, self._key((value.start, value.stop, value.step))
         return type(value), value
 
-    def _run(self, node: fx.Node) -> Any:
+    def _run(self, node: fx.Node, on_device: bool = False) -> Any:
+        """The results on the meta device, or as the node's own device gives them; an error where there are none."""
         is_ours = getattr(node.target, "__module__", "").startswith("fxshard.")
+        device = _device_of(node) if on_device else META
+        mode = FakeTensorMode() if on_device else contextlib.nullcontext()
 
         def given(value: Any) -> Any:
             if isinstance(value, fx.Node):
-                return self.env[value]
+                return fx.node.map_aggregate(self.env[value], given)
+            if isinstance(value, torch.Tensor) and on_device:
+                return FakeTensor(mode, value, device)
             if isinstance(value, torch.device):
-                return META
+                return device
             return self.axes.get(value, value) if is_ours and isinstance(value, str) else value
 
         args, kwargs = fx.node.map_aggregate((node.args, node.kwargs), given)
         try:
-            return self._one_object(node.target(*args, **kwargs))  # type: ignore[operator]
+            with mode:
+                made = node.target(*args, **kwargs)  # type: ignore[operator]
+            return made if on_device else self._one_object(made)
         except NotImplementedError:
             return UNKNOWN
         except (RuntimeError, TypeError, IndexError, ValueError) as error:
             if _lacks_values(error):
                 return UNKNOWN
-            raise self._wrong(node, f"cannot run: {str(error).splitlines()[0]}") from error
+            return error if on_device else self._run(node, on_device=True)
 
     def _one_object(self, value: Any) -> Any:
         if isinstance(value, list | tuple):
@@ -170,8 +183,15 @@ class _Run:
         found: torch.Tensor = self.claims[key]
         return found
 
-    def _wrong(self, node: fx.Node, what: str) -> SoundnessError:
+    def _wrong(self, node: fx.Node, given: Any, claimed: Any) -> SoundnessError:
+        what = f"gives {_text(given)}, and claims {_text(claimed)}"
+        if isinstance(given, Exception):
+            what = f"cannot run: {str(given).splitlines()[0]}"
         return SoundnessError(f"%{node.name} of rank {self.rank} {what}", **where(node), fix=REPORT)
+
+
+def _device_of(node: fx.Node) -> torch.device:
+    return next((value.device for value in values_of(node) if isinstance(value, torch.Tensor)), META)
 
 
 def _hint(size: Any) -> int:

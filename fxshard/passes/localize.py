@@ -25,7 +25,7 @@ from fxshard.ir.info import Info, info_of, parts_along, set_info, values_of
 from fxshard.lowerings import split_attention, split_experts, split_losses, split_norms, split_reductions
 from fxshard.lowerings.memory_order import as_drawn, as_on_one_device
 from fxshard.lowerings.statistics import Lowered
-from fxshard.lowerings.writer import Writer, call_like, give_lengths
+from fxshard.lowerings.writer import Writer, call_like, call_number, give_lengths
 from fxshard.mesh import Mesh, RankMesh
 from fxshard.passes.propagate import METADATA
 from fxshard.placement import (
@@ -156,9 +156,9 @@ def _read_size(new: fx.Graph, node: fx.Node, size: torch.SymInt, parts: int, mes
         for dim, other in enumerate(values_of(operand)[0].shape):
             alike = isinstance(other, torch.SymInt) and other.node.expr == size.node.expr
             if alike and parts_along(info_of(operand), 0, dim, mesh) == parts:
-                return call_like(new, aten.sym_size.int, (operand, dim), node)
+                return call_number(new, aten.sym_size.int, (operand, dim), node)
     whole = _calculated(new, node, size.node.expr)
-    return whole if whole is None or parts == 1 else call_like(new, operator.floordiv, (whole, parts), node)
+    return whole if whole is None or parts == 1 else call_number(new, operator.floordiv, (whole, parts), node)
 
 
 def _read_rows(new: fx.Graph, node: fx.Node, dim: int, placements: Placements) -> fx.Node | None:
@@ -167,7 +167,7 @@ def _read_rows(new: fx.Graph, node: fx.Node, dim: int, placements: Placements) -
     for operand in operands_of(node):
         for placement in info_of(operand).placements:
             if is_grouped(placement) and cut_of(placement) == cut_of(mine):
-                return call_like(new, aten.sym_size.int, (operand, placement.dim), node)  # type: ignore[attr-defined]
+                return call_number(new, aten.sym_size.int, (operand, placement.dim), node)  # type: ignore[attr-defined]
     return None
 
 
@@ -179,7 +179,7 @@ def _calculated(new: fx.Graph, node: fx.Node, expr: sympy.Expr) -> Any:
         for given in new.find_nodes(op="placeholder"):
             for dim, size in enumerate(shape_of(given.meta.get("val"))):
                 if size == expr:
-                    return call_like(new, aten.sym_size.int, (given, dim), node)
+                    return call_number(new, aten.sym_size.int, (given, dim), node)
         return None
     terms, function = expr.args, _OF_SIZES.get(type(expr).__name__)
     if type(expr).__name__ == "ModularIndexing":
@@ -194,7 +194,7 @@ def _calculated(new: fx.Graph, node: fx.Node, expr: sympy.Expr) -> Any:
     found = [_calculated(new, node, term) for term in terms]
     if None in found:
         return None
-    return functools.reduce(lambda a, b: call_like(new, function, (a, b), node), found)
+    return functools.reduce(lambda a, b: call_number(new, function, (a, b), node), found)
 
 
 _OF_SIZES: dict[str, Callable[..., Any]] = {
@@ -221,7 +221,7 @@ def _global_size(new: fx.Graph, node: fx.Node, mesh: RankMesh) -> fx.Node:
     if node.target is aten.sym_numel.default:
         return Writer(new, node, mesh).count(source, dims)  # type: ignore[no-any-return]
     parts = parts_along(info, 0, dims[0], mesh)
-    return node if parts == 1 else call_like(new, operator.mul, (node, parts), node)
+    return node if parts == 1 else call_number(new, operator.mul, (node, parts), node)
 
 
 def _local_sizes(new: fx.Graph, node: fx.Node, info: Info, mesh: RankMesh) -> None:
@@ -245,7 +245,7 @@ def _local_sizes(new: fx.Graph, node: fx.Node, info: Info, mesh: RankMesh) -> No
             elif isinstance(size, int):
                 sizes.append(here[dim])
             elif isinstance(given, fx.Node):
-                sizes.append(given if parts == 1 else call_like(new, operator.floordiv, (given, parts), given))
+                sizes.append(given if parts == 1 else call_number(new, operator.floordiv, (given, parts), given))
             else:
                 sizes.append(-1)
         for dim, size in enumerate(value.shape):

@@ -1,0 +1,128 @@
+"""check_local: a rank's final graph is run without values, and whatever a pass behind ``check`` spoils is refused."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import fx, nn
+
+import fxshard
+from fxshard import Plan, Shard, sequence_parallel, tensor_parallel
+from fxshard.errors import SoundnessError
+from fxshard.ir.info import copy_graph, info_of, set_info
+from fxshard.passes import pipeline
+from fxshard.passes.check_local import check_local
+from fxshard.runtime import async_collectives
+from fxshard.runtime import collectives as run
+
+aten = torch.ops.aten
+X = torch.randn(4, 6, 8)
+
+
+class Heads(nn.Module):
+    """Column and row weights around a view that makes heads, a norm, and a branch of columns that is gathered late."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.up, self.down = nn.LayerNorm(8), nn.Linear(8, 16), nn.Linear(16, 8)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        h = self.up(self.norm(x))
+        heads = h.view(*h.shape[:-1], 4, 4)
+        return x + self.down(torch.relu(heads).flatten(-2))
+
+
+def whole_heads(graph: fx.Graph) -> None:
+    """The view keeps the sizes of the whole."""
+    node = next(n for n in graph.nodes if n.target in (aten.view.default, aten.reshape.default))
+    node.args = (node.args[0], [4, 6, 4, 4])
+
+
+def not_cut(graph: fx.Graph) -> None:
+    """A sum that each rank should hold a part of is whole."""
+    node = next(n for n in graph.nodes if n.target is run.reduce_scatter)
+    node.target, node.args = run.all_reduce, node.args[:2]
+
+
+def another_dim(graph: fx.Graph) -> None:
+    """A collective that begins early joins another dim."""
+    begins = (async_collectives.begin_all_gather, run.all_gather)
+    node = next(n for n in graph.nodes if n.target in begins)
+    node.kwargs = {**node.kwargs, "dim": 0}
+
+
+def another_dtype(graph: fx.Graph) -> None:
+    """A result is claimed to be of another precision."""
+    node = next(n for n in graph.nodes if n.target is aten.relu.default)
+    node.meta["val"] = node.meta["val"].double()
+
+
+def another_placement(graph: fx.Graph) -> None:
+    """A result is claimed to be cut along another dim."""
+    node = next(n for n in graph.nodes if n.target is aten.relu.default)
+    info = info_of(node)
+    set_info(node, type(info)(((Shard(0),),), differentiable=info.differentiable))
+
+
+SPOILED: dict[str, tuple[str, Plan, Callable[[fx.Graph], None]]] = {
+    "localize": ("localize", tensor_parallel(2), whole_heads),
+    "optimize, a sum that is not cut": ("optimize", sequence_parallel(2), not_cut),
+    "optimize, a dtype": ("optimize", tensor_parallel(2), another_dtype),
+    "optimize, a placement": ("optimize", tensor_parallel(2), another_placement),
+    "schedule": ("schedule", sequence_parallel(2), another_dim),
+}
+
+
+@pytest.mark.parametrize("case", SPOILED)
+def test_what_a_pass_spoils_is_refused(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    name, plan, spoil = SPOILED[case]
+    fxshard.parallelize(Heads(), plan, (X,))
+    passed = getattr(pipeline, name)
+
+    @functools.wraps(passed)
+    def spoiled(*args: Any, **kwargs: Any) -> fx.Graph:
+        graph = copy_graph(passed(*args, **kwargs))
+        spoil(graph)
+        return graph
+
+    monkeypatch.setattr(pipeline, name, spoiled)
+    with pytest.raises(SoundnessError, match=r"of rank 0 (gives|cannot run)") as caught:
+        fxshard.parallelize(Heads(), plan, (X,))
+    assert caught.value.op
+    assert "bug of fxshard" in str(caught.value.fix)
+
+
+def test_every_rank_is_looked_at_where_ranks_differ(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = []
+    monkeypatch.setattr(pipeline, "check_local", functools.wraps(check_local)(lambda graph, mesh: seen.append(mesh.at)))
+    model = nn.Sequential(nn.Linear(8, 5), nn.ReLU(), nn.Linear(5, 8))
+    program = fxshard.parallelize(model, Plan({"tp": 3}, params={"0.*": Shard(0), "2.weight": Shard(1)}), (X,))
+    for rank in range(3):
+        program.code(rank)
+    assert sorted(seen) == [(0,), (1,), (2,)]
+
+
+def test_calls_that_are_alike_run_once() -> None:
+    count = []
+
+    def calls(layers: int) -> int:
+        model = nn.Sequential(*(Heads() for _ in range(layers)))
+        program = fxshard.parallelize(model, tensor_parallel(2), (X,))
+        count.clear()
+        check_local(program.graph_after("schedule"), program.mesh.seen_by(0))
+        return len(count)
+
+    ran = torch.ops.aten.relu.default
+
+    class Counted(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            if func is ran:
+                count.append(func)
+            return func(*args, **(kwargs or {}))
+
+    with Counted():
+        assert calls(1) == calls(3) == 1
