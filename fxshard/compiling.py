@@ -13,25 +13,64 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 
 from fxshard.capture.binding import Binding
 from fxshard.capture.writes import LOST
+from fxshard.captures import Captures
 from fxshard.codegen.emit import emit
 from fxshard.codegen.lift import Lifted, lift
 from fxshard.errors import CaptureError
+from fxshard.mesh import Mesh
 from fxshard.passes.pipeline import Compiled
 from fxshard.ranks.faults import calling, compared
 from fxshard.runtime.autocast import ambient
+from fxshard.runtime.collectives import Axis, ProcessAxisGroup
 from fxshard.runtime.module import find, load_builder
 from fxshard.runtime.ring import ring_attention
 from fxshard.runtime.traced import TracedGroup, VaryTogether
 from fxshard.torch_internals import no_modes, pytree
+from fxshard.training.buckets import Synchronization
+from fxshard.weights.original_model import Original
 
-if TYPE_CHECKING:
-    from fxshard.program import ParallelModule
+
+class Program(Protocol):
+    """What this way needs of a program: see ``fxshard.program.ParallelModule``."""
+
+    mesh: Mesh
+    _captures: Captures
+    _entries: list[Entry]
+    _functions: dict[int, Any]
+    _original: Original
+    _synchronization: Synchronization
+
+    @property
+    def _device(self) -> torch.device: ...
+
+    @property
+    def axes(self) -> dict[str, Axis]:
+        """This process's axes."""
+
+    @property
+    def rank(self) -> int:
+        """This process's rank."""
+
+    def joint(self, names: tuple[str, ...]) -> ProcessAxisGroup:
+        """The ranks along several axes."""
+
+    def place_constants(self, compiled: Compiled, rank: int) -> None:
+        """Puts constants into a rank's module."""
+
+    def rank_module(self, rank: int) -> torch.nn.Module:
+        """A rank's weights."""
+
+    def run(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """A call, eagerly."""
+
+    def _compare_ranks(self, compiled: Compiled, leaves: list[Any] | None) -> None: ...
+
 
 NEW, HELD, LAZY = "new", "held", "lazy"
 DRAWS, UNEVEN, RING, EVERY_CALL, STARRED, EFFECTS = "draws", "uneven", "ring", "every_call", "starred", "effects"
@@ -69,7 +108,7 @@ class Entry:
         device: where the program computes.
     """
 
-    def __init__(self, program: ParallelModule, compiled: Compiled) -> None:
+    def __init__(self, program: Program, compiled: Compiled) -> None:
         captured = compiled.captured
         self.compiled = compiled
         self.serves, self.autocast = True, captured.autocast
@@ -83,7 +122,7 @@ class Entry:
         if not self.obstacle:
             self._load(program)
 
-    def _load(self, program: ParallelModule) -> None:
+    def _load(self, program: Program) -> None:
         """The generated code, over this rank's weights and axes that can be traced."""
         rank, compiled = program.rank, self.compiled
         title = f"{type(program._original.get()).__name__}, compiled"
@@ -179,7 +218,7 @@ def _holder(module: torch.nn.Module, name: str) -> tuple[dict[str, Any], str]:
 # --- what is called -------------------------------------------------------------------------------------------------
 
 
-def traced_call(program: ParallelModule, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+def traced_call(program: Program, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """A call of the program, while a tracer looks on."""
     why = NEW if program._captures.fixed else LAZY
     if program._synchronization.held:
@@ -200,7 +239,7 @@ def traced_call(program: ParallelModule, args: tuple[Any, ...], kwargs: dict[str
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
-def make_entries(program: ParallelModule) -> bool:
+def make_entries(program: Program) -> bool:
     """Makes what is missing; collective where it is. Dynamo does not trace this: it calls it, once a graph."""
     known = {id(entry.compiled) for entry in program._entries}
     model, captures = program._original.get(), program._captures
@@ -218,7 +257,7 @@ def make_entries(program: ParallelModule) -> bool:
     return True
 
 
-def _eagerly(program: ParallelModule, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+def _eagerly(program: Program, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     out = program.run(args, kwargs)
     if program._captures.fixed:
         make_entries(program)  # of what was captured just now; the next call is traced anew, and finds it

@@ -62,7 +62,7 @@ __all__ = ["capture", "number_constants", "signature_key"]
 
 _COPY = torch.ops.aten.copy_.default
 # Only these reach a reader of the graph; export's own provenance records would double its size.
-_KEPT_META = ("val", "nn_module_stack", "stack_trace", "torch_fn", "custom")
+_KEPT_META = ("val", "nn_module_stack", "stack_trace", "custom")
 
 
 def capture(

@@ -25,7 +25,7 @@ from fxshard.torch_internals import ENTER_VMAP, LAZY_LOAD, LEAVE_VMAP, MODE_MARK
 
 __all__ = ["unmap"]
 
-_SOURCE_META = ("nn_module_stack", "stack_trace", "torch_fn", "custom")
+_SOURCE_META = ("nn_module_stack", "stack_trace", "custom")
 
 
 def unmap(graph: fx.Graph) -> None:

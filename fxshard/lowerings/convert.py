@@ -12,7 +12,7 @@ from fxshard.ir.info import Info, info_of, set_info
 from fxshard.ir.paths import Step, how, inside
 from fxshard.lowerings.split_experts import rows_node
 from fxshard.mesh import Mesh
-from fxshard.placement import Placement, Shard, Varying, cut_of, describe, is_grouped, is_shard
+from fxshard.placement import Placement, Shard, Varying, cut_of, is_grouped, is_shard
 from fxshard.runtime import collectives as run
 
 
@@ -23,7 +23,6 @@ def emit(new: fx.Graph, node: fx.Node, step: Step, mesh: Mesh, reader: fx.Node) 
     known = info_of(node)
     info = Info((step.after,), differentiable=known.differentiable)
     within = inside(step.after, step.axis, mesh.sizes)
-    reason = {"reader": reader.name, "from": describe(step.source), "to": describe(after)}
 
     def make(function: Any, *args: Any, **kwargs: Any) -> fx.Node:
         name = f"{args[0].name}_{CONVERSIONS[function].result}"
@@ -31,7 +30,6 @@ def emit(new: fx.Graph, node: fx.Node, step: Step, mesh: Mesh, reader: fx.Node) 
         made.meta = {k: v for k, v in node.meta.items() if k not in ("fxshard", "split_bias")}
         if "nn_module_stack" not in made.meta:  # a weight's conversion belongs to the module that reads it
             made.meta |= {k: reader.meta[k] for k in ("nn_module_stack", "stack_trace") if k in reader.meta}
-        made.meta["fxshard_reason"] = reason
         made.meta["fxshard_reader"] = {k: reader.meta.get(k) for k in ("nn_module_stack", "stack_trace")}
         set_info(made, info)
         return made

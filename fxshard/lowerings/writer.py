@@ -155,7 +155,6 @@ class Writer:
         made = self(function, x, self.mesh.names[axis])
         value = x.meta["val"]
         made.meta["val"] = torch.cat([value] * self.mesh.sizes[axis]) if function is run.all_gather else value
-        made.meta["fxshard_reason"] = {"reader": self.node.name, "from": "Partial(sum)", "to": "Replicate"}
         made.meta["fxshard_reader"] = {k: self.node.meta.get(k) for k in ("nn_module_stack", "stack_trace")}
         equal = VARYING if function is run.vary else REPLICATE
         after = tuple(equal if a == axis else p for a, p in enumerate(info_of(x).placements))

@@ -47,7 +47,7 @@ __all__ = [
 ]
 
 _aten = torch.ops.aten
-_SOURCE_META = ("nn_module_stack", "stack_trace", "torch_fn", "custom")
+_SOURCE_META = ("nn_module_stack", "stack_trace", "custom")
 _IDENTITIES = frozenset(("alias", "detach", "to", "contiguous", "lift_fresh", "type_as"))
 _RESHAPES = frozenset(
     (

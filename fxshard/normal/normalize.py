@@ -59,7 +59,7 @@ __all__ = ["sparse_tables", "normalize"]
 
 _aten = torch.ops.aten
 _hop = torch.ops.higher_order
-_SOURCE_META = ("nn_module_stack", "stack_trace", "torch_fn", "custom")
+_SOURCE_META = ("nn_module_stack", "stack_trace", "custom")
 # They begin and end a region without gradient, or of autocast.
 # Only memory or the name of the region differ; the values and their order are those of the graph inside.
 _PLAIN_WRAPPERS = frozenset(

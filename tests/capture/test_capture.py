@@ -65,7 +65,7 @@ def test_graph_is_flat_and_keeps_the_names() -> None:
     assert module_of(linear) == "up"
     assert source_of(linear).startswith("test_capture.py:")
     assert source_of(linear).endswith("in forward")
-    assert {"val", "nn_module_stack", "stack_trace", "torch_fn"} <= set(linear.meta)
+    assert {"val", "nn_module_stack", "stack_trace"} <= set(linear.meta)
     assert module_of(next(iter(nodes))) == ""
 
 
