@@ -726,6 +726,10 @@ class ParallelModule(StandIn):
         """How a parameter or buffer lies on the mesh: a placement an axis."""
         return self._placements[name]
 
+    def output_placements(self, index: int) -> Placements:
+        """How the ``index``-th flat output of the last call lies on the mesh: a placement an axis."""
+        return self.compiled.output_placements(index)
+
     def gather_output(self, output: torch.Tensor, index: int) -> torch.Tensor:
         """The ``index``-th flat output of the last call, whole; collective where the plan left it split."""
         return gather_whole(output, self.compiled.output_placements(index), self.mesh, self.axes)

@@ -29,6 +29,14 @@ from fxshard.weights.mirror import (
 )
 from fxshard.weights.original_model import Original
 
+HIDDEN = {
+    "axes", "capture", "check_alike", "compile_call", "finish", "function", "joint", "modules_here", "place_constants",
+    "ranks_made", "run", "source",
+    "T_destination", "add_module", "bfloat16", "call_super_init", "double", "dump_patches", "extra_repr", "float",
+    "get_extra_state", "half", "ipu", "mtia", "set_extra_state", "set_submodule", "to_empty", "type", "xpu",
+}  # fmt: skip
+"""What stands on a program for its own parts, and what modules have and a program refuses."""
+
 
 class StandIn(nn.Module):
     """What a program has of ``nn.Module``."""
@@ -77,6 +85,12 @@ class StandIn(nn.Module):
                 fix="pass example inputs to parallelize, or call the program once",
             )
         return value
+
+    def __dir__(self) -> list[str]:
+        """What users call: of the program, and of its model; not what its own parts call, nor what is refused."""
+        model = self.__dict__["_shown"] or self._original.get()
+        names = {*object.__dir__(self)} - HIDDEN | {*dir(model)} - {*dir(nn.Module)}
+        return sorted(name for name in names if name.isidentifier() and not name.startswith(("_", "register_")))
 
     def __setattr__(self, name: str, value: Any) -> None:
         """Modes and the model's plain attributes mean another capture; weights and modules cannot be replaced."""

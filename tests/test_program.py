@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import fxshard
-from fxshard import Plan, Shard, data_parallel, sequence_parallel, tensor_parallel
+from fxshard import Plan, Replicate, Shard, data_parallel, sequence_parallel, tensor_parallel
 from fxshard.errors import InputError
 from fxshard.passes.pipeline import STAGES
 from tests.helpers import assert_equivalent, run_original
@@ -336,6 +336,20 @@ def test_ranks_are_made_when_they_are_asked_for_with_the_weights_of_the_first_ca
     assert torch.equal(run.outputs[3]["y"], run.outputs[0]["y"])
     torch.testing.assert_close(run.outputs[0]["y"], before(X)["y"])
     assert all(small.rank_module(rank).get_parameter("up.weight").requires_grad for rank in range(4))
+
+
+def test_tab_completion_shows_what_users_call() -> None:
+    program = fxshard.parallelize(net(), tensor_parallel(2), (X,))
+    shown = set(dir(program))
+    assert {"code", "explain", "plan", "mesh", "rank_module", "full_state_dict", "parameters", "train"} <= shown
+    assert {"up", "norm", "calls"} <= shown, "what the model has"
+    assert not shown & {"compile_call", "place_constants", "register_forward_hook", "half", "T_destination"}
+    assert not any(name.startswith("_") for name in shown)
+    for name in shown:
+        getattr(program, name)
+    assert "up" in dir(fxshard.parallelize(net(), tensor_parallel(2))), "before the capture, too"
+    columns = fxshard.parallelize(nn.Linear(8, 8).double(), {"weight": Shard(0)}, (X,), mesh={"tp": 2})
+    assert columns.output_placements(0) == (Replicate(),), "outputs are whole unless the plan says otherwise"
 
 
 @pytest.mark.parametrize("simulated_before", [False, True])
