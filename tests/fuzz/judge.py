@@ -321,6 +321,8 @@ class _Rounded(TorchDispatchMode):
 def _rounding(trial: Trial, place: int, got: Outcome, want: Outcome, found: list[tuple[str, str]]) -> bool:
     """Whether one device differs as much by the rounding of its own operators (a norm of equal numbers is none but
     rounding, however its inputs are moved)."""
+    if "torch.cond(" in trial.program.source():  # under a mode of ours it fails, and fails from then on
+        return False
     try:
         with _Rounded():
             rounded = trial.original()[place].tensors
