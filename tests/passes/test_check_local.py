@@ -126,3 +126,46 @@ def test_calls_that_are_alike_run_once() -> None:
 
     with Counted():
         assert calls(1) == calls(3) == 1
+
+
+class AsKernelsLeaveIt(nn.Module):
+    """Views that hold for how a kernel of this device lays out its result, and not for how one without values does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q, self.o = nn.Linear(8, 16), nn.Linear(16, 8)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        q = self.q(x).view(*x.shape[:2], 4, 4).transpose(1, 2)
+        y = nn.functional.scaled_dot_product_attention(q, q, q, is_causal=True).transpose(1, 2)
+        return self.o(y.view(*x.shape[:2], 2, 8).view(*x.shape[:2], 16))
+
+
+class Bags(nn.Module):
+    """``embedding_bag`` gives other sizes of what nobody reads on another device."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bag = nn.EmbeddingBag(16, 8)
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        return self.bag(ids)
+
+
+class Picked(nn.Module):
+    """How many rows there are, values say."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up = nn.Linear(8, 16)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        h = self.up(x)
+        return h.masked_select(h > 0).sum() + (h > 0).nonzero().sum()
+
+
+@pytest.mark.parametrize("plan", [fxshard.data_parallel(2), tensor_parallel(2)])
+@pytest.mark.parametrize("model", [AsKernelsLeaveIt, Bags, Picked])
+def test_what_differs_without_values_is_no_bug(model: type[nn.Module], plan: Plan) -> None:
+    x = torch.randint(0, 16, (4, 4)) if model is Bags else X
+    assert fxshard.verify(fxshard.parallelize(model(), plan, (x,)), x)
