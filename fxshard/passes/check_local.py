@@ -137,7 +137,7 @@ class _Run:
         try:
             with mode:
                 made = node.target(*args, **kwargs)  # type: ignore[operator]
-            return made if on_device else self._one_object(made)
+            return self._one_object(made)
         except NotImplementedError:
             return UNKNOWN
         except (RuntimeError, TypeError, IndexError, ValueError) as error:
@@ -148,6 +148,8 @@ class _Run:
     def _one_object(self, value: Any) -> Any:
         if isinstance(value, list | tuple):
             return [self._one_object(each) for each in value]
+        if isinstance(value, FakeTensor):
+            value = torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device=META)
         if not isinstance(value, torch.Tensor) or value.layout != torch.strided:
             return value
         storage = value.untyped_storage().nbytes() - value.storage_offset() * value.itemsize

@@ -164,8 +164,35 @@ class Picked(nn.Module):
         return h.masked_select(h > 0).sum() + (h > 0).nonzero().sum()
 
 
+@torch.library.custom_op("fxshard_tests::doubled_here", mutates_args=())
+def doubled_here(x: torch.Tensor) -> torch.Tensor:
+    return x * 2
+
+
+@doubled_here.register_fake
+def _(x: torch.Tensor) -> torch.Tensor:
+    if x.device.type == "meta":
+        raise RuntimeError("there is no such kernel")
+    return torch.empty_like(x)
+
+
+doubled_here.register_autograd(lambda ctx, grad: grad * 2)
+
+
+class Here(nn.Module):
+    """An operator that has a kernel for the device of its operands only."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up = nn.Linear(8, 8)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        h = self.up(x)
+        return torch.bmm(doubled_here(h), h.transpose(1, 2))
+
+
 @pytest.mark.parametrize("plan", [fxshard.data_parallel(2), tensor_parallel(2)])
-@pytest.mark.parametrize("model", [AsKernelsLeaveIt, Bags, Picked])
+@pytest.mark.parametrize("model", [AsKernelsLeaveIt, Bags, Picked, Here])
 def test_what_differs_without_values_is_no_bug(model: type[nn.Module], plan: Plan) -> None:
     x = torch.randint(0, 16, (4, 4)) if model is Bags else X
     assert fxshard.verify(fxshard.parallelize(model(), plan, (x,)), x)
