@@ -138,7 +138,7 @@ class _Run:
             with mode:
                 made = node.target(*args, **kwargs)  # type: ignore[operator]
             return self._one_object(made)
-        except NotImplementedError:
+        except (NotImplementedError, AssertionError):  # torch's own
             return UNKNOWN
         except (RuntimeError, TypeError, IndexError, ValueError) as error:
             if _lacks_values(error):
