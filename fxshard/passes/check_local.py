@@ -2,7 +2,7 @@
 
 Nothing is taken from ``localize``: each call gets what the calls before it gave, on the meta device, collectives those
 of a rank alone. Calls that are alike run once: of a model with many layers this is nearly free. What only values can
-tell (a number read from a tensor, rows that a mask picks) is taken as its node claims it.
+tell (a number read from a tensor, rows that a mask picks), and what has dynamic sizes, is taken as its node claims it.
 
 In: a rank's graph, as it will run.   Out: nothing; ``SoundnessError`` where a node is not what it claims.
 """
@@ -159,9 +159,6 @@ class _Run:
 
     def _claimed(self, node: fx.Node) -> Any:
         """What a node's results are by what is noted of it: of what is no tensor, and of rows in groups, unknown."""
-        value = node.meta.get("val")
-        if isinstance(value, torch.SymInt) and node.op != "call_function":
-            return UNKNOWN if value.node.hint is None else int(value.node.hint)
         tensors = values_of(node)
         if not all(isinstance(each, torch.Tensor) for each in tensors):
             return UNKNOWN
@@ -202,9 +199,7 @@ def _device_of(node: fx.Node) -> torch.device:
 def _hint(size: Any) -> int:
     if isinstance(size, int):
         return size
-    if size.node.hint is None:
-        raise NotImplementedError
-    return int(size.node.hint)
+    raise NotImplementedError  # a dynamic one: that of the example need not divide as the program cuts it
 
 
 def _types(value: Any) -> list[object]:

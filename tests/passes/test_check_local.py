@@ -96,16 +96,6 @@ def test_what_a_pass_spoils_is_refused(case: str, monkeypatch: pytest.MonkeyPatc
     assert "bug of fxshard" in str(caught.value.fix)
 
 
-def test_every_rank_is_looked_at_where_ranks_differ(monkeypatch: pytest.MonkeyPatch) -> None:
-    seen = []
-    monkeypatch.setattr(pipeline, "check_local", functools.wraps(check_local)(lambda graph, mesh: seen.append(mesh.at)))
-    model = nn.Sequential(nn.Linear(8, 5), nn.ReLU(), nn.Linear(5, 8))
-    program = fxshard.parallelize(model, Plan({"tp": 3}, params={"0.*": Shard(0), "2.weight": Shard(1)}), (X,))
-    for rank in range(3):
-        program.code(rank)
-    assert sorted(seen) == [(0,), (1,), (2,)]
-
-
 def test_calls_that_are_alike_run_once() -> None:
     count = []
 
