@@ -259,11 +259,12 @@ class ParallelModule(StandIn):
     def _settle(self, compiled: Compiled) -> None:
         """After the first capture: the plan is explicit, and this rank's weights exist."""
         self.plan = compiled.resolved.plan
-        if not (dist.is_available() and dist.is_initialized()) and "RANK" not in os.environ:
+        several = self.mesh.world_size > 1
+        if several and dist.is_available() and dist.is_initialized():
+            self._checksums = {name: checksum(tensor) for name, tensor in self._tensors()}
+        elif several and "RANK" not in os.environ:  # other ranks, made later, hold the weights of this moment
             kept = {id(t): t.detach().clone().requires_grad_(t.requires_grad) for _, t in self._tensors()}
             self._then = {name: kept[id(tensor)] for name, tensor in self._tensors()}
-        elif dist.is_initialized() and self.mesh.world_size > 1:
-            self._checksums = {name: checksum(tensor) for name, tensor in self._tensors()}
         self._show(self.rank_module(self.rank))
         if is_spread():  # this rank needs its parts only
             self._original.release()
@@ -663,7 +664,7 @@ class ParallelModule(StandIn):
         ranks = [self.rank] if is_spread() else range(self.mesh.world_size)
         modules = {rank: self.rank_module(rank) for rank in ranks}
         root = self._latest.root
-        constants = [name for name in self._latest.attributes if name not in self._placements]
+        constants = [name for name in self._latest.attributes_of(self.rank) if name not in self._placements]
         lost = [n for n in constants if isinstance(t := find(root, n), torch.Tensor) and t.is_meta]
         return Weights(
             self._original.get(),

@@ -51,7 +51,7 @@ from fxshard.capture.trees import flatten, paths
 from fxshard.capture.vmaps import unmap
 from fxshard.capture.writes import check_lost
 from fxshard.errors import CaptureError, InputError
-from fxshard.ir.origins import where
+from fxshard.ir.origins import SOURCE_META, where
 from fxshard.ir.root import Root
 from fxshard.rules.effects import is_mutating
 from fxshard.runtime.autocast import ambient
@@ -62,7 +62,7 @@ __all__ = ["capture", "number_constants", "signature_key"]
 
 _COPY = torch.ops.aten.copy_.default
 # Only these reach a reader of the graph; export's own provenance records would double its size.
-_KEPT_META = ("val", "nn_module_stack", "stack_trace", "custom")
+_KEPT_META = ("val", *SOURCE_META)
 
 
 def capture(

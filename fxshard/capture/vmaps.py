@@ -21,11 +21,10 @@ from torch import fx
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from fxshard.errors import CaptureError
+from fxshard.ir.origins import SOURCE_META
 from fxshard.torch_internals import ENTER_VMAP, LAZY_LOAD, LEAVE_VMAP, MODE_MARKS, Graph, leave_vmaps, vmap_level
 
 __all__ = ["unmap"]
-
-_SOURCE_META = ("nn_module_stack", "stack_trace", "custom")
 
 
 def unmap(graph: fx.Graph) -> None:
@@ -65,9 +64,9 @@ def _replace(graph: fx.Graph, region: Sequence[fx.Node]) -> None:
         raise _refused(region[0], "turns gradients or autocast on or off")
     traced = _trace(region[0], _function(body, inputs, outputs), [node.meta["val"] for node in inputs])
     env: dict[fx.Node, Any] = dict(zip(traced.graph.find_nodes(op="placeholder"), inputs, strict=True))
-    source = {key: region[-1].meta[key] for key in _SOURCE_META if key in region[-1].meta}
+    source = {key: region[-1].meta[key] for key in SOURCE_META if key in region[-1].meta}
     origin = next((node.meta for node in body if "stack_trace" in node.meta), {})
-    source = {key: origin[key] for key in _SOURCE_META if key in origin} | source
+    source = {key: origin[key] for key in SOURCE_META if key in origin} | source
     with graph.inserting_before(region[0]):
         for constant in operands:
             region[0].prepend(constant)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import re
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import fx
@@ -12,17 +13,22 @@ from torch import fx
 __all__ = [
     "BRANCH",
     "CHECKPOINT",
+    "SOURCE_META",
     "TORCH_DIR",
     "branch_of",
     "checkpoint_of",
     "clean_path",
     "module_of",
+    "source_meta",
     "source_of",
     "way_of",
     "where",
 ]
 
 TORCH_DIR = str(Path(torch.__file__).parent)
+
+SOURCE_META = ("nn_module_stack", "stack_trace", "custom")
+"""What export notes of where a node comes from; ``custom`` is read by ``mark_recomputed`` last."""
 
 CHECKPOINT = "@checkpoint"
 """Stands in the key of a stack's entry for a call that is computed anew in the backward pass: see ``recompute.py``."""
@@ -62,6 +68,11 @@ def checkpoint_of(key: str) -> str | None:
     """
     found = _CHECKPOINT.search(key)
     return None if found is None else found[1]
+
+
+def source_meta(node: fx.Node) -> dict[str, Any]:
+    """What is noted of the module and the line that a node comes from."""
+    return {key: node.meta[key] for key in SOURCE_META[:2] if key in node.meta}
 
 
 def module_of(node: fx.Node) -> str:

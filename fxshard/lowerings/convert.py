@@ -9,6 +9,7 @@ from torch import fx
 
 from fxshard.ir.conversions import CONVERSIONS
 from fxshard.ir.info import Info, info_of, set_info
+from fxshard.ir.origins import source_meta
 from fxshard.ir.paths import Step, how, inside
 from fxshard.lowerings.split_experts import rows_node
 from fxshard.mesh import Mesh
@@ -29,8 +30,8 @@ def emit(new: fx.Graph, node: fx.Node, step: Step, mesh: Mesh, reader: fx.Node) 
         made = new.create_node("call_function", function, args, kwargs, name=name)
         made.meta = {k: v for k, v in node.meta.items() if k not in ("fxshard", "split_bias")}
         if "nn_module_stack" not in made.meta:  # a weight's conversion belongs to the module that reads it
-            made.meta |= {k: reader.meta[k] for k in ("nn_module_stack", "stack_trace") if k in reader.meta}
-        made.meta["fxshard_reader"] = {k: reader.meta.get(k) for k in ("nn_module_stack", "stack_trace")}
+            made.meta |= source_meta(reader)
+        made.meta["fxshard_reader"] = source_meta(reader)
         set_info(made, info)
         return made
 

@@ -15,6 +15,7 @@ import torch
 from torch import fx
 
 from fxshard.ir.info import Info, info_of, set_info, values_of
+from fxshard.ir.origins import source_meta
 from fxshard.ir.paths import how
 from fxshard.lowerings.memory_order import order_drawn
 from fxshard.lowerings.writer import Writer, call_like, give_lengths
@@ -78,7 +79,7 @@ def with_dropout(new: fx.Graph, node: fx.Node, info: Info, mesh: RankMesh, axes:
 
     def write(function: Any, *args: Any) -> fx.Node:  # not a Writer: nothing reads their types, of which there are many
         made = new.call_function(function, args)
-        made.meta = {k: v for k, v in node.meta.items() if k in ("nn_module_stack", "stack_trace")}
+        made.meta = source_meta(node)
         return made
 
     with new.inserting_before(node):
@@ -120,7 +121,7 @@ def causal(new: fx.Graph, node: fx.Node, info: Info, mesh: RankMesh, axes: list[
         start, count = write.range_of(axes[0], length, info.placements[axes[0]])
         cut = shard(0, *cut_of(info.placements[axes[0]]))
         placed = tuple(cut if axis == axes[0] else REPLICATE for axis in range(mesh.ndim))
-        rows = write.positions(length, placed, start, _plus(new, start, count))
+        rows = write.positions(length, placed, start, write.calculated(operator.add, start, count))
         columns = write.positions(keys.shape[QUERIES], (REPLICATE,) * mesh.ndim, keys.shape[QUERIES])
         mask = write(aten.le.Tensor, columns, write(aten.unsqueeze.default, rows, -1))
     arguments |= {"attn_mask": mask, "is_causal": False}
@@ -160,13 +161,9 @@ def _for_queries(new: fx.Graph, node: fx.Node, info: Info, mesh: RankMesh, x: fx
             start, count = write.range_of(axis, queries, info.placements[axis])
             before = info_of(x)
             after = (*before.placements[:axis], info.placements[axis], *before.placements[axis + 1 :])
-            x = call_like(new, aten.slice.Tensor, (x, HEADS, start, _plus(new, start, count)), x)
+            x = call_like(new, aten.slice.Tensor, (x, HEADS, start, write.calculated(operator.add, start, count)), x)
             set_info(x, Info((after,), differentiable=before.differentiable))
     return x
-
-
-def _plus(new: fx.Graph, start: Any, count: int) -> Any:
-    return new.call_function(operator.add, (start, count)) if isinstance(start, fx.Node) else start + count
 
 
 def _with(node: fx.Node, arguments: dict[str, Any]) -> fx.Node:

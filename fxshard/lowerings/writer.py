@@ -11,6 +11,7 @@ from torch import fx
 
 from fxshard.ir.facts import recipe_on_parts, split_choice
 from fxshard.ir.info import Info, info_of, is_float, parts_along, set_info, values_of
+from fxshard.ir.origins import source_meta
 from fxshard.mesh import RankMesh
 from fxshard.placement import (
     PARTIAL,
@@ -43,7 +44,7 @@ class Writer:
     def __call__(self, function: Any, *args: Any, **kwargs: Any) -> fx.Node:
         """Writes a call."""
         made = self.new.call_function(function, args, kwargs)
-        made.meta = {k: v for k, v in self.node.meta.items() if k in ("nn_module_stack", "stack_trace")}
+        made.meta = source_meta(self.node)
         if isinstance(function, OpOverload):
             values, named = fx.map_arg((args, kwargs), lambda n: n.meta["val"])
             with torch.no_grad():
@@ -82,8 +83,7 @@ class Writer:
 
     def number(self, function: Any, *args: Any) -> fx.Node:
         """A number that depends on the rank: an offset, a local index."""
-        made = self(function, *args)
-        made.meta["val"] = 0
+        made = call_number(self.new, function, args, self.node)
         set_info(made, Info(((REPLICATE,) * self.mesh.ndim,)))
         return made
 
@@ -155,7 +155,7 @@ class Writer:
         made = self(function, x, self.mesh.names[axis])
         value = x.meta["val"]
         made.meta["val"] = torch.cat([value] * self.mesh.sizes[axis]) if function is run.all_gather else value
-        made.meta["fxshard_reader"] = {k: self.node.meta.get(k) for k in ("nn_module_stack", "stack_trace")}
+        made.meta["fxshard_reader"] = source_meta(self.node)
         equal = VARYING if function is run.vary else REPLICATE
         after = tuple(equal if a == axis else p for a, p in enumerate(info_of(x).placements))
         set_info(made, Info((after,), differentiable=info_of(x).differentiable))
@@ -172,7 +172,7 @@ def call_like(new: fx.Graph, function: Any, args: tuple[Any, ...], like: fx.Node
 def call_number(new: fx.Graph, function: Any, args: tuple[Any, ...], beside: fx.Node) -> fx.Node:
     """Writes a call that gives a number, which every rank has, for a call beside it."""
     made = new.call_function(function, args)
-    made.meta = {k: v for k, v in beside.meta.items() if k in ("nn_module_stack", "stack_trace")} | {"val": 0}
+    made.meta = {**source_meta(beside), "val": 0}
     return made
 
 

@@ -28,7 +28,7 @@ from torch import fx
 from torch.fx.node import map_arg
 
 from fxshard.errors import CaptureError
-from fxshard.ir.origins import where
+from fxshard.ir.origins import SOURCE_META, where
 from fxshard.ir.root import Root
 from fxshard.lowerings.memory_order import carry
 from fxshard.normal.explicit_casts import occurrences
@@ -47,7 +47,6 @@ __all__ = [
 ]
 
 _aten = torch.ops.aten
-_SOURCE_META = ("nn_module_stack", "stack_trace", "custom")
 _IDENTITIES = frozenset(("alias", "detach", "to", "contiguous", "lift_fresh", "type_as"))
 _RESHAPES = frozenset(
     (
@@ -502,7 +501,7 @@ class _Functionalizer:
     def _emit(self, like: fx.Node, target: Any, args: Any, kwargs: Any = None, *, val: Any = None) -> fx.Node:
         """Add a node that comes from where ``like`` comes from."""
         node = self.graph.call_function(target, tuple(args), kwargs or {})
-        node.meta = {key: like.meta[key] for key in _SOURCE_META if key in like.meta}
+        node.meta = {key: like.meta[key] for key in SOURCE_META if key in like.meta}
         node.meta["val"] = infer_value(node) if val is None else val
         return node
 

@@ -26,7 +26,7 @@ import torch
 from torch import fx
 from torch.fx.node import map_arg
 
-from fxshard.ir.origins import module_of
+from fxshard.ir.origins import SOURCE_META, module_of
 from fxshard.ir.root import Root
 from fxshard.lowerings.memory_order import note
 from fxshard.normal.explicit_casts import (
@@ -59,7 +59,6 @@ __all__ = ["sparse_tables", "normalize"]
 
 _aten = torch.ops.aten
 _hop = torch.ops.higher_order
-_SOURCE_META = ("nn_module_stack", "stack_trace", "custom")
 # They begin and end a region without gradient, or of autocast.
 # Only memory or the name of the region differ; the values and their order are those of the graph inside.
 _PLAIN_WRAPPERS = frozenset(
@@ -264,7 +263,7 @@ class _Inliner:
             return self.kept[operand, dtype]
         with self.graph.inserting_before(node):
             cast = self.graph.call_function(_aten.to.dtype, (operand, dtype))
-        cast.meta = {key: node.meta[key] for key in _SOURCE_META if key in node.meta}
+        cast.meta = {key: node.meta[key] for key in SOURCE_META if key in node.meta}
         cast.meta["val"] = infer_value(cast)
         if is_kept:
             self.kept[operand, dtype] = cast
@@ -285,7 +284,7 @@ class _Inliner:
             return node
         if node not in self.detached:
             self.detached[node] = detach = self.graph.call_function(_aten.detach.default, (node,))
-            detach.meta = {key: node.meta[key] for key in (*_SOURCE_META, "val") if key in node.meta}
+            detach.meta = {key: node.meta[key] for key in (*SOURCE_META, "val") if key in node.meta}
         return self.detached[node]
 
     def _may_carry_gradient(self, node: fx.Node) -> bool:

@@ -145,11 +145,6 @@ class Compiled:
         leaves: Any = next(iter(reversed(self.graph.nodes))).args[0]
         return info_of(leaves[index]).placements
 
-    @cached_property
-    def attributes(self) -> tuple[str, ...]:
-        """The names of the weights and constants that the first rank reads."""
-        return self.attributes_of(0)
-
     def attributes_of(self, rank: int) -> tuple[str, ...]:
         """The names of the weights and constants that a rank reads."""
         return tuple(str(n.target) for n in self.graph_for(rank).find_nodes(op="get_attr"))

@@ -136,7 +136,7 @@ def _weightless(program: ParallelModule, compiled: Compiled, rank: int) -> RankM
     made: dict[int, Any] = {}
     names = dict.fromkeys(n for n, _ in source.named_parameters(remove_duplicate=False))
     names |= dict.fromkeys(n for n, _ in source.named_buffers(remove_duplicate=False))
-    names |= dict.fromkeys(compiled.attributes)
+    names |= dict.fromkeys(compiled.attributes_of(rank))
     for name in names:
         value = find(source, name)
         if isinstance(value, torch.Tensor) and id(value) not in made:

@@ -117,7 +117,7 @@ def _run(
     leaves = [x.detach().clone().requires_grad_(x.requires_grad) if isinstance(x, torch.Tensor) else x for x in leaves]
     with using(()), judging(program.mesh, rank, dims) as axes:
         whole = types_of((fxshard.Replicate(),) * len(axes), axes)
-        for name in compiled.attributes:
+        for name in compiled.attributes_of(rank):
             stored = find(module, name)
             if isinstance(stored, torch.Tensor):
                 placed = program._placements.get(name)  # None of a constant, which every rank holds whole
