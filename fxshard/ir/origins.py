@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import fx
 
+from fxshard.torch_internals import OpOverload
+
 __all__ = [
     "BRANCH",
     "CHECKPOINT",
@@ -92,7 +94,8 @@ def source_of(node: fx.Node) -> str:
 @functools.lru_cache(maxsize=65536)
 def where(node: fx.Node) -> dict[str, str]:
     """Where an error about a node happened, as ``FxshardError`` takes it."""
-    return {"op": str(node.target), "module": module_of(node), "source": source_of(node)}
+    op = node.target if isinstance(node.target, OpOverload) else getattr(node.target, "__name__", node.target)
+    return {"op": str(op), "module": module_of(node), "source": source_of(node)}
 
 
 def clean_path(path: str) -> str:

@@ -93,6 +93,7 @@ def test_what_a_pass_spoils_is_refused(case: str, monkeypatch: pytest.MonkeyPatc
     with pytest.raises(SoundnessError, match=r"of rank 0 (gives|cannot run)") as caught:
         fxshard.parallelize(Heads(), plan, (X,))
     assert caught.value.op
+    assert "function" not in caught.value.op, "its name, as in the code"
     assert "bug of fxshard" in str(caught.value.fix)
 
 
