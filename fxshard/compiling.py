@@ -25,6 +25,7 @@ from fxshard.codegen.lift import Lifted, lift
 from fxshard.errors import CaptureError
 from fxshard.mesh import Mesh
 from fxshard.passes.pipeline import Compiled
+from fxshard.rank_run import RankRun
 from fxshard.ranks.faults import calling, compared
 from fxshard.runtime.autocast import ambient
 from fxshard.runtime.collectives import Axis, ProcessAxisGroup
@@ -32,7 +33,6 @@ from fxshard.runtime.module import find, load_builder
 from fxshard.runtime.ring import ring_attention
 from fxshard.runtime.traced import TracedGroup, VaryTogether
 from fxshard.torch_internals import no_modes, pytree
-from fxshard.training.buckets import Synchronization
 from fxshard.weights.original_model import Original
 
 
@@ -42,12 +42,12 @@ class Program(Protocol):
     mesh: Mesh
     _captures: Captures
     _entries: list[Entry]
-    _functions: dict[int, Any]
+    _run: RankRun
     _original: Original
-    _synchronization: Synchronization
 
     @property
-    def _device(self) -> torch.device: ...
+    def computes_on(self) -> torch.device:
+        """Where this process computes."""
 
     @property
     def axes(self) -> dict[str, Axis]:
@@ -69,7 +69,8 @@ class Program(Protocol):
     def run(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """A call, eagerly."""
 
-    def _compare_ranks(self, compiled: Compiled, leaves: list[Any] | None) -> None: ...
+    def compare_ranks(self, compiled: Compiled, leaves: list[Any] | None) -> None:
+        """Raises where other ranks are about to run something else."""
 
 
 NEW, HELD, LAZY = "new", "held", "lazy"
@@ -116,7 +117,7 @@ class Entry:
         self.obstacle = STARRED if self.binding.starred else obstacle(compiled)
         self.out_spec = captured.out_spec
         self.constants = tuple(captured.output_constants.items())
-        self.device = program._device
+        self.device = program.computes_on
         self.lifted: tuple[tuple[dict[str, Any], str], ...] = ()
         self.buckets: tuple[tuple[TracedGroup, tuple[int, ...]], ...] = ()
         if not self.obstacle:
@@ -221,7 +222,7 @@ def _holder(module: torch.nn.Module, name: str) -> tuple[dict[str, Any], str]:
 def traced_call(program: Program, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """A call of the program, while a tracer looks on."""
     why = NEW if program._captures.fixed else LAZY
-    if program._synchronization.held:
+    if program._run.synchronization.held:
         why = HELD
     if why == NEW and program._captures.changes.version >= 0:  # on which the tracer then guards
         make_entries(program)
@@ -250,8 +251,8 @@ def make_entries(program: Program) -> bool:
     for compiled in [held.compiled for held in captures.all if id(held.compiled) in serving]:
         if id(compiled) not in known:
             with calling(), no_modes():  # export is in the middle of tracing
-                if id(compiled) not in program._functions:
-                    program._compare_ranks(compiled, None)
+                if not program._run.knows(compiled):
+                    program.compare_ranks(compiled, None)
                 compared()
                 program._entries.append(Entry(program, compiled))
     return True

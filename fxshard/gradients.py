@@ -129,9 +129,9 @@ def _norm_of_parts(program: ParallelModule, order: float, names: Container[str] 
             fix="run the last backward pass outside of no_sync",
         )
     ranks = _ranks_here(program)
-    parts = torch.stack([_norm(_counted(program, rank, names), order, program._device) for rank in ranks])
+    parts = torch.stack([_norm(_counted(program, rank, names), order, program.computes_on) for rank in ranks])
     if len(ranks) < program.mesh.world_size:
-        own = parts.to(program._device)
+        own = parts.to(program.computes_on)
         parts = own.new_empty(program.mesh.world_size)
         with guarded(None, "all_gather", own):
             dist.all_gather_single(parts, own)

@@ -3,69 +3,41 @@
 from __future__ import annotations
 
 import copy
-import inspect
-import logging
-import os
-import threading
-from collections.abc import Callable, Collection, Hashable, Iterable, Mapping
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import replace
-from functools import cached_property, partial
+from collections.abc import Callable, Collection, Iterable, Mapping
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import fx, nn
 
-from fxshard.cache import cached
-from fxshard.capture.capture import LOCK, capture, number_constants
-from fxshard.capture.captured import Captured
-from fxshard.capture.constants import check_constants, declared
-from fxshard.capture.fidelity import check_fidelity
-from fxshard.capture.queries import outside_inference_mode
-from fxshard.capture.reads import Guard, check_kept, check_unread
-from fxshard.capture.serves import Changes, Conditions
-from fxshard.capture.tensors import Kinds, check_own_memory, check_same, kinds_of
-from fxshard.capture.writes import LOST, check_lost
-from fxshard.captures import Captures, Held, check_apart
+from fxshard.capture.writes import LOST
+from fxshard.captures import Captures, check_apart, title_of, weights_lie
 from fxshard.codegen.emit import emit
 from fxshard.compiling import Entry, traced_call
-from fxshard.errors import CheckpointError, DistributedError, FxshardError, InputError, SoundnessError
+from fxshard.errors import CheckpointError, DistributedError, InputError
 from fxshard.inspect.coverage import Coverage, coverage_of
 from fxshard.inspect.fallbacks import Fallback, fallbacks_of
-from fxshard.inspect.fingerprint import fingerprint
-from fxshard.inspect.report import Collective, collectives_of, explain, notes_of, table
+from fxshard.inspect.report import Collective, collectives_of, explain, table
 from fxshard.mesh import Mesh
-from fxshard.passes.annotate import placements
-from fxshard.passes.pipeline import STAGES, Compiled, Options, compile_graph
-from fxshard.placement import Placements, is_shard, join_all
+from fxshard.parts import Parts, not_captured
+from fxshard.passes.pipeline import STAGES, Compiled, Options
+from fxshard.placement import Placements
 from fxshard.plan.plan import Plan
+from fxshard.rank_run import RankRun
 from fxshard.ranks.agreement import is_spread
-from fxshard.ranks.devices import target_device
 from fxshard.ranks.faults import calling, compared, told_to_others
-from fxshard.ranks.meeting import meet
-from fxshard.ranks.watch import current
-from fxshard.runtime.autocast import ambient, using
 from fxshard.runtime.collectives import Axis, ProcessAxisGroup
-from fxshard.runtime.module import RankModule, find, joined, load, local_part, place, share, state_of
-from fxshard.runtime.packs import Ahead, Pack
-from fxshard.runtime.process_groups import check_world, checksum, joint_group, process_axes, share_random_state
-from fxshard.runtime.regather import Regather
-from fxshard.schedule.stored_weights import dim_of
+from fxshard.runtime.module import RankModule, share
 from fxshard.standing_in import StandIn
-from fxshard.torch_internals import SEES_EVERY_APPLY, IncompatibleKeys
-from fxshard.training.buckets import Buckets, Synchronization, defer
+from fxshard.torch_internals import IncompatibleKeys
 from fxshard.training.optimizer_state import load_optimizer_state_dict, sharded_optimizer_state_dict
-from fxshard.training.optimizers import WholeMatrix, note_parted, watch_optimizers
+from fxshard.training.optimizers import WholeMatrix
 from fxshard.weights.gathering import gather_whole
-from fxshard.weights.layout import Layout, mark_part
 from fxshard.weights.loading import KEY, describe_parts, load_state_dict
 from fxshard.weights.mirror import mirror
 from fxshard.weights.original_model import Original
 from fxshard.weights.weights import Weights
-
-logger = logging.getLogger("fxshard")
 
 
 class ParallelModule(StandIn):
@@ -91,35 +63,14 @@ class ParallelModule(StandIn):
         cache: Path | None = None,
     ) -> None:
         super().__init__()
-        self._asked = plan
         self.plan = plan
         self.mesh: Mesh = plan.mesh
-        self._original = Original(model)
-        self._device_mesh = device_mesh
-        self._dynamic_shapes = dynamic_shapes
-        self._cache = cache
         self.options = options or Options()
-        self._signature = inspect.signature(model.forward)
-        check_constants(self.options.constants, self._signature)
-        self._captures = Captures(Changes())
-        self._lock = threading.RLock()
-        self._latest: Compiled | None = None
-        self._kinds: Kinds = {}
-        self._ranks: dict[int, RankModule] = {}
-        self._then: dict[str, torch.Tensor] = {}
-        self._seen: dict[int, dict[str, Hashable]] = {}
-        self._sources: dict[tuple[int, int], str] = {}
-        self._functions: dict[int, Any] = {}
-        self._checksums: dict[str, int] = {}
-        self._axes: dict[str, Axis] | None = None
-        self._joint: dict[tuple[str, ...], ProcessAxisGroup] = {}
+        self._original = Original(model)
+        self._parts = Parts(self._original, plan.mesh)
+        self._captures = Captures(plan, self._parts, self.options, dynamic_shapes, cache)
+        self._run = RankRun(self._parts, device_mesh, self.options)
         self._entries: list[Entry] = []
-        self._packed: dict[int, dict[str, dict[int, Any]]] = {}
-        self._ahead = Ahead()
-        self._buckets: list[Buckets] = []
-        self._synchronization = Synchronization()
-        self._regather = Regather()
-        self._placements: dict[str, Placements] = {}
         self.training = model.training
         self._take_signature(model)
 
@@ -135,24 +86,19 @@ class ParallelModule(StandIn):
         >>> torch.equal(average(x), program(x)), average.weight is program.weight
         (True, False)
         """
-        model = self._original.get() if self._shown is not None else copy.deepcopy(self._original.get(), memo)
-        made = ParallelModule(model, self._asked, self._device_mesh, self._dynamic_shapes, self.options, self._cache)
+        settled = self._shown is not None
+        model = self._original.get() if settled else copy.deepcopy(self._original.get(), memo)
+        made = ParallelModule(model, self._captures.asked, self._run.given_mesh, None, self.options)
         memo[id(self)] = made
-        made.__dict__["_original"] = self._original if self._shown is not None else made._original
-        changes = made._captures.changes
-        changes.attributes = dict(self._captures.changes.attributes)
-        made._captures.fixed = self._captures.fixed
+        original = self._original if settled else made._original
+        made.__dict__["_original"] = original
+        made._parts = self._parts.copied(memo, original) if settled else Parts(original, self.mesh)
+        made._captures = self._captures.copied(made._parts)
+        made._run = RankRun(made._parts, self._run.given_mesh, self.options)
         made.__dict__["training"] = self.training
-        if self._shown is None:
-            changes.modes = dict(self._captures.changes.modes)
+        if not settled:
             return made
-        for held in self._captures.all:
-            made._captures.add(held)
-        made.plan, made._latest, made._placements = self.plan, self._latest, dict(self._placements)
-        made._kinds, made._then = self._kinds, self._then
-        made._ranks = {rank: copy.deepcopy(module, memo) for rank, module in self._ranks.items()}
-        made._seen = {rank: made._states(rank) for rank in made._ranks}
-        made._device = self._device
+        made.plan = self.plan
         made._show(made.rank_module(made.rank))
         for (_, own), (_, mine) in zip(made.named_modules(), self.named_modules(), strict=True):
             if own.training != mine.training:
@@ -171,100 +117,13 @@ class ParallelModule(StandIn):
             args: the inputs.
             kwargs: likewise, by name.
         """
-        held, _ = self._serving(*self._declared(args, kwargs or {}))
-        return held.compiled
-
-    def _declared(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[tuple[Any, ...], Mapping[str, Any]]:
-        """A call with its declared constants."""
-        names = self.options.constants
-        return declared(names, self._signature, args, kwargs) if names else (args, kwargs)
-
-    def _serving(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Held, list[Any]]:
-        """The capture that serves a call, which becomes the latest, and the call's leaves."""
-        model = self._original.get()
-        found = self._captures.look_up(args, kwargs, model)
-        if found is None:
-            with self._lock, LOCK, outside_inference_mode(), self._captures.changes.on(model):
-                make = partial(self._capture, model, args, kwargs)
-                found = self._captures.find(args, kwargs, model, make)
-        if self._latest is not found[0].compiled:
-            self._latest = found[0].compiled
-        return found
-
-    def _capture(self, model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], exact: bool) -> Held:
-        if self._latest is None:
-            check_own_memory(self._tensors())
-            self._kinds = kinds_of(self._tensors())
-        check_same(kinds_of(self._tensors()), self._kinds)
-        shapes = None if exact else self._dynamic_shapes
-        device = target_device(()) if self._device.type == "meta" else self._device
-        is_there = all(t.device.type == device.type for _, t in self._tensors())
-        has_values = self._original.has_values and (is_there or not ambient())
-
-        with_grad = torch.is_grad_enabled()
-        guards: tuple[Guard, ...] = ()
-
-        def check(made: Captured, stored: bool) -> bool:
-            nonlocal guards
-            guards = made.reads.guards(model, self._captures.changes.attributes.keys())
-            check_kept(guards)
-            backward = stored or with_grad or not SEES_EVERY_APPLY  # whose gradients would be others
-            fits = has_values and check_fidelity(model, made, args, kwargs, backward)
-            check_unread(guards)
-            return fits
-
-        kept = self._cache if shapes is None else None
-        make = partial(capture, model, args, kwargs, dynamic_shapes=shapes, device=device)
-        captured, seconds = cached(kept, model, args, kwargs, device, make, check)
-        settled = self._latest is not None
-        if settled:  # a rank's module holds the constants of all captures
-            number_constants(captured, len(self._captures.all), self._placements)
-        compiled = compile_graph(captured, self._pinned(), model, seconds, self.options, settled)
-        placed = self._placed(compiled)
-        if settled and placed != self._placements:
-            wrong = next(name for name, each in placed.items() if each != self._placements[name])
-            raise SoundnessError(
-                f"a later capture reads {wrong!r} as {placed[wrong]}, but it lies as {self._placements[wrong]}",
-                fix="this is a bug of fxshard: please report the model and the plan",
-            )
-        for before in self._captures.all:
-            check_lost(before.compiled.captured.written, captured.reads)
-        leaves = captured.flatten_inputs(args, kwargs)
-        conditions = Conditions.of(captured, model, self._captures.changes, leaves, guards)
-        held = Held(compiled, conditions, exact)
-        self._captures.add(held)
-        self._latest = compiled
-        if not settled:
-            self._placements = placed
-            self._settle(compiled)
-        self._original.empty([captured.root, compiled.root])
-        for note in notes_of(compiled):
-            logger.warning(note)
-        lost = [joined(each.module, str(each.steps[0])) for each in captured.written if each.value is LOST]
-        if lost:
-            logger.warning(
-                f"what forward assigns to {lost[0]} is lost" + f", and to {len(lost) - 1} more" * (len(lost) > 1)
-            )
-        for fallback in self.fallbacks():
-            logger.warning(str(fallback))
-        return held
-
-    def _pinned(self) -> Plan:
-        """The plan as asked; after the first capture the weights lie as they lie."""
-        if self._latest is None:
-            return self._asked
-        every = {name: dict(zip(self.mesh.names, placed, strict=True)) for name, placed in self._placements.items()}
-        return replace(self._asked, params=every)
+        return self._captures.serving(args, kwargs or {}, self._settle)[0]
 
     def _settle(self, compiled: Compiled) -> None:
         """After the first capture: the plan is explicit, and this rank's weights exist."""
         self.plan = compiled.resolved.plan
-        several = self.mesh.world_size > 1
-        if several and dist.is_available() and dist.is_initialized():
-            self._checksums = {name: checksum(tensor) for name, tensor in self._tensors()}
-        elif several and "RANK" not in os.environ:  # other ranks, made later, hold the weights of this moment
-            kept = {id(t): t.detach().clone().requires_grad_(t.requires_grad) for _, t in self._tensors()}
-            self._then = {name: kept[id(tensor)] for name, tensor in self._tensors()}
+        self._run.note_weights()
+        self._parts.settle(weights_lie(compiled, [name for name, _ in self._parts.tensors()]), compiled, self.training)
         self._show(self.rank_module(self.rank))
         if is_spread():  # this rank needs its parts only
             self._original.release()
@@ -280,41 +139,26 @@ class ParallelModule(StandIn):
         changes.parameters = dict(module.named_parameters(remove_duplicate=False))
         changes.version += 1
 
-    def _placed(self, compiled: Compiled) -> dict[str, Placements]:
-        """How a capture takes each parameter and buffer to lie."""
-        given = {str(n.target): e for n, e in compiled.resolved.nodes.items() if n.op == "get_attr"}
-        aliases = compiled.captured.aliases
-        out = {}
-        for name, _ in self._tensors():
-            asked: Any = given.get(aliases.get(name, name))
-            if asked is None:
-                asked = compiled.resolved.plan.params.get(name)
-            out[name] = placements(asked or {}, self.mesh)
-        return out
-
-    def _tensors(self) -> list[tuple[str, torch.Tensor]]:
-        model = self._original.get()
-        return [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
-
-    @property
-    def compiled(self) -> Compiled:
-        """The capture that was used last."""
-        if self._latest is None:
-            raise FxshardError(
-                "the model has not been captured yet",
-                fix="pass example inputs to parallelize, or call the program once",
-            )
-        return self._latest
-
     # --- ranks -----------------------------------------------------------------------------------------------------
 
     @property
     def rank(self) -> int:
         """This process's rank: torch.distributed's, or torchrun's, or 0."""
-        if dist.is_available() and dist.is_initialized():
-            return dist.get_rank()
-        rank = int(os.environ.get("RANK", "0"))
-        return rank if rank < self.mesh.world_size else 0
+        return self._parts.rank
+
+    @property
+    def computes_on(self) -> torch.device:
+        """Where this process computes."""
+        return self._parts.device
+
+    @property
+    def ranks_made(self) -> Collection[int]:
+        """The ranks whose modules were asked for."""
+        return self._parts.made
+
+    def modules_here(self) -> list[RankModule]:
+        """The modules of the ranks that are this process's: its own, or in simulation all of them."""
+        return self._parts.here()
 
     def rank_module(self, rank: int) -> RankModule:
         """Rank ``rank``'s module: its local weights, made on first use and kept.
@@ -322,88 +166,7 @@ class ParallelModule(StandIn):
         Raises:
             MeshError: when the mesh has no such rank.
         """
-        self.mesh.coordinate(rank)
-        if rank not in self._ranks:
-            with outside_inference_mode():
-                self._make_rank(rank)
-        return self._ranks[rank]
-
-    @property
-    def ranks_made(self) -> Collection[int]:
-        """The ranks whose modules were asked for."""
-        return self._ranks.keys()
-
-    def _make_rank(self, rank: int) -> None:
-        if not self._original.has_values:
-            raise FxshardError(
-                f"the weights of rank {rank} cannot be made here: the model is gone",
-                fix="keep a reference to the model for as long as you simulate other ranks within a real one",
-            )
-        compiled = self.compiled
-        module = RankModule(rank, self.mesh)
-        made: dict[int, Any] = {}
-        persistent = compiled.captured.non_persistent
-        for name, tensor in self._tensors():
-            if id(tensor) not in made:
-                whole = self._then.get(name, tensor)
-                part = local_part(whole, self._placements[name], self.mesh, rank).to(self._device)
-                if isinstance(tensor, nn.Parameter):
-                    part = nn.Parameter(part, whole.requires_grad)
-                    note_parted(tensor, name)
-                made[id(tensor)] = part
-                if self.mesh.world_size > 1:
-                    layout = Layout(tuple(tensor.shape), self._placements[name], self.mesh, rank)
-                    mark_part(made[id(tensor)], layout)
-            place(module, name, made[id(tensor)], name not in persistent)
-        module.train(self.training)
-        self._ranks[rank] = module
-        if not is_spread():
-            self._seen[rank] = self._states(rank)
-        if len(self._ranks) == self.mesh.world_size:
-            self._then = {}
-        watch_optimizers()
-
-    def modules_here(self) -> list[RankModule]:
-        """The modules of the ranks that are this process's: its own, or in simulation all of them."""
-        is_one = is_spread() or "RANK" in os.environ
-        return [self.rank_module(rank) for rank in ((self.rank,) if is_one else range(self.mesh.world_size))]
-
-    @cached_property
-    def _device(self) -> torch.device:
-        """Where this process computes, as it was when the weights were placed."""
-        tensors = [t for _, t in self._tensors()]
-        if any(t.is_meta for t in tensors):
-            return torch.device("meta")
-        return target_device(tensors)
-
-    def code(self, rank: int = 0) -> str:
-        """The Python source that rank ``rank`` runs."""
-        where = ", ".join(f"{n}={i}" for n, i in zip(self.mesh.names, self.mesh.coordinate(rank), strict=True))
-        title = f"{type(self._original.get()).__name__}, rank {rank} of {self.mesh.world_size} ({where})."
-        return emit(self.compiled.graph_for(rank, "schedule"), self.mesh.seen_by(rank), title, self.compiled.is_uneven)
-
-    def source(self, compiled: Compiled, rank: int) -> str:
-        """The Python source that a rank runs, titled for all that run the same."""
-        key = id(compiled), rank if compiled.is_uneven else 0
-        if key not in self._sources:
-            graph, title = compiled.graph_for(rank, "schedule"), type(self._original.get()).__name__
-            self._sources[key] = emit(graph, self.mesh.seen_by(rank), title, compiled.is_uneven)
-        return self._sources[key]
-
-    def function(self, compiled: Compiled, rank: int, axes: Mapping[str, Axis]) -> Any:
-        """The generated forward of a rank, over the given axes."""
-        self.place_constants(compiled, rank)
-        where = f"<fxshard {type(self._original.get()).__name__} {id(compiled)} {rank if compiled.is_uneven else 0}>"
-        return load(self.source(compiled, rank), axes, self._device, where)
-
-    def place_constants(self, compiled: Compiled, rank: int) -> None:
-        """Puts the tensors and subgraphs that export lifted out of the code into a rank's module."""
-        module = self.rank_module(rank)
-        for name in compiled.attributes_of(rank):
-            if find(module, name) is None:
-                value = find(compiled.root, name)
-                local = value.detach().to(self._device) if isinstance(value, torch.Tensor) else value
-                place(module, name, local, persistent=False)
+        return self._parts.of(rank)
 
     # --- running ---------------------------------------------------------------------------------------------------
 
@@ -413,9 +176,9 @@ class ParallelModule(StandIn):
         Raises:
             InputError: when the inputs do not fit what was captured with example inputs.
         """
-        held, leaves = self._serving(*self._declared(args, kwargs))
-        check_apart(held.compiled, leaves)
-        return held.compiled, leaves
+        compiled, leaves = self._captures.serving(args, kwargs, self._settle)
+        check_apart(compiled, leaves)
+        return compiled, leaves
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Runs this rank's part; collective. Give every rank the same whole inputs."""
@@ -425,54 +188,34 @@ class ParallelModule(StandIn):
         """``forward``, eagerly."""
         with calling():
             compiled, leaves = self.compile_call(args, kwargs)
-            run = self._functions.get(id(compiled))
-            if run is None or self.options.compare == "every_call":
-                self._compare_ranks(compiled, leaves)
+            if not self._run.knows(compiled) or self.options.compare == "every_call":
+                self.compare_ranks(compiled, leaves)
             compared()
-            if run is None:
-                function, module = self.function(compiled, self.rank, self.axes), self.rank_module(self.rank)
-                run = self._functions[id(compiled)] = partial(function, module)
-                self._defer_gradients(compiled)
-                self._pack_weights(compiled)
-            if compiled.draws:
-                share_random_state(self.mesh, self._device)
-            leaves = [x.to(self._device) if isinstance(x, torch.Tensor) else x for x in leaves]
-            self._ahead.drop()
-            self._synchronization.calls += 1
-            for axis, packed in self._packed[id(compiled)].items():
-                self.axes[axis].group.packed = packed
-            regathers = compiled.regathers and torch.is_grad_enabled()
-            if not (regathers or ambient()):
-                return self.finish(compiled, run(*leaves), args, kwargs)
-            saving = self._regather.saving() if regathers else nullcontext()
-            with using(()), saving:  # the casts are in the code
-                return self.finish(compiled, run(*leaves), args, kwargs)
+            return self._run(compiled, leaves, lambda out: self.finish(compiled, out, args, kwargs))
+
+    def compare_ranks(self, compiled: Compiled, leaves: list[Any] | None) -> None:
+        """Raises ``DistributedError`` where other ranks are about to run something else; collective."""
+        self._run.compare(compiled, leaves, self._captures.changes.modes)
 
     def check_alike(self) -> None:
-        """Raises where the weights of this process's rank were changed since the last time, and no other rank's.
+        """Raises where the weights of this process's rank were changed since the last time, and no other rank's."""
+        self._parts.check_alike()
 
-        In simulation ``parameters()`` are those of one rank, and an optimizer over them trains no other.
-        """
-        if self.mesh.world_size == 1:
-            return
-        now = {rank: self._states(rank) for rank in range(self.mesh.world_size)}
-        before, self._seen = self._seen, now
-        changed = {rank: {n for n, a in now[rank].items() if a != before.get(rank, {}).get(n, a)} for rank in now}
-        others = set.union(*(names for rank, names in changed.items() if rank != self.rank))
-        for name in sorted(changed[self.rank] - others):
-            parts = [find(module, name) for module in self._ranks.values()]
-            whole = not any(is_shard(placed) for placed in self._placements.get(name, ()))
-            needs = {part.requires_grad for part in parts}
-            if not (whole and len(needs) == 1 and all(torch.equal(parts[0], part) for part in parts[1:])):
-                raise InputError(
-                    f"the ranks differ: {name} was changed on rank {self.rank}, and on no other",
-                    fix="program.parameters() and buffers() are this rank's: in simulation do the same to those of "
-                    "program.rank_module(r) for every rank r, and make an optimizer for each",
-                )
+    def source(self, compiled: Compiled, rank: int) -> str:
+        """The Python source that a rank runs, titled for all that run the same."""
+        return self._run.source(compiled, rank)
 
-    def _states(self, rank: int) -> dict[str, Hashable]:
-        module = self.rank_module(rank)
-        return {n: state_of(p) for n, p in (*module.named_parameters(), *module.named_buffers())}
+    def function(self, compiled: Compiled, rank: int, axes: Mapping[str, Axis]) -> Any:
+        """The generated forward of a rank, over the given axes."""
+        return self._run.function(compiled, rank, axes)
+
+    def place_constants(self, compiled: Compiled, rank: int) -> None:
+        """Puts the tensors and subgraphs that export lifted out of the code into a rank's module."""
+        self._parts.place_constants(compiled, rank)
+
+    def joint(self, names: tuple[str, ...]) -> ProcessAxisGroup:
+        """The ranks along these axes together; collective where they are new."""
+        return self._run.joint(names)
 
     def finish(self, compiled: Compiled, leaves: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         """What a call returns, after what the model does beside: to its attributes, to what it is given."""
@@ -482,50 +225,6 @@ class ParallelModule(StandIn):
             self._captures.changes.write(each)
             each.again(self._shown)
         return compiled.captured.unflatten_outputs(leaves, (args, kwargs))
-
-    def _compare_ranks(self, compiled: Compiled, leaves: list[Any] | None) -> None:
-        """Raises ``DistributedError`` where other ranks are about to run something else; collective."""
-        check_world(self.mesh)
-        watch = current()
-        if watch is not None:
-            modes = self._captures.changes.modes
-            sections = fingerprint(compiled, self._original.get(), leaves, self._checksums, modes)
-            about = ", ".join(f"{name}: {text}" for name, text in sections["inputs"].items.items())
-            meet(watch, sections, f"with {about}")
-            self._checksums = {}
-
-    def _defer_gradients(self, compiled: Compiled) -> None:
-        """Sums the gradients of whole weights in buckets from now on; collective."""
-        if self.mesh.world_size == 1:
-            return
-        module = self.rank_module(self.rank)
-        weights = [(find(module, name), names) for name, names in compiled.varied_weights]
-        for _, names in weights:
-            self.joint(names)
-        size = self.options.bucket_bytes
-        self._buckets += defer(weights, self._joint, self.axes, size, self._synchronization)
-
-    def _pack_weights(self, compiled: Compiled) -> None:
-        """Gathers small weights together whenever this capture is called."""
-        found: dict[str, dict[int, Any]] = {axis: {} for axis in compiled.gathered_over}
-        before: dict[str, Pack] = {}
-        for each in compiled.packs:
-            weights = [find(self.rank_module(self.rank), str(node.all_input_nodes[0].target)) for node in each.nodes]
-            axis, dims = str(each.nodes[0].args[1]), [dim_of(node) for node in each.nodes]
-            summed = bool(each.nodes[0].kwargs.get("summed"))
-            pack = Pack(self.axes[axis], weights, dims, summed, each.lane, self._ahead)
-            found[axis].update((id(weight), pack.take) for weight in weights)
-            if each.ahead:
-                if axis in before:
-                    before[axis].next = pack
-                before[axis] = pack
-        self._packed[id(compiled)] = found
-
-    def joint(self, names: tuple[str, ...]) -> ProcessAxisGroup:
-        """The ranks along these axes together; collective where they are new."""
-        if names not in self._joint:
-            self._joint[names] = joint_group(self.mesh, names, self.axes)
-        return self._joint[names]
 
     def no_sync(self) -> AbstractContextManager[None]:
         """Within it, gradients of weights that every rank holds whole are not summed over the ranks.
@@ -542,12 +241,12 @@ class ParallelModule(StandIn):
 
         Reference: ``torch.nn.parallel.DistributedDataParallel.no_sync``.
         """
-        return self._synchronization.hold()
+        return self._run.synchronization.hold()
 
     @property
     def unsummed(self) -> bool:
         """Whether gradients of ``no_sync`` wait for a backward pass outside of it, which sums them over the ranks."""
-        return any(buckets.unsummed for buckets in self._buckets)
+        return self._run.unsummed
 
     def whole_matrix(
         self, optimizer_class: Callable[..., torch.optim.Optimizer], params: Any = None, **options: Any
@@ -573,7 +272,7 @@ class ParallelModule(StandIn):
         Reference: Jordan et al., 2024, Muon: an optimizer for hidden layers in neural networks.
         """
         given = self.parameters() if params is None else params
-        return WholeMatrix(self._weights(), lambda: self.axes, optimizer_class, given, options)
+        return WholeMatrix(self.weights_here(), lambda: self.axes, optimizer_class, given, options)
 
     # --- state dicts: docs/checkpoints.md --------------------------------------------------------------------------
 
@@ -585,14 +284,8 @@ class ParallelModule(StandIn):
             rank0_only: only rank 0 gets it, on its CPU, a tensor after the other, and no other rank ever holds a whole
                 tensor; the others get an empty dict.
         """
-        weights = self._weights()
-        if rank0_only:
-            return weights.stream_state_dict()
-        made: dict[str, Any] = {}
-        for name in weights.names:  # tied names share one tensor, as in the model's own state dict
-            first = made.get(weights.first_names[name])
-            made[name] = self._whole(name, lambda t: t.detach()) if first is None else first
-        return weights.in_order(made | weights.extras)
+        weights = self.weights_here()
+        return weights.stream_state_dict() if rank0_only else weights.full_state_dict()
 
     def sharded_state_dict(self) -> dict[str, Any]:
         """This rank's parts under the original names, as tensors of the whole shape that share their memory.
@@ -600,7 +293,7 @@ class ParallelModule(StandIn):
         A part is a ``DTensor`` where one expresses it, else a ``BlockTensor``, which
         ``torch.distributed.checkpoint`` saves and loads as well; on a mesh of one rank it is a plain tensor.
         """
-        return self._weights().sharded_state_dict()
+        return self.weights_here().sharded_state_dict()
 
     @told_to_others
     def sharded_optimizer_state_dict(self, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
@@ -611,18 +304,18 @@ class ParallelModule(StandIn):
         Raises:
             CheckpointError: where it keeps state that has no meaning on another mesh.
         """
-        return sharded_optimizer_state_dict(self._weights(), optimizer)
+        return sharded_optimizer_state_dict(self.weights_here(), optimizer)
 
     def load_optimizer_state_dict(self, optimizer: torch.optim.Optimizer, state: Mapping[str, Any]) -> None:
         """Gives an optimizer what ``sharded_optimizer_state_dict`` returned, of this mesh and plan."""
-        load_optimizer_state_dict(self._weights(), optimizer, state)
+        load_optimizer_state_dict(self.weights_here(), optimizer, state)
 
     def state_dict(self, *args: Any, prefix: str = "", **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
         """This rank's parts, as plain tensors; empty before the model was captured."""
         out: dict[str, Any] = super().state_dict(*args, prefix=prefix, **kwargs)
         metadata = getattr(out, "_metadata", None)
-        if self._latest is not None and metadata is not None:
-            metadata[prefix[:-1]][KEY] = describe_parts(self._weights())
+        if self._shown is not None and metadata is not None:
+            metadata[prefix[:-1]][KEY] = describe_parts(self.weights_here())
         return out
 
     @told_to_others
@@ -646,55 +339,32 @@ class ParallelModule(StandIn):
         Raises:
             CheckpointError: when the state dict does not fit; everything that does not fit is listed.
         """
-        if self._latest is None:
+        if self._shown is None:
             whole = {k: v.full_tensor() if hasattr(v, "full_tensor") else v for k, v in state_dict.items()}
             loaded: IncompatibleKeys = self._original.get().load_state_dict(whole, strict, assign)
             return loaded
         if assign:
             raise CheckpointError("a program's weights are parts, and cannot be assigned", fix="leave assign=True out")
-        weights = self._weights()
+        weights = self.weights_here()
         out = load_state_dict(weights, state_dict, strict)
-        self._loaded([name for name in weights.names if name in state_dict], state_dict)
+        self.note_loaded([name for name in weights.names if name in state_dict], state_dict)
         return out
 
-    def _weights(self) -> Weights:
+    def weights_here(self) -> Weights:
         """Where each parameter and buffer lies."""
-        if self._latest is None:
-            return Weights.of_module(self._original.get())
-        ranks = [self.rank] if is_spread() else range(self.mesh.world_size)
-        modules = {rank: self.rank_module(rank) for rank in ranks}
-        root = self._latest.root
-        constants = [name for name in self._latest.attributes_of(self.rank) if name not in self._placements]
-        lost = [n for n in constants if isinstance(t := find(root, n), torch.Tensor) and t.is_meta]
-        return Weights(
-            self._original.get(),
-            self._placements,
-            self.mesh,
-            self.rank,
-            modules,
-            lambda: self.axes,
-            self._device_mesh,
-            tuple(lost),
-        )
+        return self._parts.weights(self._captures.compiled, lambda: self.axes, self._run.given_mesh)
 
-    def _loaded(self, names: Iterable[str], given: Mapping[str, Any] | None = None) -> None:
-        """After these were loaded: what the ranks must agree on, and where the parts are now."""
-        for name in self._checksums.keys() & set(names):
-            value = given[name] if given else None
-            if type(value) is torch.Tensor:  # every rank was given one of its own
-                self._checksums[name] = checksum(value)
-            else:
-                del self._checksums[name]
-        part = next(iter(self.parameters()), None)
-        if part is not None and self._device.type == "meta" != part.device.type:
-            self._device = part.device
-            self._functions.clear()
+    def note_loaded(self, names: Iterable[str], given: Mapping[str, Any] | None = None) -> None:
+        """After weights were loaded: what the ranks must agree on, and where the parts are now.
+
+        Args:
+            names: of the weights.
+            given: whole tensors that every rank was given, by name.
+        """
+        self._run.note_loaded(names, given or {})
+        if self._parts.have_moved(self._captures.compiled):
+            self._run.forget()
             self._entries.clear()
-            for compiled in [held.compiled for held in self._captures.all]:
-                for rank, module in self._ranks.items():
-                    for name in compiled.attributes_of(rank):
-                        if isinstance(found := find(module, name), torch.Tensor) and found.is_meta:
-                            place(module, name, find(compiled.root, name).detach().to(self._device), persistent=False)
 
     @told_to_others
     def full_grads(self) -> dict[str, torch.Tensor]:
@@ -710,62 +380,129 @@ class ParallelModule(StandIn):
                 "gradients of no_sync wait to be summed over the ranks",
                 fix="run the last backward pass outside of no_sync",
             )
-        grads = {n: self._whole(n, lambda t: t.grad) for n, _ in self._original.get().named_parameters()}
-        return {name: grad for name, grad in grads.items() if grad is not None}
-
-    def _whole(self, name: str, read: Any) -> torch.Tensor | None:
-        placed = self._placements[name] if self._placements else None
-        if placed is None:
-            return read(dict(self._tensors())[name])  # type: ignore[no-any-return]
-        if dist.is_available() and dist.is_initialized() and self.mesh.world_size > 1:
-            part = read(find(self.rank_module(self.rank), name))
-            return None if part is None else gather_whole(part.detach(), placed, self.mesh, self.axes).clone()
-        parts = [read(find(self.rank_module(r), name)) for r in range(self.mesh.world_size)]
-        return None if any(p is None for p in parts) else join_all(parts, placed, self.mesh.sizes).clone()
+        return self.weights_here().full_grads()
 
     def placements_of(self, name: str) -> Placements:
         """How a parameter or buffer lies on the mesh: a placement an axis."""
-        return self._placements[name]
+        return self._parts.placements[name]
 
-    def output_placements(self, index: int) -> Placements:
-        """How the ``index``-th flat output of the last call lies on the mesh: a placement an axis."""
-        return self.compiled.output_placements(index)
+    def output_placements(self, index: int, capture: int | None = None) -> Placements:
+        """How the ``index``-th flat output lies on the mesh: a placement an axis.
 
-    def gather_output(self, output: torch.Tensor, index: int) -> torch.Tensor:
-        """The ``index``-th flat output of the last call, whole; collective where the plan left it split."""
-        return gather_whole(output, self.compiled.output_placements(index), self.mesh, self.axes)
+        Args:
+            index: of the output.
+            capture: of which capture: a place in ``captures``.
+
+        Raises:
+            InputError: when the captures differ in it, and none was named.
+        """
+        if capture is not None:
+            return self.capture_at(capture).output_placements(index)
+        self.capture_at()
+        found = {each.output_placements(index) for each in self._captures.compiled if each.has_output(index)}
+        if len(found) != 1:
+            raise InputError(
+                f"output {index} lies differently in each capture of the program: {_joined(found)}"
+                if found
+                else f"the program has no tensor as output {index}",
+                fix="say which capture it is of: capture=0 is the first of program.captures",
+            )
+        return found.pop()
+
+    def gather_output(self, output: torch.Tensor, index: int, capture: int | None = None) -> torch.Tensor:
+        """The ``index``-th flat output, whole; collective where the plan left it split.
+
+        Args:
+            output: this rank's part.
+            index: of the output.
+            capture: that gave it: a place in ``captures``; it need not be told where all split it alike.
+        """
+        return gather_whole(output, self.output_placements(index, capture), self.mesh, self.axes)
 
     @property
     def axes(self) -> dict[str, Axis]:
         """This process's axes; ``DistributedError`` without a process group."""
-        if self._axes is None:
-            self._axes = process_axes(self.mesh, self._device_mesh, self._device.type, self.options.reduce_dtype)
-            for axis in self._axes.values():
-                axis.group.regather = self._regather if self.options.regather else None
-        return self._axes
+        return self._run.axes
 
     # --- seeing ----------------------------------------------------------------------------------------------------
 
     @property
+    def captures(self) -> tuple[str, ...]:
+        """What the program was captured for, in order; what shows a program takes a place in it as ``capture``.
+
+        >>> import fxshard
+        >>> model, x = nn.Linear(4, 4), torch.randn(2, 4)
+        >>> program = fxshard.parallelize(model, fxshard.tensor_parallel(2), (x,))
+        >>> run = fxshard.simulate(program.eval(), x)
+        >>> program.captures
+        ('train, input: float32[2, 4]', 'eval, input: float32[2, 4]')
+        """
+        return tuple(map(title_of, self._captures.all))
+
+    def capture_at(self, capture: int | None = None) -> Compiled:
+        """A capture, compiled; the first one, where none is named.
+
+        Raises:
+            FxshardError: when the model was not captured yet.
+            InputError: when there is no such capture.
+        """
+        every = self._captures.compiled
+        if not every:
+            raise not_captured()
+        if not 0 <= (capture or 0) < len(every):
+            raise InputError(
+                f"there is no capture {capture}: there are {len(every)}",
+                fix="give 0 for the first of program.captures, 1 for the next",
+            )
+        return every[capture or 0]
+
+    @property
+    def compiled(self) -> Compiled:
+        """The first capture, compiled."""
+        return self.capture_at()
+
+    def _shown_as(self, capture: int | None) -> str:
+        """Which capture is shown, where there are several."""
+        at, titles = capture or 0, self.captures
+        return f"capture {at} of {len(titles)}: {titles[at]}" if len(titles) > 1 else ""
+
+    def code(self, rank: int = 0, capture: int | None = None) -> str:
+        """The Python source that a rank runs.
+
+        Args:
+            rank: a rank of the mesh.
+            capture: which one: a place in ``captures``, by default the first.
+        """
+        compiled, mesh = self.capture_at(capture), self.mesh
+        where = ", ".join(f"{name}={i}" for name, i in zip(mesh.names, mesh.coordinate(rank), strict=True))
+        title = f"{self._run.title}, rank {rank} of {mesh.world_size} ({where})."
+        which = self._shown_as(capture)
+        title += f" {which[0].upper()}{which[1:]}." if which else ""
+        return emit(compiled.graph_for(rank, "schedule"), mesh.seen_by(rank), title, compiled.is_uneven)
+
+    @property
     def graph_module(self) -> fx.GraphModule:
-        """The final graph, over this rank's weights, for reading; names that are none in Python get others."""
-        return self.compiled.root.over(self.graph_after("optimize")).as_graph_module()
+        """The final graph of the first capture, over this rank's weights, for reading; names that are none in Python
+        get others.
+        """
+        return self.capture_at().root.over(self.graph_after("optimize")).as_graph_module()
 
-    def graph_after(self, stage: str) -> fx.Graph:
+    def graph_after(self, stage: str, capture: int | None = None) -> fx.Graph:
         """The graph after a stage of the pipeline: see ``fxshard.passes.pipeline.STAGES``."""
-        if stage not in self.compiled.stages:
+        stages = self.capture_at(capture).stages
+        if stage not in stages:
             raise ValueError(f"there is no stage {stage!r}; the stages are {', '.join(STAGES)}")
-        return self.compiled.stages[stage]
+        return stages[stage]
 
-    def collectives(self) -> list[Collective]:
+    def collectives(self, capture: int | None = None) -> list[Collective]:
         """Every collective of one step, forward and backward, in order."""
-        return collectives_of(self.compiled)
+        return collectives_of(self.capture_at(capture))
 
-    def fallbacks(self) -> list[Fallback]:
+    def fallbacks(self, capture: int | None = None) -> list[Fallback]:
         """The calls whose operands are gathered because their operator has no rule."""
-        return fallbacks_of(self.compiled)
+        return fallbacks_of(self.capture_at(capture))
 
-    def coverage(self) -> Coverage:
+    def coverage(self, capture: int | None = None) -> Coverage:
         """How much of the weights is split, and why the rest is whole on every rank: print it.
 
         >>> import fxshard
@@ -779,12 +516,28 @@ class ParallelModule(StandIn):
         """
         model = self._original.get()
         tensors = dict([*model.named_parameters(), *model.named_buffers()])
-        return coverage_of(self.compiled, tensors, self._placements, self._asked.presets)
+        presets = self._captures.asked.presets
+        return coverage_of(self.capture_at(capture), tensors, self._parts.placements, presets)
 
-    def print_tabular(self, file: Any = None) -> None:
-        """Prints the program, an operator a line: module, placements, local shape, collective, bytes."""
-        print(table(self.compiled), file=file)
+    def print_tabular(self, file: Any = None, capture: int | None = None) -> None:
+        """Prints the program, an operator a line: module, placements, local shape, collective, bytes.
 
-    def explain(self) -> str:
-        """Every collective, its size, where it comes from, and why it is there."""
-        return explain(self.compiled)
+        Args:
+            file: where to, by default the standard output.
+            capture: which one: a place in ``captures``, by default the first.
+        """
+        shown = self._shown_as(capture)
+        print(*[shown, ""] if shown else (), table(self.capture_at(capture)), sep="\n", file=file)
+
+    def explain(self, capture: int | None = None) -> str:
+        """Every collective, its size, where it comes from, and why it is there.
+
+        Args:
+            capture: which one: a place in ``captures``, by default the first.
+        """
+        shown = self._shown_as(capture)
+        return "\n\n".join([*[shown] * bool(shown), explain(self.capture_at(capture))])
+
+
+def _joined(found: Iterable[Placements]) -> str:
+    return ", ".join(sorted(map(str, found)))

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import inspect
 import types
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator
 from typing import Any, NoReturn, Self
 
 import torch
@@ -30,8 +30,9 @@ from fxshard.weights.mirror import (
 from fxshard.weights.original_model import Original
 
 HIDDEN = {
-    "axes", "capture", "check_alike", "compile_call", "finish", "function", "joint", "modules_here", "place_constants",
-    "ranks_made", "run", "source",
+    "axes", "capture", "capture_at", "check_alike", "compare_ranks", "compile_call", "compiled", "computes_on",
+    "finish", "function", "joint", "modules_here", "note_loaded", "place_constants", "ranks_made", "run", "source",
+    "weights_here",
     "T_destination", "add_module", "bfloat16", "call_super_init", "double", "dump_patches", "extra_repr", "float",
     "get_extra_state", "half", "ipu", "mtia", "set_extra_state", "set_submodule", "to_empty", "type", "xpu",
 }  # fmt: skip
@@ -43,7 +44,6 @@ class StandIn(nn.Module):
 
     _original: Original
     _captures: Captures
-    _ranks: Mapping[int, nn.Module]
 
     def __init__(self) -> None:
         super().__init__()
@@ -51,6 +51,15 @@ class StandIn(nn.Module):
 
     def modules_here(self) -> list[Any]:
         """The modules of the ranks that are this process's."""
+        raise NotImplementedError
+
+    def rank_module(self, rank: int) -> Any:
+        """A rank's module."""
+        raise NotImplementedError
+
+    @property
+    def ranks_made(self) -> Collection[int]:
+        """The ranks that have one."""
         raise NotImplementedError
 
     def _take_signature(self, model: nn.Module) -> None:
@@ -162,8 +171,8 @@ class StandIn(nn.Module):
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """As ``nn.Module.zero_grad``, for all ranks that this process holds."""
-        for module in self._ranks.values():
-            module.zero_grad(set_to_none)
+        for rank in self.ranks_made:
+            self.rank_module(rank).zero_grad(set_to_none)
 
     def _apply(self, function: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Self:
         """``to``, ``half``, ``cuda``: nothing that would change a tensor's dtype or device."""

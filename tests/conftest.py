@@ -25,18 +25,26 @@ settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci" if os.environ.ge
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Of a function that is ``thin(n)``, one case in n is run always, with every value of each parameter among them."""
+    """Of a function that is ``thin(n)``, one case in n is run always, with every value of each parameter among them.
+
+    Of the slow cases of one that is ``in_turn(n)``, one in n is run at all, unless ``FXSHARD_SWEEP`` is set.
+    """
     seen: dict[tuple[str, str], dict[int, int]] = defaultdict(dict)
+    dropped = set()
     for item in items:
-        thin = item.get_closest_marker("thin")
-        if thin is None:
+        thin, in_turn = item.get_closest_marker("thin"), item.get_closest_marker("in_turn")
+        if thin is None and in_turn is None:
             continue
         positions = 0  # of the values of its parameters
         for name, value in item.callspec.params.items():  # type: ignore[attr-defined]
             values = seen[item.nodeid.split("[")[0], name]
             positions += values.setdefault(id(value), len(values))
-        if positions % thin.args[0]:
+        if thin is not None and positions % thin.args[0]:
             item.add_marker("slow")
+        is_slow = item.get_closest_marker("slow") is not None
+        if in_turn is not None and is_slow and positions % in_turn.args[0] != 1 and "FXSHARD_SWEEP" not in os.environ:
+            dropped.add(item)
+    items[:] = [item for item in items if item not in dropped]
 
 
 @pytest.fixture(autouse=True)

@@ -33,7 +33,7 @@ LAYERS: list[set[str]] = [
     {"schedule"},
     {"passes"},
     {"cache", "codegen", "inspect"},
-    {"program", "compiling", "captures", "standing_in"},
+    {"program", "compiling", "captures", "parts", "rank_run", "standing_in"},
     {"checkpoint", "gradients", "proof"},
     {"api", "integrations"},
     {"", "__main__"},

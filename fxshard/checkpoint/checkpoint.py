@@ -209,7 +209,7 @@ def _of_run(small: Mapping[str, Any]) -> dict[str, Any]:
 
 def weights_of(program: nn.Module) -> Weights:
     """The weights of a program, or of a plain module."""
-    return program._weights() if isinstance(program, ParallelModule) else Weights.of_module(program)
+    return program.weights_here() if isinstance(program, ParallelModule) else Weights.of_module(program)
 
 
 @contextmanager
@@ -332,4 +332,4 @@ def _install(weights: Weights, staging: Staging, program: nn.Module, state: Mapp
             weights.model.load_state_dict(extras, strict=False)
         staging.install()
     if isinstance(program, ParallelModule):
-        program._loaded(weights.names)
+        program.note_loaded(weights.names)

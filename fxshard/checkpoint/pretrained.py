@@ -201,7 +201,7 @@ def load_pretrained(
     on_every_rank(read, f"cannot read {source}:", "load again; if it fails again, look at the disk")
     staging.install()
     if isinstance(program, ParallelModule):
-        program._loaded([name for name in weights.names if weights.first_names[name] in sources])
+        program.note_loaded([name for name in weights.names if weights.first_names[name] in sources])
 
 
 PIECE_BYTES = 8 * 2**20

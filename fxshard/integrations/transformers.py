@@ -126,7 +126,7 @@ class Trainer(transformers.Trainer):  # type: ignore[misc]
 
     def _capture(self, program: ParallelModule) -> None:
         """Captures a program as the first batch will call it, so that it has parameters; nothing is run."""
-        if program._latest is not None:
+        if program.captures:
             return
         with same_randomness():
             batch = next(iter(self.get_train_dataloader()))

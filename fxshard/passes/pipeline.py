@@ -140,6 +140,11 @@ class Compiled:
     def _graphs(self) -> dict[int, Mapping[str, fx.Graph]]:
         return {}
 
+    def has_output(self, index: int) -> bool:
+        """Whether there is a flat output of that index, and it is a tensor."""
+        leaves: Any = next(iter(reversed(self.graph.nodes))).args[0]
+        return -len(leaves) <= index < len(leaves) and isinstance(leaves[index], fx.Node) and has_info(leaves[index])
+
     def output_placements(self, index: int) -> Placements:
         """The placements of the ``index``-th flat output, a tensor."""
         leaves: Any = next(iter(reversed(self.graph.nodes))).args[0]

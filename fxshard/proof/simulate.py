@@ -167,7 +167,7 @@ def simulate(program: ParallelModule, *args: Any, **kwargs: Any) -> Simulation:
     ]
     for index in compiled.overwritten_inputs:
         shared[index] = tuple(x.clone() for x in shared[index])
-    turns = Turns(world, program._device)
+    turns = Turns(world, program.computes_on)
     axes = lockstep_axes(program.mesh, turns, program.options.reduce_dtype)
     functions = [program.function(compiled, rank, axes[rank]) for rank in range(world)]
 

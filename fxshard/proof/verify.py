@@ -90,7 +90,7 @@ def verify(program: ParallelModule, *args: Any, **kwargs: Any) -> VerifyReport:
     >>> report.ok, report.first_divergence
     (True, None)
     """
-    state = random_state(program._device)
+    state = random_state(program.computes_on)
     compiled, _ = program.compile_call(args, kwargs)
     tolerance = tolerance_of(compiled.graph)
     weights = program.full_state_dict()
@@ -100,12 +100,12 @@ def verify(program: ParallelModule, *args: Any, **kwargs: Any) -> VerifyReport:
         model, changes = program._original.get(), program._captures.changes
 
         def reference(dtype: torch.dtype | None = None) -> tuple[list[Any], dict[str, torch.Tensor]]:
-            set_random_state(program._device, state)
+            set_random_state(program.computes_on, state)
             with changes.on(model):
                 return _reference(model, weights, args, kwargs, dtype)
 
         want, want_grads = reference()
-        set_random_state(program._device, state)
+        set_random_state(program.computes_on, state)
         if distributed:
             trace = None
             got, got_grads = _on_ranks(program, args, kwargs)
@@ -113,7 +113,7 @@ def verify(program: ParallelModule, *args: Any, **kwargs: Any) -> VerifyReport:
             try:
                 trace = _Run(program, compiled, args, kwargs)
             except Exception:
-                set_random_state(program._device, state)
+                set_random_state(program.computes_on, state)
                 _Trace(program, compiled, args, kwargs)  # fails at the same call, and names it
                 raise
             got, got_grads = trace.outputs, trace.grads
@@ -138,7 +138,7 @@ def verify(program: ParallelModule, *args: Any, **kwargs: Any) -> VerifyReport:
     if not ok:
         if trace is not None:
             with _Untouched([program.rank_module(r) for r in ranks]):
-                set_random_state(program._device, state)
+                set_random_state(program.computes_on, state)
                 where = _Trace(program, compiled, args, kwargs).first_divergence(state)
         where = where or next(row.name for row in rows if not row.ok)
     report = VerifyReport(
@@ -148,7 +148,7 @@ def verify(program: ParallelModule, *args: Any, **kwargs: Any) -> VerifyReport:
         where,
         tuple(rows),
     )
-    set_random_state(program._device, state)
+    set_random_state(program.computes_on, state)
     if program.rank == 0 or not distributed:
         print(report)  # noqa: T201
     return report
@@ -268,7 +268,7 @@ class _Run:
         leaves = compiled.captured.flatten_inputs(args, kwargs)
         world = program.mesh.world_size
         self.inputs = [[_own(x) for x in leaves] for _ in range(world)]
-        turns = Turns(world, program._device)
+        turns = Turns(world, program.computes_on)
         axes = lockstep_axes(program.mesh, turns, program.options.reduce_dtype)
         ranks = [self._runner(rank, axes[rank]) for rank in range(world)]
         self.outs = run_ranks(world, turns, lambda rank: ranks[rank](*self.inputs[rank]))
@@ -357,7 +357,7 @@ class _Trace(_Run):
 
     def first_divergence(self, state: RandomState) -> str | None:
         """The first node whose value differs, or, backward, whose gradient does; ``state``: of the random generator."""
-        set_random_state(self.program._device, state)
+        set_random_state(self.program.computes_on, state)
         captured, root = self.compiled.captured, self.compiled.root
         graph = self.compiled.stages["normalize"]
         weights = self.program.full_state_dict()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterable
 from typing import Any, TypeVar
 
@@ -18,6 +19,19 @@ T = TypeVar("T")
 def is_spread() -> bool:
     """Whether several processes run."""
     return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+
+
+def own_rank(world_size: int) -> int:
+    """This process's rank: torch.distributed's, or torchrun's where it has one of so many ranks, or 0."""
+    if dist.is_available() and dist.is_initialized():
+        return dist.get_rank()
+    rank = int(os.environ.get("RANK", "0"))
+    return rank if rank < world_size else 0
+
+
+def is_one_of_several() -> bool:
+    """Whether this process is one rank's: several run, or a launcher started it as one of them."""
+    return is_spread() or "RANK" in os.environ
 
 
 def gathered(value: Any) -> list[Any]:

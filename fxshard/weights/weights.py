@@ -14,13 +14,13 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from fxshard.errors import CheckpointError, DistributedError
 from fxshard.mesh import Mesh
-from fxshard.placement import REPLICATE, Placements
+from fxshard.placement import REPLICATE, Placements, join_all
 from fxshard.ranks.agreement import is_spread
 from fxshard.ranks.devices import target_device
 from fxshard.runtime.collectives import Axis
 from fxshard.runtime.module import find
 from fxshard.weights.checkpoint_parts import device_mesh_of, sharded
-from fxshard.weights.gathering import fill_whole, stream_whole
+from fxshard.weights.gathering import fill_whole, gather_whole, stream_whole
 from fxshard.weights.layout import Layout
 
 
@@ -143,6 +143,29 @@ class Weights:
             if kept not in made:
                 made[kept] = self.sharded(kept, self.part(kept))
         return self.in_order({name: made[self.first_names[name]] for name in self.names} | self.extras)
+
+    def whole(self, name: str, read: Callable[[torch.Tensor], torch.Tensor | None]) -> torch.Tensor | None:
+        """What ``read`` gives of the parts of a weight, whole on every rank; None where it gives none; collective."""
+        placed = self.placements[name]
+        if is_spread() and self.mesh.world_size > 1:
+            part = read(self.part(name))
+            return None if part is None else gather_whole(part.detach(), placed, self.mesh, self.axes()).clone()
+        parts = [read(self.part(name, rank)) for rank in self.modules]
+        there = [part for part in parts if part is not None]
+        return join_all(there, placed, self.mesh.sizes).clone() if len(there) == len(parts) else None
+
+    def full_state_dict(self) -> dict[str, Any]:
+        """The whole state dict, on every rank; collective."""
+        made: dict[str, Any] = {}
+        for name in self.names:  # tied names share one tensor, as in the model's own state dict
+            first = made.get(self.first_names[name])
+            made[name] = self.whole(name, lambda t: t.detach()) if first is None else first
+        return self.in_order(made | self.extras)
+
+    def full_grads(self) -> dict[str, torch.Tensor]:
+        """The whole gradients of the parameters that have some, on every rank; collective."""
+        grads = {name: self.whole(name, lambda t: t.grad) for name, _ in self.model.named_parameters()}
+        return {name: grad for name, grad in grads.items() if grad is not None}
 
     def stream_state_dict(self) -> dict[str, Any]:
         """The whole state dict on the CPU of rank 0, a tensor after the other; nothing on other ranks; collective."""

@@ -63,6 +63,7 @@ def test_rule(name: str) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.in_turn(3)
 @pytest.mark.parametrize("name", SAMPLES)
 def test_rule_on_more_ranks(name: str) -> None:
     """Two and four ranks, and two and three axes at once, which nest where they split one dim."""

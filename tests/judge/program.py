@@ -120,7 +120,7 @@ def _run(
         for name in compiled.attributes_of(rank):
             stored = find(module, name)
             if isinstance(stored, torch.Tensor):
-                placed = program._placements.get(name)  # None of a constant, which every rank holds whole
+                placed = program._parts.placements.get(name)  # None of a constant, which every rank holds whole
                 spmd.assert_type(stored, whole if placed is None else types_of(placed, axes))
         for leaf in leaves:
             if isinstance(leaf, torch.Tensor):

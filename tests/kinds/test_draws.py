@@ -84,6 +84,7 @@ def check(model: nn.Module, program: fxshard.ParallelModule, x: torch.Tensor) ->
 
 
 @pytest.mark.thin(3)
+@pytest.mark.in_turn(3)
 @pytest.mark.parametrize("plan", PLANS)
 @slow_but_for("layout", LAYOUTS, "transposed", "a part, transposed")
 @pytest.mark.parametrize("draw", DRAWS | SHOWS)

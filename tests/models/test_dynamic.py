@@ -35,6 +35,7 @@ def check(program: fxshard.ParallelModule, name: str, batch: int, length: int) -
 
 
 @pytest.mark.thin(2)
+@pytest.mark.in_turn(4)
 @slow_but_for("plan", PLANS, "dp2_tp2")
 @each_model
 def test_one_capture_serves_many_sizes(name: str, plan: str) -> None:
@@ -44,6 +45,7 @@ def test_one_capture_serves_many_sizes(name: str, plan: str) -> None:
 
 
 @pytest.mark.thin(2)
+@pytest.mark.in_turn(4)
 @slow_but_for("name, plan", product(MODELS, ("dp2", "sp4", "dp2_tp2", "dp2_sp2")), ("llama", "dp2_sp2"), ("vit", "dp2"))
 def test_sizes_that_do_not_divide_are_captured_for_themselves(name: str, plan: str) -> None:
     """Each once; those that divide are still served by the first capture."""

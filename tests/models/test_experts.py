@@ -142,6 +142,7 @@ def test_transformers(name: str, plan: str) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.in_turn(2)
 @pytest.mark.parametrize("plan", PLANS)
 @pytest.mark.parametrize("name", test_moe.MODELS)
 def test_all_of_transformers(name: str, plan: str) -> None:

@@ -42,6 +42,7 @@ def weight_shares(program: fxshard.ParallelModule) -> list[float]:
 
 
 @pytest.mark.thin(2)
+@pytest.mark.in_turn(4)
 @every_case
 def test_equals_one_device(name: str, plan: str) -> None:
     program = check(name, plan)
