@@ -53,9 +53,9 @@ class Parts:
         self._then: Mapping[str, torch.Tensor] = {}  # the whole weights, as they were when the first rank was made
         self._seen: dict[int, dict[str, Hashable]] = {}
 
-    def copied(self, memo: dict[int, Any], original: Original) -> Parts:
+    def copied(self, memo: dict[int, Any]) -> Parts:
         """The same parts in memory of their own."""
-        made = Parts(original, self.mesh)
+        made = Parts(self.original, self.mesh)
         made.placements, made._settled, made._training = self.placements, self._settled, self._training
         made._transient = self._transient
         made._then = self._then

@@ -90,11 +90,11 @@ class ParallelModule(StandIn):
         model = self._original.get() if settled else copy.deepcopy(self._original.get(), memo)
         made = ParallelModule(model, self._captures.asked, self._run.given_mesh, None, self.options)
         memo[id(self)] = made
-        original = self._original if settled else made._original
-        made.__dict__["_original"] = original
-        made._parts = self._parts.copied(memo, original) if settled else Parts(original, self.mesh)
+        if settled:
+            made.__dict__["_original"] = self._original
+            made._parts = self._parts.copied(memo)
+            made._run = RankRun(made._parts, self._run.given_mesh, self.options)
         made._captures = self._captures.copied(made._parts)
-        made._run = RankRun(made._parts, self._run.given_mesh, self.options)
         made.__dict__["training"] = self.training
         if not settled:
             return made
@@ -400,11 +400,14 @@ class ParallelModule(StandIn):
             return self.capture_at(capture).output_placements(index)
         self.capture_at()
         found = {each.output_placements(index) for each in self._captures.compiled if each.has_output(index)}
-        if len(found) != 1:
+        if not found:
             raise InputError(
-                f"output {index} lies differently in each capture of the program: {_joined(found)}"
-                if found
-                else f"the program has no tensor as output {index}",
+                f"the program has no tensor as output {index}",
+                fix="give a place among the flat outputs that are tensors",
+            )
+        if len(found) > 1:
+            raise InputError(
+                f"output {index} lies differently in each capture of the program: {', '.join(sorted(map(str, found)))}",
                 fix="say which capture it is of: capture=0 is the first of program.captures",
             )
         return found.pop()
@@ -446,15 +449,18 @@ class ParallelModule(StandIn):
             FxshardError: when the model was not captured yet.
             InputError: when there is no such capture.
         """
-        every = self._captures.compiled
-        if not every:
+        return self._captures.compiled[self._place_of(capture)]
+
+    def _place_of(self, capture: int | None) -> int:
+        count = len(self._captures.all)
+        if not count:
             raise not_captured()
-        if not 0 <= (capture or 0) < len(every):
+        if not 0 <= (capture or 0) < count:
             raise InputError(
-                f"there is no capture {capture}: there are {len(every)}",
+                f"there is no capture {capture}: there are {count}",
                 fix="give 0 for the first of program.captures, 1 for the next",
             )
-        return every[capture or 0]
+        return capture or 0
 
     @property
     def compiled(self) -> Compiled:
@@ -463,7 +469,7 @@ class ParallelModule(StandIn):
 
     def _shown_as(self, capture: int | None) -> str:
         """Which capture is shown, where there are several."""
-        at, titles = capture or 0, self.captures
+        at, titles = self._place_of(capture), self.captures
         return f"capture {at} of {len(titles)}: {titles[at]}" if len(titles) > 1 else ""
 
     def code(self, rank: int = 0, capture: int | None = None) -> str:
@@ -537,7 +543,3 @@ class ParallelModule(StandIn):
         """
         shown = self._shown_as(capture)
         return "\n\n".join([*[shown] * bool(shown), explain(self.capture_at(capture))])
-
-
-def _joined(found: Iterable[Placements]) -> str:
-    return ", ".join(sorted(map(str, found)))

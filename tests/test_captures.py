@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from functools import partial
 
 import pytest
 import torch
@@ -68,6 +69,10 @@ def test_a_capture_that_is_not_there(capture: int) -> None:
     program = made()
     with pytest.raises(InputError, match=f"there is no capture {capture}: there are 1"):
         program.explain(capture)
+    fxshard.simulate(program.eval(), X)
+    for ask in (program.explain, partial(program.code, 0), partial(program.print_tabular, None), program.collectives):
+        with pytest.raises(InputError, match=f"there is no capture {capture}: there are 2"):
+            ask(capture)
 
 
 def test_nothing_is_shown_before_the_first_capture() -> None:

@@ -34,6 +34,7 @@ from fxshard.runtime.collectives import Axis
 from fxshard.runtime.lockstep import Turns, lockstep_axes, run_ranks
 from fxshard.runtime.module import find, joined
 from fxshard.torch_internals import pytree
+from fxshard.weights.gathering import gather_whole
 
 
 @dataclass(frozen=True)
@@ -108,7 +109,7 @@ def verify(program: ParallelModule, *args: Any, **kwargs: Any) -> VerifyReport:
         set_random_state(program.computes_on, state)
         if distributed:
             trace = None
-            got, got_grads = _on_ranks(program, args, kwargs)
+            got, got_grads = _on_ranks(program, compiled, args, kwargs)
         else:
             try:
                 trace = _Run(program, compiled, args, kwargs)
@@ -194,12 +195,16 @@ def _everywhere(model: nn.Module, tensors: Mapping[str, torch.Tensor]) -> dict[s
     }
 
 
-def _on_ranks(program: ParallelModule, args: Any, kwargs: Any) -> tuple[list[Any], dict[str, torch.Tensor]]:
+def _on_ranks(
+    program: ParallelModule, compiled: Compiled, args: Any, kwargs: Any
+) -> tuple[list[Any], dict[str, torch.Tensor]]:
     args, kwargs = pytree.tree_map_only(torch.Tensor, _own, (args, kwargs))
     inputs = pytree.tree_leaves((args, kwargs))
     leaves = pytree.tree_leaves(program(*args, **kwargs))
+    mesh, axes = program.mesh, program.axes
     whole = [
-        program.gather_output(leaf, i) if isinstance(leaf, torch.Tensor) else leaf for i, leaf in enumerate(leaves)
+        gather_whole(leaf, compiled.output_placements(i), mesh, axes) if isinstance(leaf, torch.Tensor) else leaf
+        for i, leaf in enumerate(leaves)
     ]
     loss = loss_of(whole)
     if loss is not None:

@@ -146,6 +146,8 @@ class Weights:
 
     def whole(self, name: str, read: Callable[[torch.Tensor], torch.Tensor | None]) -> torch.Tensor | None:
         """What ``read`` gives of the parts of a weight, whole on every rank; None where it gives none; collective."""
+        if self.modules[self.rank] is self.model:  # a plain module's are its own
+            return read(self.part(name))
         placed = self.placements[name]
         if is_spread() and self.mesh.world_size > 1:
             part = read(self.part(name))
